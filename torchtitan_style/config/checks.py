@@ -1,0 +1,139 @@
+"""Combinations of settings that cannot work, found before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
+
+from .layout import plan_batch, plan_layout
+from .schema import Config
+
+__all__ = ["Problem", "cross_checks"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong. ``keys``: the settings concerned as "section.key", the culprit first."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def cross_checks(config: Config, world_size: int) -> list[Problem]:
+    """Everything that is wrong between settings that are right by themselves."""
+    return [*_degrees(config), *_model(config), *_layout(config, world_size), *_rest(config)]
+
+
+def _degrees(config: Config) -> Iterator[Problem]:
+    shard = config.parallelism.data_parallel_shard_degree
+    if shard < 1 and shard != -1:
+        yield Problem(("parallelism.data_parallel_shard_degree",), f"must be -1 or at least 1, not {shard}")
+    for key in ("local_batch_size", "global_batch_size"):
+        value = getattr(config.training, key)
+        if value < 1 and value != -1:
+            yield Problem((f"training.{key}",), f"must be -1 or at least 1, not {value}")
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    # A shape that contradicts itself cannot be constructed, so its fields are judged one by one.
+    shape = object.__new__(Qwen3Config)
+    values = dataclasses.asdict(FLAVORS[config.model.flavor]) | config.model.overrides()
+    shape.__dict__.update(values)
+    for fields, text in shape.problems():
+        yield Problem(tuple(f"model.{name}" for name in fields), text)
+
+    tp = config.parallelism.tensor_parallel_degree
+    for name, what in (
+        ("num_attention_heads", "query heads"),
+        ("num_key_value_heads", "key/value heads"),
+        ("intermediate_size", "rows of the MLP's matrices"),
+        ("vocab_size", "rows of the vocabulary"),
+    ):
+        if values[name] > 0 and values[name] % tp:
+            yield Problem(
+                ("parallelism.tensor_parallel_degree", f"model.{name}"),
+                f"{tp} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
+            )
+    seq_len = config.training.seq_len
+    if seq_len % tp:
+        yield Problem(
+            ("parallelism.tensor_parallel_degree", "training.seq_len"),
+            f"{tp} ranks cannot share the {seq_len} positions of a row (training.seq_len) evenly",
+        )
+    if seq_len > values["max_position_embeddings"]:
+        yield Problem(
+            ("training.seq_len", "model.max_position_embeddings"),
+            f"{seq_len} is longer than the model is meant for "
+            f"(model.max_position_embeddings = {values['max_position_embeddings']})",
+        )
+    # 256 bytes, the end-of-text token, and one merge, so that there is something to train.
+    if config.data.tokenizer == "train" and 0 < values["vocab_size"] < 258:
+        yield Problem(
+            ("model.vocab_size", "data.tokenizer"),
+            f"a byte-level tokenizer needs at least 258 tokens, not {values['vocab_size']}",
+        )
+
+
+def _layout(config: Config, world_size: int) -> Iterator[Problem]:
+    degrees = tuple(
+        f"parallelism.{key}"
+        for key in ("tensor_parallel_degree", "data_parallel_shard_degree", "data_parallel_replicate_degree")
+    )
+    shard = config.parallelism.data_parallel_shard_degree
+    if shard < 1 and shard != -1:
+        return
+    try:
+        layout = plan_layout(config.parallelism, world_size)
+    except ValueError as error:
+        yield Problem(degrees, str(error))
+        return
+    sizes = (config.training.local_batch_size, config.training.global_batch_size)
+    if any(size < 1 and size != -1 for size in sizes):
+        return
+    try:
+        plan_batch(config.training, layout.dp)
+    except ValueError as error:
+        yield Problem(("training.global_batch_size", "training.local_batch_size", *degrees), str(error))
+
+
+def _rest(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if data.dataset == "files" and not data.paths:
+        yield Problem(
+            ("data.paths", "data.dataset"),
+            'dataset = "files" needs the files: data.paths = ["my/*.txt", "more.jsonl"]',
+        )
+    if data.dataset != "files" and data.paths:
+        yield Problem(
+            ("data.dataset", "data.paths"),
+            f'data.paths is only read with dataset = "files", not with "{data.dataset}"',
+        )
+    if config.validation.enable and data.validation_fraction == 0:
+        yield Problem(
+            ("data.validation_fraction", "validation.enable"),
+            "0 holds nothing out to validate on: raise it, or set validation.enable = false",
+        )
+    if config.validation.enable and config.validation.steps == 0:
+        yield Problem(("validation.steps",), "must be -1 or at least 1; validation.enable = false turns it off")
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) >= 1):
+        yield Problem(
+            ("activation_checkpoint.selective_ac_option",),
+            f'must be "op" or a number of blocks as "2", not "{option}"',
+        )
+    recompute, compiled = config.activation_checkpoint, config.compile
+    blocks = recompute.mode == "full" or (recompute.mode == "selective" and option != "op")
+    if compiled.enable and compiled.scope == "model" and blocks and config.parallelism.tensor_parallel_degree > 1:
+        yield Problem(
+            ("compile.scope", "activation_checkpoint.mode", "parallelism.tensor_parallel_degree"),
+            "torch cannot compile tensor-parallel blocks that are recomputed whole into one graph: use "
+            'compile.scope = "block", or activation_checkpoint.mode = "selective" with selective_ac_option = "op"',
+        )
+    if config.checkpoint.load_step > config.training.steps:
+        yield Problem(
+            ("checkpoint.load_step", "training.steps"),
+            f"step {config.checkpoint.load_step} is past the {config.training.steps} training steps",
+        )

@@ -1,0 +1,86 @@
+"""Arithmetic on the degrees and batch sizes: which ranks there are, and which rows each one takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .schema import Parallelism, Training
+
+__all__ = ["BatchPlan", "Layout", "plan_batch", "plan_layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the mesh axes, outermost first."""
+
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+
+    @property
+    def dp(self) -> int:
+        """Ranks that see different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
+    def __str__(self) -> str:
+        replicate = f"dp_replicate {self.dp_replicate} × " if self.dp_replicate > 1 else ""
+        return f"{replicate}dp {self.dp_shard} × tp {self.tp}"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the rows of an optimizer step are shared out."""
+
+    global_batch_size: int
+    local_batch_size: int
+    accumulation_steps: int
+
+
+def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
+    """The mesh that ``parallelism`` asks for on ``world_size`` ranks.
+
+    Raises ValueError if it does not come out even.
+    """
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    tp = parallelism.tensor_parallel_degree
+    fixed = replicate * tp * (1 if shard == -1 else shard)
+    given = f"data_parallel_replicate_degree {replicate} × tensor_parallel_degree {tp}"
+    if shard != -1:
+        given += f" × data_parallel_shard_degree {shard}"
+        if fixed != world_size:
+            raise ValueError(
+                f"{given} = {fixed}, but there are {world_size} processes: start NPROC={fixed}, or set "
+                "data_parallel_shard_degree = -1 to use all that are left"
+            )
+    elif world_size % fixed:
+        raise ValueError(
+            f"{given} = {fixed} does not divide the {world_size} processes: "
+            f"start a multiple of {fixed} (NPROC={fixed}), or lower a degree"
+        )
+    return Layout(dp_replicate=replicate, dp_shard=world_size // (replicate * tp), tp=tp)
+
+
+def plan_batch(training: Training, dp: int) -> BatchPlan:
+    """Local, global and accumulated batch on ``dp`` data-parallel ranks.
+
+    Raises ValueError if the global batch cannot be shared out evenly.
+    """
+    local, total = training.local_batch_size, training.global_batch_size
+    if local == -1 and total == -1:
+        raise ValueError("local_batch_size and global_batch_size cannot both be -1: set one of them")
+    if total == -1:
+        return BatchPlan(local * dp, local, 1)
+    if local == -1:
+        if total % dp:
+            raise ValueError(f"{total} rows cannot be shared out evenly over {dp} data-parallel ranks")
+        return BatchPlan(total, total // dp, 1)
+    if total % (local * dp):
+        raise ValueError(
+            f"{total} rows are not a multiple of local_batch_size {local} × {dp} data-parallel ranks = "
+            f"{local * dp}; local_batch_size = -1 takes a rank's whole share at once"
+        )
+    return BatchPlan(total, local, total // (local * dp))

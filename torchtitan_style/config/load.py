@@ -1,0 +1,269 @@
+"""From a TOML file and command-line overrides to a checked ``Config``.
+
+Everything that is wrong is collected and reported in one ``UserError``. Nothing here imports
+torch, so a typo costs no waiting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from torchtitan_style.errors import UserError
+
+from .checks import Problem, cross_checks
+from .schema import Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["DEFAULT_CONFIG", "load_config", "to_toml"]
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "train_configs" / "qwen3.toml"
+"""The configuration used when none is named."""
+
+_MOVED = {
+    "training.dataset": "data.dataset",
+    "training.dataset_path": "data.paths",
+    "training.batch_size": "training.local_batch_size",
+    "training.warmup_steps": "lr_scheduler.warmup_steps",
+    "training.compile": "compile.enable",
+    "training.gradient_accumulation_steps": "training.global_batch_size",
+    "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
+    "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
+    "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
+    "model.tokenizer_path": "data.tokenizer",
+    "model.hf_assets_path": "data.tokenizer",
+    "debug.seed": "training.seed",
+    "checkpoint.enable_checkpoint": "checkpoint.enable",
+}
+"""Keys of torchtitan's, past and present, whose setting has another name here."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
+    """Read ``path``, apply ``overrides`` (as on the command line), check it all.
+
+    Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
+    and combinations.
+    """
+    tree = _read_toml(Path(path))
+    from_command_line, problems = _parse_overrides(overrides)
+    for key, value in from_command_line.items():
+        section, name = key.split(".", 1)
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section][name] = value
+
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors()
+        problems += [_explain(detail) for detail in details]
+        # What is right is still checked against itself, with defaults for what is not.
+        for detail in details:
+            _remove(tree, detail["loc"])
+        config = Config.model_validate(tree)
+    wrong = {key for problem in problems for key in problem.keys}
+    problems += [p for p in cross_checks(config, world_size) if not wrong.intersection(p.keys)]
+    if problems:
+        raise UserError(_report(problems, path, set(from_command_line)))
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration, every setting included, as TOML that ``load_config`` reads."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = [str(p) for p in sorted({*path.parent.glob("*.toml"), *DEFAULT_CONFIG.parent.glob("*.toml")})]
+        close = difflib.get_close_matches(str(path), names, n=1) or difflib.get_close_matches(
+            path.name, {Path(n).name: n for n in names}, n=1
+        )
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{path}: there is no such config file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """``--section.key VALUE``, ``--section.key=VALUE`` and, for switches, ``--section.key``."""
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        section, dot, name = key.partition(".")
+        if not argument.startswith("--") or not (section and dot and name):
+            problems.append(Problem((f"argument {argument}",), "expected --section.key VALUE" + _did_you_mean(key)))
+            if rest and not rest[0].startswith("--"):
+                rest.pop(0)
+            continue
+        annotation = _annotation(section, name)
+        given = [text] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            given.append(rest.pop(0))
+            if not _accepts(annotation, list):
+                break
+        if not given and _accepts(annotation, bool):
+            values[key] = True
+        elif not given:
+            problems.append(Problem((key,), "needs a value"))
+        else:
+            values[key] = _parse_value(given, annotation)
+    return values, problems
+
+
+def _parse_value(given: list[str], annotation: Any) -> Any:
+    """Command-line text to a TOML value of the type that the field wants, where it is one."""
+    if _accepts(annotation, list):
+        try:
+            return tomllib.loads(f"value = {given[0]}")["value"]
+        except tomllib.TOMLDecodeError:
+            return given
+    text = given[0]
+    if annotation is None or _accepts(annotation, str):
+        return text
+    if text in ("True", "False"):
+        text = text.lower()
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)  # Python writes 1e-3 and TOML too, but only Python writes 1.e-3 or .1
+    except ValueError:
+        return text
+
+
+def _section(name: str) -> type[BaseModel] | None:
+    field = Config.model_fields.get(name)
+    return None if field is None else typing.cast(type[BaseModel], field.annotation)
+
+
+def _annotation(section: str, name: str) -> Any:
+    model = _section(section)
+    field = model.model_fields.get(name) if model else None
+    return field.annotation if field else None
+
+
+def _accepts(annotation: Any, kind: type) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_accepts(option, kind) for option in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return any(type(option) is kind for option in typing.get_args(annotation))
+    return (origin or annotation) is kind
+
+
+def _all_keys() -> list[str]:
+    return [f"{name}.{key}" for name in Config.model_fields for key in _section(name).model_fields]  # type: ignore[union-attr]
+
+
+def _did_you_mean(key: str) -> str:
+    """The nearest right name for ``section`` or ``section.key``, as the tail of a message."""
+    if key in _MOVED:
+        return f"; here it is {_MOVED[key]}"
+    section, _, name = key.partition(".")
+    if not name:
+        close = difflib.get_close_matches(section, list(Config.model_fields), n=1)
+        if not close:
+            close = [k for k in _all_keys() if k.partition(".")[2] == section][:1]
+        return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(Config.model_fields)}"
+    model = _section(section)
+    if model is not None:
+        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
+        if near:
+            return f"; did you mean {section}.{near[0]}?"
+    elsewhere = [k for k in _all_keys() if k.partition(".")[2] == name]
+    close = elsewhere[:1] or difflib.get_close_matches(key, _all_keys(), n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; --help {section} lists the keys" if model else ""
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "model_type": "a section of keys",
+    "dict_type": "a section of keys",
+}
+
+
+def _explain(detail: ErrorDetails) -> Problem:
+    """A pydantic error in words for the user."""
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location[:2])
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    shown = f"{value!r}" if not isinstance(value, str) else f'"{value}"'
+    if kind == "extra_forbidden":
+        what = "section" if len(location) == 1 else "key"
+        return Problem((key,), f"unknown {what}{_did_you_mean(key)}")
+    if kind in _TYPES:
+        entry = f", entry {int(location[2]) + 1}" if len(location) > 2 and location[2].isdecimal() else ""
+        return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {shown}")
+    if kind == "literal_error":
+        options = [str(o) for o in typing.get_args(_annotation(*location[:2]))]
+        close = difflib.get_close_matches(str(value), options, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return Problem((key,), f"must be one of {', '.join(options)}, not {shown}{hint}")
+    bounds = {
+        "greater_than_equal": "at least {ge}",
+        "greater_than": "greater than {gt}",
+        "less_than_equal": "at most {le}",
+        "less_than": "less than {lt}",
+        "finite_number": "finite",
+    }
+    if kind in bounds:
+        return Problem((key,), f"must be {bounds[kind].format(**context)}, not {shown}")
+    if kind == "string_too_short":
+        return Problem((key,), "must not be empty")
+    return Problem((key,), f"{detail['msg']}, not {shown}")
+
+
+def _remove(tree: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    """Take the key that an error points at out of ``tree``."""
+    section = tree.get(str(location[0]))
+    if len(location) > 1 and isinstance(section, dict):
+        section.pop(str(location[1]), None)
+    else:
+        tree.pop(str(location[0]), None)
+
+
+def _report(problems: list[Problem], path: str | Path, from_command_line: set[str]) -> str:
+    lines = []
+    for problem in problems:
+        culprit = problem.keys[0]
+        if culprit in from_command_line:
+            where = f"--{culprit}"
+        elif culprit.startswith("argument "):
+            where = culprit
+        else:
+            named = [key for key in problem.keys if key in from_command_line]
+            where = f"{path}: {culprit}" + (f" (with --{named[0]})" if named else "")
+        lines.append(f"{where}: {problem.text}")
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} problems in the configuration\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,296 @@
+"""Every setting, in TOML sections, with its default and its meaning.
+
+The docstring under a field is what ``--help SECTION`` prints. Names follow torchtitan's TOML
+(v0.2) where it has the setting; the others are ours. A section is handed to the part of the
+program that it configures, never the whole ``Config``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
+
+__all__ = ["Config", "Section"]
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Degree = Annotated[int, Field(ge=1)]
+FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Job(Section):
+    """Where a run leaves its files."""
+
+    dump_folder: str = Field("outputs/qwen3", min_length=1)
+    """Folder for everything the run writes. A folder that holds checkpoints is resumed."""
+    description: str = ""
+    """Free text, kept in config.toml."""
+
+
+class _Model(Section):
+    """Which model to train: a flavor, and any of its dimensions overridden."""
+
+    name: Literal["qwen3"] = "qwen3"
+    """Model family."""
+    flavor: Literal[tuple(FLAVORS)] = "small"  # type: ignore[valid-type]
+    """Named set of dimensions to start from; the other keys of this section override them."""
+
+    def qwen3(self) -> Qwen3Config:
+        """The flavor's dimensions with this section's overrides applied.
+
+        Raises ValueError if they contradict each other.
+        """
+        return dataclasses.replace(FLAVORS[self.flavor], **self.overrides())
+
+    def overrides(self) -> dict[str, Any]:
+        """The dimensions that are set here, by name."""
+        return {k: v for k, v in self if k not in ("name", "flavor") and v is not None}
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string that follows each annotated attribute in the source of ``cls``."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _override_fields() -> dict[str, Any]:
+    """One optional field per field of Qwen3Config, with its type and docstring."""
+    types = {"int": int, "float": float, "bool": bool}
+    docs = _attribute_docstrings(Qwen3Config)
+    return {
+        f.name: (types[str(f.type)] | None, Field(None, description=docs[f.name]))
+        for f in dataclasses.fields(Qwen3Config)
+    }
+
+
+Model = create_model("Model", __base__=_Model, __doc__=_Model.__doc__, **_override_fields())
+
+
+class Data(Section):
+    """The corpus and its tokenizer."""
+
+    dataset: Literal["stdlib", "files"] = "stdlib"
+    """"stdlib": the source files of Python's standard library, present on every machine.
+    "files": your own files, named by data.paths."""
+    paths: list[str] = []
+    """Files for dataset = "files"; wildcards allowed, ** for any depth. A .jsonl line or .parquet
+    row is a document; any other file is one document of UTF-8 text."""
+    text_key: str = Field("text", min_length=1)
+    """Field of a .jsonl line, or column of a .parquet file, that holds the text."""
+    tokenizer: str = Field("train", min_length=1)
+    """"train": train a byte-level BPE of model.vocab_size tokens on the corpus. Otherwise a
+    folder or Hub name with a Hugging Face tokenizer."""
+    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the documents held out for validation; a document's text decides whether it is."""
+
+
+class Training(Section):
+    """Steps, batch, precision."""
+
+    steps: Positive = 1000
+    """Optimizer steps in all."""
+    seq_len: Positive = 512
+    """Tokens in a row."""
+    local_batch_size: int = 8
+    """Rows that a data-parallel rank puts through the model at once; -1: its whole share of
+    global_batch_size. Smaller means less memory and more gradient accumulation."""
+    global_batch_size: int = -1
+    """Rows in an optimizer step, over all ranks and accumulation; -1: no accumulation."""
+    max_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm when they exceed it; inf for no clipping."""
+    seed: NonNegative = 0
+    """Decides initial weights, row order and dropout."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type that the model computes in. Master weights and optimizer state are always float32."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients are summed over ranks."""
+    gc_freq: Positive = 50
+    """Steps between garbage collections. Left to itself Python collects on each rank at another
+    moment, and the others wait for it."""
+
+
+class Optimizer(Section):
+    """The optimizer and its step size."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019). Norm weights and biases are not decayed."""
+    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    """Learning rate after warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: FiniteNonNegative = 0.1
+    """Share of a weight taken off per step and unit of learning rate."""
+
+
+class LRScheduler(Section):
+    """Learning rate over the run: warm-up, then a stable part, then decay."""
+
+    warmup_steps: NonNegative = 200
+    """Steps over which the rate rises linearly to optimizer.lr."""
+    decay_type: Literal["linear", "cosine", "sqrt"] = "cosine"
+    """Shape of the decay. sqrt: 1 - sqrt(progress) (Hägele et al. 2024, section 3)."""
+    decay_ratio: float | None = Field(None, ge=0, le=1)
+    """Share of all steps that decays, at the end; before it the rate is constant
+    (warm-up-stable-decay). Left out: everything after warm-up. 0: constant."""
+    min_lr_factor: float = Field(0.0, ge=0, le=1)
+    """Rate at the end, as a share of optimizer.lr."""
+    total_steps: Positive | None = None
+    """Steps that the schedule is laid out for; left out: training.steps. Set it to train the
+    first part of a longer run."""
+
+
+class Parallelism(Section):
+    """How many ranks share the data and the model. Their product is the number of processes."""
+
+    data_parallel_replicate_degree: Degree = 1
+    """Groups of ranks that each hold all shards (hybrid sharding: shard within a host, replicate
+    across hosts)."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that parameters, gradients and optimizer state are sharded over (FSDP2); -1: all that
+    the other degrees leave."""
+    tensor_parallel_degree: Degree = 1
+    """Ranks that each matrix and the sequence are split over."""
+    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
+    """always: gathered parameters are freed after a block's forward and gathered again for its
+    backward. never: kept, for more memory and less communication."""
+
+
+class ActivationCheckpoint(Section):
+    """Trade compute for memory: recompute activations in the backward pass."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    """none: keep all. full: keep each block's input only. selective: see selective_ac_option."""
+    selective_ac_option: str = "op"
+    """For mode = "selective". "op": in each block keep the outputs of matrix multiplications and
+    attention, recompute the rest. A number n, as "2": full checkpointing of every n-th block."""
+
+
+class Compile(Section):
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile the model and the loss. Needs a C++ compiler on CPU."""
+    scope: Literal["block", "model"] = "block"
+    """block: compile one transformer block and use it for all, which compiles fast. model: one
+    graph for all blocks; FSDP then gathers all parameters at once, so memory must hold them."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming."""
+
+    enable: bool = True
+    """Save checkpoints, and resume from them."""
+    interval: Positive = 500
+    """Steps between checkpoints. The last step is always saved."""
+    keep_latest_k: NonNegative = 3
+    """Checkpoints to keep, besides the best; 0: all."""
+    keep_best: bool = True
+    """Also save when the validation loss is the lowest so far, and name it in checkpoint/best."""
+    load_step: int = Field(-1, ge=-1)
+    """Step to resume from; -1: the newest that verifies. 0: start from scratch, which needs a dump
+    folder without checkpoints."""
+
+
+class Validation(Section):
+    """Loss, perplexity and token accuracy on held-out documents."""
+
+    enable: bool = True
+    """Validate before the first step, every freq steps and at the end."""
+    freq: Positive = 500
+    """Steps between validations."""
+    steps: int = Field(-1, ge=-1)
+    """Batches of global_batch_size rows per validation; -1: all held-out rows."""
+
+
+class Metrics(Section):
+    """What is shown and recorded. metrics.jsonl always has every step."""
+
+    log_freq: Positive = 10
+    """Steps between lines on the console; figures are read from the device only then."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard events to the dump folder."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases; needs the wandb package (the "wandb" extra)."""
+
+
+class Profiling(Section):
+    """torch.profiler traces."""
+
+    enable_profiling: bool = False
+    """Record traces, which Perfetto and chrome://tracing can show."""
+    profile_freq: Positive = 100
+    """Steps from one recorded step to the next."""
+    save_traces_folder: str = Field("profile_traces", min_length=1)
+    """Folder for traces, inside the dump folder."""
+
+
+class Comm(Section):
+    """Collective communication."""
+
+    init_timeout_seconds: Positive = 600
+    """How long to wait for the others up to the end of the first step."""
+    train_timeout_seconds: Positive = 300
+    """How long a collective may take afterwards."""
+
+
+class Generation(Section):
+    """A sample of text, printed at each validation and at the end."""
+
+    enable: bool = True
+    """Print samples."""
+    prompt: str = "def "
+    """Text that the sample continues; empty: starts a new document."""
+    max_new_tokens: Positive = 96
+    """Tokens to sample."""
+    temperature: FiniteNonNegative = 0.7
+    """Logits are divided by it; 0: always the likeliest token."""
+    top_k: NonNegative = 40
+    """Sample from the k likeliest tokens; 0: from all."""
+
+
+class Debug(Section):
+    """For finding out why."""
+
+    deterministic: bool = False
+    """Use only deterministic kernels (slower on CUDA; CPU kernels are deterministic anyway)."""
+
+
+class Config(Section):
+    """All sections."""
+
+    job: Job = Job()
+    model: Model = Model()  # type: ignore[valid-type]
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallelism: Parallelism = Parallelism()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    comm: Comm = Comm()
+    generation: Generation = Generation()
+    debug: Debug = Debug()

@@ -1,0 +1,58 @@
+"""Activation checkpointing: recompute a block's activations in the backward pass (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from torchtitan_style.config.schema import ActivationCheckpoint
+
+__all__ = ["apply_activation_checkpoint", "recomputes_operations"]
+
+_aten = torch.ops.aten
+_SAVED = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}
+"""Operations whose outputs "selective" keeps: dear to compute for the memory they take. Under
+tensor parallelism the reduced sums too, as recomputing them would communicate again."""
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputes_operations(config: ActivationCheckpoint) -> bool:
+    """Whether ``config`` recomputes single operations rather than whole blocks."""
+    return config.mode == "selective" and config.selective_ac_option == "op"
+
+
+def apply_activation_checkpoint(layers: nn.ModuleList, config: ActivationCheckpoint) -> None:
+    """Make ``layers`` recompute their activations, as ``config`` says, in place.
+
+    The forward method is wrapped, not the module: parameter names stay, and hooks that FSDP puts on
+    the module later run outside the recomputed part.
+    """
+    if config.mode == "none":
+        return
+    every, keep = 1, {}
+    if recomputes_operations(config):
+        keep = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        # The compiler warns that in-place operations in the block would go wrong; there are none.
+        logging.getLogger("torch._dynamo.variables.higher_order_ops").addFilter(
+            lambda record: "context_fn" not in record.getMessage()
+        )
+    elif config.mode == "selective":
+        every = int(config.selective_ac_option)
+    for layer in list(layers)[::every]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **keep)

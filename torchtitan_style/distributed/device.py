@@ -1,0 +1,119 @@
+"""The device this process computes on, and what differs between CPU and CUDA.
+
+Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+
+import torch
+
+__all__ = [
+    "backend",
+    "compiler_problem",
+    "current_device",
+    "memory_capacity_gib",
+    "name",
+    "peak_flops",
+    "peak_memory_gib",
+    "synchronize",
+]
+
+# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
+_PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def current_device() -> torch.device:
+    """This process's GPU (by LOCAL_RANK) if there are GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def backend(device: torch.device) -> str:
+    """Name of the process-group backend for ``device``."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def name(device: torch.device) -> str:
+    """What to call the device when talking to a person."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that matrix multiplication in ``dtype`` can reach, or None if unknown.
+
+    From the data sheet on CUDA (fp32 as TF32, half of bf16); measured on CPU, with the threads of
+    this process, in about a fifth of a second.
+    """
+    if device.type == "cuda":
+        known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
+        bf16 = next(known, None)
+        return None if bf16 is None else bf16 if dtype == torch.bfloat16 else bf16 / 2
+    size = 1024
+    a = torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    a @ a
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: reserved by the allocator on CUDA, resident in RAM on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def memory_capacity_gib(device: torch.device) -> float:
+    """Memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None if it can."""
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "the triton package is missing"
+        return None
+    compiler = os.environ.get("CXX")
+    if not any(shutil.which(c) for c in ([compiler] if compiler else ["g++", "clang++", "c++"])):
+        return "there is no C++ compiler (g++ or clang++) on this machine"
+    return None

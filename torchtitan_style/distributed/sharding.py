@@ -1,0 +1,45 @@
+"""FSDP2: parameters, gradients and optimizer state sharded over the data-parallel ranks.
+
+Zhao et al. 2023, "PyTorch FSDP". Each wrapped module gathers its parameters in the compute type
+before it runs, and sums its gradients over ranks afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+__all__ = ["shard"]
+
+
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Shard ``blocks`` one by one, and what is left of ``model`` as a last group, in place.
+
+    mesh: axes (dp_replicate, dp_shard). Gradients come out as plain sums over the ranks, in fp32:
+    the loss is divided by the global number of tokens beforehand, so FSDP must not average.
+    """
+    replicate = mesh.size(0)
+    fsdp_mesh = mesh if replicate > 1 else mesh["dp_shard"]
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for block in blocks:
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root's parameters (embedding, final norm, head) are needed first and last: freeing them
+    # in between would gather them twice.
+    fully_shard(model, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A factor of 1 needs no pre-multiplied reduction, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,1 @@
+"""Qwen3: configuration, model, how it is parallelized."""

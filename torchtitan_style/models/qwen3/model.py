@@ -1,0 +1,233 @@
+"""Qwen3, a decoder-only transformer, as plain PyTorch modules.
+
+What is notable (Qwen3 Technical Report, section 2):
+  - RMSNorm before attention, before the MLP, and at the end; no bias (optional in attention)
+  - rotary position embedding in the half-split convention of Transformers
+  - grouped-query attention, with RMSNorm on each head of q and k ("QK-norm")
+  - SwiGLU feed-forward
+  - LM head tied to the embedding in the small models
+  - optional sliding window from layer ``max_window_layers`` on
+
+Module names are those of Transformers' Qwen3, so state dicts can be exchanged by name.
+Nothing here knows of ranks: under tensor parallelism each rank holds some of the heads, and
+``view(b, t, -1, head_dim)`` finds out how many.
+
+Shapes: B batch, T positions, H query heads, K key/value heads, D head size, C hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Qwen3Config
+
+__all__ = ["Qwen3ForCausalLM", "Qwen3Model"]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # bf16 has 8 bits of mantissa: the sum of squares is taken in fp32.
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_cos_sin(positions: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (Su et al. 2021, section 3.2.2), fp32.
+
+    positions: [B, T] or [1, T] integers. Returns two [B, T, D] tensors, the D/2 frequencies
+    twice over, as the half-split convention wants them.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * theta**-exponents  # [B, T, D/2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) by its angle. x: [B, T, H, D]; cos, sin: [B, T, 1, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK-norm and an optional sliding window."""
+
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.window = config.window(layer)
+        self.attention_dropout = config.attention_dropout
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, _ = x.shape  # x: [B, T, C]
+        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))  # [B, T, H, D]
+        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))  # [B, T, K, D]
+        v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B, T, K, D]
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+
+        mask = None
+        if self.window is not None and self.window < t:
+            back = torch.arange(t, device=x.device)[:, None] - torch.arange(t, device=x.device)
+            mask = (back >= 0) & (back < self.window)  # [T, T]
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # [B, H, T, D]
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            enable_gqa=True,
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B, T, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020, equation 5)."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One transformer block: attention and MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, blocks and final norm: token ids [B, T] to hidden states [B, T, C]."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """input_ids, positions: [B, T] integers; positions default to 0 … T-1."""
+        x = self.dropout(self.embed_tokens(input_ids))
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        cos, sin = rotary_cos_sin(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of -log p(label), in fp32; labels of -100 count for nothing.
+
+    hidden: [B, T, C]; weight: [V, C]; labels: [B, T]. This is the definition; training swaps
+    in one that never holds all logits (``LMHead.loss_function``).
+    """
+    logits = F.linear(hidden, weight).flatten(0, 1).float()  # [B·T, V]
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=-100)
+
+
+class LMHead(nn.Linear):
+    """Hidden states to logits or, given labels, to the loss."""
+
+    loss_function = staticmethod(cross_entropy_sum)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(hidden)  # [B, T, V]
+        return self.loss_function(hidden, self.weight, labels)
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Qwen3 with its language-model head.
+
+    >>> model = Qwen3ForCausalLM(Qwen3Config(hidden_size=64, num_hidden_layers=2))
+    >>> logits = model(torch.tensor([[1, 2, 3]]))  # [1, 3, V]
+    """
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen3Model(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Let the LM head use the embedding's parameter, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw initial weights from torch's global generator."""
+        for name, parameter in self.named_parameters():
+            std = self.initial_std(name)
+            if std is None:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std) if std else parameter.zero_()
+
+    def initial_std(self, name: str) -> float | None:
+        """How the parameter ``name`` starts: normal with this standard deviation, or None for all ones.
+
+        | parameters                  | initial value                                           |
+        |-----------------------------|---------------------------------------------------------|
+        | norm weights                | 1                                                       |
+        | biases                      | 0                                                       |
+        | o_proj, down_proj           | initializer_range / sqrt(2 · layers), so that the sum   |
+        |                             | over all residual branches has the width of one         |
+        |                             | (Radford et al. 2019, section 2.3)                      |
+        | embedding, all other linear | initializer_range                                       |
+        """
+        if "norm" in name:
+            return None
+        if name.endswith("bias"):
+            return 0.0
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+        return self.config.initializer_range
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V], or the sum of the token losses when labels are given.
+
+        input_ids: [B, T]. labels: [B, T], the token that follows each input (already shifted),
+        -100 where there is none to predict.
+        """
+        return self.lm_head(self.model(input_ids), labels)

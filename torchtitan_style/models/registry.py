@@ -1,0 +1,25 @@
+"""Model families by name: what the rest of the program needs to know of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .qwen3.model import Qwen3ForCausalLM
+from .qwen3.parallelize import parallelize_qwen3
+
+__all__ = ["MODELS", "ModelFamily"]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """How to build a model of this family from its config, and how to lay it out over a mesh."""
+
+    build: Callable[[Any], nn.Module]
+    parallelize: Callable[..., None]
+
+
+MODELS = {"qwen3": ModelFamily(build=Qwen3ForCausalLM, parallelize=parallelize_qwen3)}

@@ -1,0 +1,1 @@
+"""From gradients to new weights: clipping, AdamW, learning-rate schedule."""

@@ -1,0 +1,35 @@
+"""The learning rate as a function of the step: warm-up, stable, decay."""
+
+from __future__ import annotations
+
+import math
+
+from torchtitan_style.config.schema import LRScheduler
+
+__all__ = ["lr_factor"]
+
+
+def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
+    """Share of the full learning rate at ``step`` (from 1).
+
+    Rises linearly over ``warmup_steps``, stays at 1, and falls over the last ``decay_ratio`` of all
+    steps to ``min_lr_factor``. It would reach that one step past the end, so that no step is wasted
+    on a rate of zero.
+    """
+    total = config.total_steps or total_steps
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return step / (warmup + 1)
+    decay = total - warmup if config.decay_ratio is None else round(total * config.decay_ratio)
+    decay = min(decay, total - warmup)
+    start = total - decay
+    if step <= start or decay <= 0:
+        return 1.0
+    progress = min(1.0, (step - start) / (decay + 1))  # in (0, 1)
+    if config.decay_type == "linear":
+        shape = 1.0 - progress
+    elif config.decay_type == "sqrt":
+        shape = 1.0 - math.sqrt(progress)
+    else:
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr_factor + (1.0 - config.min_lr_factor) * shape
