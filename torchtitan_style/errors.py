@@ -1,12 +1,16 @@
-"""The one exception for mistakes a person can put right."""
+"""The exceptions that end a run with a message instead of a traceback."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+__all__ = ["RunError", "UserError"]
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do about it, in words for the user.
+    """A mistake that a person can put right: what was wrong, where, and what to do, in words for them.
 
     Commands print it without a traceback and exit with status 2.
     """
+
+
+class RunError(Exception):
+    """A run that could not go on, though nobody made a mistake: exit status 1, no traceback."""

@@ -28,7 +28,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_CONFIG", "load_config", "to_toml"]
+__all__ = ["DEFAULT_CONFIG", "load_config", "nearest_section", "to_toml"]
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "train_configs" / "qwen3.toml"
 """The configuration used when none is named."""
@@ -184,10 +184,7 @@ def _did_you_mean(key: str) -> str:
         return f"; here it is {_MOVED[key]}"
     section, _, name = key.partition(".")
     if not name:
-        close = difflib.get_close_matches(section, list(Config.model_fields), n=1)
-        if not close:
-            close = [k for k in _all_keys() if k.partition(".")[2] == section][:1]
-        return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(Config.model_fields)}"
+        return nearest_section(section)
     model = _section(section)
     if model is not None:
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
@@ -198,6 +195,13 @@ def _did_you_mean(key: str) -> str:
     if close:
         return f"; did you mean {close[0]}?"
     return f"; --help {section} lists the keys" if model else ""
+
+
+def nearest_section(name: str) -> str:
+    """The section that ``name`` was meant to be, as the tail of a message, or else a list of all."""
+    close = difflib.get_close_matches(name, list(Config.model_fields), n=1)
+    close = close or [key for key in _all_keys() if key.partition(".")[2] == name][:1]
+    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(Config.model_fields)}"
 
 
 _TYPES = {

@@ -63,12 +63,10 @@ def prepare(
     *,
     vocab_size: int,
     seq_len: int,
-    keep: bool,
     say: Callable[[str], None],
 ) -> PreparedData:
     """Make ``tokenizer/`` and ``data/`` in ``dump_folder``, or see that they are there and still right.
 
-    keep: the run has checkpoints, so that other data than before would break its order.
     say: called with a line of progress.
 
     Raises UserError, with nothing written, if the corpus cannot be used.
@@ -78,7 +76,7 @@ def prepare(
     present = _read_manifest(dump_folder / "data")
     if present and present.settings == settings and present.corpus_sha256 == corpus_sha256:
         return present
-    if present and keep:
+    if present and any(dump_folder.glob("checkpoint/step-*")):
         sections = {"vocab_size": "model", "seq_len": "training"}
         changed = [
             f"{sections.get(key, 'data')}.{key}" for key, new in settings.items() if present.settings.get(key) != new

@@ -8,8 +8,10 @@ process takes the same path through the code as a thousand.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,9 @@ from torchtitan_style.config.layout import Layout
 
 from .device import backend, current_device
 
-__all__ = ["World", "destroy_world", "init_world", "set_timeout"]
+__all__ = ["World", "destroy_world", "init_world", "on_main", "set_timeout"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,20 @@ def set_timeout(seconds: int) -> None:
 
     for group in _world.pg_map:
         _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 while the others wait; all return its result, or raise what it raised."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def destroy_world() -> None:

@@ -11,11 +11,14 @@ __all__ = ["build_optimizer", "step_if_finite"]
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW over ``model``'s parameters (Loshchilov & Hutter 2019), one fused kernel per group."""
+    """AdamW over ``model``'s parameters (Loshchilov & Hutter 2019), one fused kernel per group.
+
+    Its state is made here and not at the first step, so that a checkpoint can be read into it.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -25,6 +28,13 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
         eps=config.eps,
         fused=True,
     )
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def step_if_finite(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> None:

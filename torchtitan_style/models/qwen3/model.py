@@ -153,22 +153,24 @@ class Qwen3Model(nn.Module):
         return self.norm(x)
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over tokens of -log p(label), in fp32; labels of -100 count for nothing.
+def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of -log p(label), fp32, and how many labels are the likeliest token.
 
-    hidden: [B, T, C]; weight: [V, C]; labels: [B, T]. This is the definition; training swaps
-    in one that never holds all logits (``LMHead.loss_function``).
+    hidden: [B, T, C]; weight: [V, C]; labels: [B, T], -100 where there is nothing to predict. This is
+    the definition; training swaps in one that never holds all logits (``LMHead.loss_function``).
     """
     logits = F.linear(hidden, weight).flatten(0, 1).float()  # [B·T, V]
-    return F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=-100)
+    labels = labels.flatten()
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    return loss, (logits.argmax(-1) == labels).sum()
 
 
 class LMHead(nn.Linear):
     """Hidden states to logits or, given labels, to the loss."""
 
-    loss_function = staticmethod(cross_entropy_sum)
+    loss_function = staticmethod(token_loss)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None:
             return super().forward(hidden)  # [B, T, V]
         return self.loss_function(hidden, self.weight, labels)
@@ -224,8 +226,8 @@ class Qwen3ForCausalLM(nn.Module):
             return self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
         return self.config.initializer_range
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V], or the sum of the token losses when labels are given.
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, T, V] or, given labels, the sum of the token losses and the number of right guesses.
 
         input_ids: [B, T]. labels: [B, T], the token that follows each input (already shifted),
         -100 where there is none to predict.

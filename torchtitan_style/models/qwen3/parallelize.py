@@ -47,9 +47,7 @@ def parallelize_qwen3(
     if mesh["tp"].size() > 1:
         _apply_tensor_parallel(model, mesh["tp"])
         model.tie_weights()
-    model.lm_head.loss_function = chunked_cross_entropy(
-        tp_group=mesh["tp"].get_group(), compiled=compile.enable
-    )
+    model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
     # 2. Recomputation and compilation. The compiler must see which operations of a block to recompute;
     # a block recomputed whole is compiled first and just run again.
     layers = model.model.layers

@@ -1,0 +1,31 @@
+"""Native torch.distributed training of Qwen3 language models.
+
+The model's classes can be used by themselves, as in a notebook:
+
+    from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
+    model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models.qwen3.config import Qwen3Config
+    from .models.qwen3.model import Qwen3ForCausalLM, Qwen3Model
+
+__all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: --help and a typo in a config need not wait for torch.
+    if name == "Qwen3Config":
+        from .models.qwen3.config import Qwen3Config
+
+        return Qwen3Config
+    if name in ("Qwen3ForCausalLM", "Qwen3Model"):
+        from .models.qwen3 import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,46 @@
+"""The command line.
+
+    python -m torchtitan_style --help
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .commands import train
+from .commands.cli import reported_errors
+from .config.help import section_help, section_names
+from .errors import UserError
+
+USAGE = f"""\
+usage: python -m torchtitan_style COMMAND [...]
+
+  train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
+
+  --help            this
+  --help SECTION    every key of a section of the configuration, with its default
+  COMMAND --help    what a command takes
+
+Sections: {", ".join(section_names()[:8])},
+          {", ".join(section_names()[8:])}
+
+./run_train.sh takes the same arguments as train, sets up the environment and starts one process per
+GPU (NPROC=4 ./run_train.sh for another number).
+"""
+
+COMMANDS = {"train": train.main}
+
+
+def main(arguments: list[str]) -> None:
+    with reported_errors():
+        if not arguments or arguments[0] in ("--help", "-h", "help"):
+            print(section_help(arguments[1]) if len(arguments) > 1 else USAGE)
+            return
+        name, *rest = arguments
+        if name not in COMMANDS:
+            raise UserError(f'there is no command "{name}"; the commands are {", ".join(COMMANDS)}')
+    COMMANDS[name](rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

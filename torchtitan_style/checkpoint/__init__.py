@@ -1,0 +1,1 @@
+"""Checkpoints: whole and verified, or not there."""

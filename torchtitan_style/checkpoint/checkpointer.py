@@ -1,0 +1,105 @@
+"""Saving and loading the state of a run, on all ranks together.
+
+Tensors go through torch.distributed.checkpoint (DCP): each rank writes and reads its shards, by
+parameter name, so that the shape of the mesh is not part of the format.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from torchtitan_style.config.schema import Checkpoint
+from torchtitan_style.distributed.world import on_main
+from torchtitan_style.errors import UserError
+
+from .folder import CheckpointFolder
+
+__all__ = ["Checkpointer"]
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every method is called by all ranks."""
+
+    def __init__(
+        self,
+        config: Checkpoint,
+        folder: Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.folder = CheckpointFolder(folder)
+        self.model = model
+        self.optimizer = optimizer
+        self.say = say
+
+    def save(self, step: int, train_state: dict[str, Any], *, best: bool = False) -> None:
+        """Write the checkpoint of ``step``; ``best``: name it the best."""
+        if step not in self.folder.steps():
+            temporary = on_main(lambda: str(self.folder.begin(step)))
+            # With more than one thread DCP can take a failed write for a success.
+            writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+                dcp.save(self._tensors(), storage_writer=writer)
+            on_main(lambda: self.folder.commit(step, train_state))
+        if best:
+            on_main(lambda: self.folder.set_best(step))
+        on_main(lambda: self.folder.retain(self.config.keep_latest_k))
+
+    def find(self) -> int | None:
+        """The step to resume from, or None to start from scratch.
+
+        Raises UserError if ``load_step`` asks for what is not there.
+        """
+        if not self.config.enable:
+            return None
+        return on_main(self._find)
+
+    def _find(self) -> int | None:
+        steps, wanted = self.folder.steps(), self.config.load_step
+        if wanted == 0:
+            if steps:
+                raise UserError(
+                    f"checkpoint.load_step: 0 starts from scratch, but {self.folder.root} holds checkpoints; "
+                    "use another --job.dump_folder, or delete them"
+                )
+            return None
+        if wanted == -1:
+            found = self.folder.newest_verified(self.say)
+            if found is None and steps:
+                raise UserError(
+                    f"{self.folder.root}: none of the {len(steps)} checkpoints is whole; to start from scratch, "
+                    "delete them or use another --job.dump_folder"
+                )
+            return found
+        if wanted not in steps:
+            have = ", ".join(map(str, sorted(steps))) or "none"
+            raise UserError(f"checkpoint.load_step: there is no checkpoint of step {wanted} (there are: {have})")
+        if problem := self.folder.problem(wanted):
+            raise UserError(f"checkpoint.load_step: {self.folder.path(wanted)}: {problem}")
+        return wanted
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Read weights and optimizer state of ``step`` in place; returns its train state."""
+        dcp.load(self._tensors(), storage_reader=dcp.FileSystemReader(os.fspath(self.folder.path(step))))
+        return self.folder.train_state(step)
+
+    def _tensors(self) -> dict[str, Any]:
+        """Weights and optimizer state by parameter name. DCP writes from them and reads into them."""
+        tensors: dict[str, Any] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors

@@ -1,0 +1,40 @@
+"""``train``: train in this process, or as one rank of several that torchrun has started.
+
+    python -m torchtitan_style train --config train_configs/qwen3.toml --training.steps 100
+"""
+
+from __future__ import annotations
+
+import os
+
+from .cli import parse_config_arguments, reported_errors
+
+__all__ = ["USAGE", "main"]
+
+USAGE = """\
+usage: python -m torchtitan_style train [--config FILE] [--section.key VALUE ...]
+
+Train in this process, on one device. ./run_train.sh does the same on several, and sets itself up.
+
+  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --section.key VALUE   override a key of it, as in --training.steps 100
+  --help SECTION        every key of a section, with its default
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command; exits with status 2 on a mistake in the configuration or the corpus."""
+    with reported_errors():
+        named = parse_config_arguments(arguments, usage=USAGE)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+
+        from torchtitan_style.config import load_config
+
+        config = load_config(named.path, named.overrides, world_size=world_size)
+
+        from torchtitan_style.interrupt import interruptible
+
+        with interruptible():
+            from torchtitan_style.trainer import train
+
+            train(config, world_size=world_size)

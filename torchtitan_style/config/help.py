@@ -1,0 +1,57 @@
+"""``--help SECTION``: every key of a section with its default, from the schema's docstrings."""
+
+from __future__ import annotations
+
+import textwrap
+import types
+import typing
+from typing import Any
+
+from torchtitan_style.errors import UserError
+
+from .load import nearest_section
+from .schema import Config
+
+__all__ = ["section_help", "section_names"]
+
+
+def section_names() -> list[str]:
+    return list(Config.model_fields)
+
+
+def section_help(name: str) -> str:
+    """All keys of section ``name`` (or the one key of ``section.key``). Raises UserError if there is none."""
+    section, _, key = name.removeprefix("--").strip("[]").partition(".")
+    if section not in Config.model_fields:
+        raise UserError(f"--help {name}: there is no such section{nearest_section(section)}")
+    model = typing.cast(Any, Config.model_fields[section].annotation)
+    lines = [f"[{section}]  {model.__doc__}", ""]
+    for field_name, field in model.model_fields.items():
+        if key and key != field_name:
+            continue
+        default = "" if field.default is None else f" = {_toml(field.default)}"
+        lines.append(f"{section}.{field_name}{default}  ({_type_name(field.annotation)})")
+        lines.append(textwrap.fill(" ".join(field.description.split()), 92, initial_indent="    ",
+                                   subsequent_indent="    "))
+    if len(lines) == 2:
+        raise UserError(f"--help {name}: there is no such key; --help {section} lists them")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(f'"{a}"' for a in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(_type_name(a) for a in arguments if a is not type(None)) + ", optional"
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}s"
+    return {int: "whole number", float: "number", bool: "true | false", str: "string"}.get(annotation, str(annotation))

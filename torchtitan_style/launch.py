@@ -1,0 +1,120 @@
+"""Check the configuration, prepare the data, then start the ranks of this host.
+
+    NPROC=4 python -m torchtitan_style.launch --config train_configs/qwen3.toml
+
+Mistakes are found here, before any rank starts. One process needs no launcher and trains here;
+several are started by torchrun. Environment: NPROC (or NGPU), NNODES, NODE_RANK, RDZV_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .commands import train
+from .commands.cli import parse_config_arguments, reported_errors
+from .errors import UserError
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: [NPROC=N] ./run_train.sh [--config FILE] [--section.key VALUE ...]
+
+  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --section.key VALUE   override a key of it, as in --training.steps 100
+  --help SECTION        every key of a section, with its default
+
+Environment
+  NPROC, NGPU           processes on this host; the number of GPUs, or 1, if left out
+  NNODES, NODE_RANK     number of hosts and which one this is; start the command on each
+  RDZV_ENDPOINT         host:port of the first host, for several hosts
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Train with as many processes as asked for; exits with their status."""
+    with reported_errors():
+        named = parse_config_arguments(arguments, usage=USAGE)
+        gpus = _count_gpus()
+        nproc = _positive("NPROC", _positive("NGPU", gpus or 1))
+        nnodes = _positive("NNODES", 1)
+        if nproc * nnodes == 1:
+            train.main(arguments)
+            return
+
+        from .config import load_config
+
+        config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
+        if gpus and nproc > gpus:
+            raise UserError(f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}")
+        node_rank = os.environ.get("NODE_RANK", "0")
+        if nnodes > 1 and "RDZV_ENDPOINT" not in os.environ:
+            raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
+        if node_rank == "0":
+            from .data.prepare import prepare
+
+            prepare(
+                config.data,
+                Path(config.job.dump_folder),
+                vocab_size=config.model.qwen3().vocab_size,
+                seq_len=config.training.seq_len,
+                say=print,
+            )
+    if not gpus:
+        # Left alone each process would take all cores, and torchrun would give each a single one.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    rendezvous = ["--standalone"]
+    if nnodes > 1:
+        endpoint = os.environ["RDZV_ENDPOINT"]
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--node-rank={node_rank}"]
+    sys.stdout.flush()
+    _torchrun([*rendezvous, f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"], arguments)
+
+
+def _torchrun(options: list[str], arguments: list[str]) -> None:
+    """torchrun, but quiet about what the ranks have said themselves."""
+    import logging
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    try:
+        run.main([*options, "-m", "torchtitan_style.train", *arguments])
+    except SignalException as signal:
+        raise SystemExit(128 + signal.sigval) from None
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if 2 in codes.values():
+            raise SystemExit(2) from None
+        rank, failure = error.get_first_failure()
+        print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _positive(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f'{name}: must be a whole number of at least 1, not "{text}"')
+    return int(text)
+
+
+def _count_gpus() -> int:
+    """GPUs that a process here can use, without the seconds that importing torch takes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,75 @@
+"""What a run prints: a header, a line now and then, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+__all__ = ["Display"]
+
+
+class Display:
+    """Prints on the main rank and nothing on the others."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def say(self, text: str, *, style: str = "") -> None:
+        """A line of text, as it is."""
+        self._console.print(Text(text, style=style))
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", style="yellow")
+
+    def start(self, step: int, steps: int) -> None:
+        """Show how far the run is, on a terminal."""
+        if self._console.is_terminal and not self._console.quiet:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task("", total=steps, completed=step)
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def step(self, record: dict[str, float], *, steps: int, seconds_left: float) -> None:
+        """The line of a training step."""
+        mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:5.1%}"
+        self.say(
+            f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:7.4f}  "
+            f"grad norm {record['grad_norm']:6.3f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_second']:>9,.0f} tokens/s{mfu}  {record['peak_memory_gib']:.2f} GiB  "
+            f"{timedelta(seconds=round(seconds_left))} left"
+        )
+
+    def validation(self, record: dict[str, float], *, best: bool) -> None:
+        self.say(
+            f"validation at step {record['step']}: loss {record['val_loss']:.4f}, "
+            f"perplexity {record['val_perplexity']:,.2f}, accuracy {record['val_accuracy']:.1%}"
+            + (" (best so far)" if best else ""),
+            style="bold",
+        )
+
+    def sample(self, prompt: str, continuation: str) -> None:
+        """Generated text, the prompt set apart."""
+        text = Text(prompt, style="bold") + Text(continuation, style="cyan")
+        for line in text.split("\n"):
+            self._console.print(Text("    ") + line)

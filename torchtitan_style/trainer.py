@@ -1,0 +1,437 @@
+"""Training, from a checked configuration to a trained model.
+
+Read ``Trainer.run`` first, then ``Trainer.train_step``: the rest is setting up and reporting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from .checkpoint.checkpointer import Checkpointer
+from .config import Config, to_toml
+from .config.layout import plan_batch, plan_layout
+from .data.loader import Batch, Loader, validation_batches
+from .data.prepare import prepare
+from .data.rows import TokenFile
+from .data.tokenizer import Tokenizer
+from .distributed import device as devices
+from .distributed.init import init_weights
+from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
+from .errors import RunError, UserError
+from .inference.sample import sample
+from .interrupt import on_interrupt
+from .metrics.display import Display
+from .metrics.profiler import profile_step
+from .metrics.recorder import Recorder
+from .metrics.throughput import Meter
+from .metrics.validation import validate
+from .models.registry import MODELS
+from .optim.adamw import build_optimizer, step_if_finite
+from .optim.clip import clip_grad_norm_
+from .optim.schedule import lr_factor
+
+__all__ = ["Trainer", "train"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that a resumed run goes on from, beside weights and optimizer state."""
+
+    step: int = 0
+    rows_seen: int = 0
+    best_val_loss: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the log: tensors, so that nobody waits for the device."""
+
+    loss: Tensor
+    """This rank's share of the mean token loss, 0-dim fp32; the shares of the dp ranks add up."""
+    grad_norm: Tensor
+    """Global, before clipping; 0-dim fp32."""
+    lr: float
+    batch_hash: int
+    """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
+
+
+def train(config: Config, *, world_size: int) -> None:
+    """Train as ``config`` says. Called by every rank."""
+    layout = plan_layout(config.parallelism, world_size)
+    world = init_world(layout, timeout_seconds=config.comm.init_timeout_seconds)
+    try:
+        Trainer(config, world).run()
+    finally:
+        destroy_world()
+
+
+class Trainer:
+    """The parts of a run, and its loop."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.dump_folder = Path(config.job.dump_folder)
+        self.display = Display(is_main=world.is_main)
+        self.state = TrainState()
+        self.batch_plan = plan_batch(config.training, world.layout.dp)
+        torch.use_deterministic_algorithms(config.debug.deterministic)
+        self._build_data()
+        self._build_model()
+        self.checkpointer = Checkpointer(
+            config.checkpoint,
+            self.dump_folder / "checkpoint",
+            model=self.model,
+            optimizer=self.optimizer,
+            say=self.display.warn,
+        )
+        on_interrupt(lambda: self.display.say(self._interrupted()))
+        flops = self.model_config.flops_per_token(config.training.seq_len)
+        self.meter = Meter(world, flops_per_token=flops, dtype=self.compute_dtype)
+
+    # The loop
+
+    def run(self) -> None:
+        """Resume if there is something to resume, and train to the last step."""
+        config = self.config
+        self._resume()
+        state = self.state
+        if state.step >= config.training.steps:
+            self.display.say(
+                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to go on, or "
+                "start a new run with another --job.dump_folder"
+            )
+            return
+        self._open_log()
+        try:
+            if state.step == 0:
+                self._validate()
+            while state.step < config.training.steps:
+                state.step += 1
+                with profile_step(config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
+                    result = self.train_step(self._next_batch())
+                self._after_step(result)
+            self.display.stop()
+            self.display.say(f"done: {config.training.steps} steps; everything is in {self.dump_folder}")
+        finally:
+            self._close_log()
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step: accumulate gradients over the microbatches, clip, update."""
+        config, model = self.config, cast(FSDPModule, self.model)
+        lr = config.optimizer.lr * lr_factor(
+            self.state.step, config.lr_scheduler, total_steps=config.training.steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
+        torch.manual_seed(_mix(config.training.seed, self.state.step, self.world.rank))
+
+        self.optimizer.zero_grad()
+        # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
+        tokens = torch.stack([(labels != -100).sum() for _, labels in batch.microbatches]).sum()
+        dist.all_reduce(tokens, group=self.world.dp_group)
+        loss = torch.zeros((), device=self.world.device)
+        for i, (inputs, labels) in enumerate(batch.microbatches, start=1):
+            model.set_requires_gradient_sync(i == len(batch.microbatches))
+            loss_sum, _ = self.model(inputs, labels)
+            share = loss_sum / tokens
+            share.backward()
+            loss += share.detach()
+        grad_norm = clip_grad_norm_(self.model.parameters(), config.training.max_norm)
+        step_if_finite(self.optimizer, grad_norm)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, batch_hash=batch.hash)
+
+    def _next_batch(self) -> Batch:
+        with self.meter.waiting_for_data():
+            batch = self.loader.batch(self.state.rows_seen)
+        self.state.rows_seen += self.batch_plan.global_batch_size
+        self.meter.add_tokens(self.batch_plan.global_batch_size * self.config.training.seq_len)
+        return batch
+
+    def _after_step(self, result: StepResult) -> None:
+        """What may be due after a step: a log line, validation, a checkpoint."""
+        config, step = self.config, self.state.step
+        last = step == config.training.steps
+        self.pending.append((step, self.state.rows_seen, result))
+        if self.steps_done == 0:
+            set_timeout(config.comm.train_timeout_seconds)
+        self.steps_done += 1
+        self.display.advance(step)
+        if step % config.training.gc_freq == 0:
+            gc.collect(1)
+
+        validates = config.validation.enable and (last or step % config.validation.freq == 0)
+        saves = config.checkpoint.enable and (last or step % config.checkpoint.interval == 0)
+        if validates or saves or last or self.steps_done == 1 or step % config.metrics.log_freq == 0:
+            self._log()
+        best = self._validate() if validates else False
+        if saves or (best and config.checkpoint.enable and config.checkpoint.keep_best):
+            self._save(best=best)
+        if last and not validates:
+            self._print_sample()
+        if validates or saves or best:
+            self.meter.restart()
+
+    # Validation and text
+
+    def _validate(self) -> bool:
+        """Validate and print a sample. Whether the loss is the lowest so far."""
+        if not self.config.validation.enable:
+            return False
+        with self._evaluation():
+            figures = validate(self.model, self.validation_batches, self.world.dp_group)
+        best = figures["val_loss"] < self.state.best_val_loss
+        if best:
+            self.state.best_val_loss = figures["val_loss"]
+        record = {"step": self.state.step} | figures
+        if self.recorder:
+            self.recorder.write([record])
+        self.display.validation(record, best=best and self.state.step > 0)
+        self._print_sample()
+        self.meter.restart()
+        return best
+
+    def _print_sample(self) -> None:
+        config = self.config.generation
+        if not config.enable or self.state.step == 0:
+            return
+        prompt = self.tokenizer.encode(config.prompt) or [self.tokenizer.end_of_text]
+        with self._evaluation():
+            ids = sample(
+                self.model,
+                prompt,
+                config,
+                end_of_text=self.tokenizer.end_of_text,
+                max_length=self.model_config.max_position_embeddings,
+                multiple_of=self.world.layout.tp,
+                seed=_mix(self.config.training.seed, self.state.step),
+                device=self.world.device,
+            )
+        self.display.sample(config.prompt, self.tokenizer.decode(prompt + ids)[len(config.prompt) :])
+
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """No dropout, no gradients, and no compiled graphs: other shapes would be compiled anew."""
+        self.model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # no backward pass does it
+
+    # Setting up
+
+    def _build_data(self) -> None:
+        config, world = self.config, self.world
+        self.model_config = config.model.qwen3()
+        self.prepared = on_main(
+            lambda: prepare(
+                config.data,
+                self.dump_folder,
+                vocab_size=self.model_config.vocab_size,
+                seq_len=config.training.seq_len,
+                say=self.display.say,
+            )
+        )
+        files = {
+            name: TokenFile(
+                self.dump_folder / "data" / f"{name}.bin",
+                dtype=self.prepared.dtype,
+                seq_len=config.training.seq_len,
+            )
+            for name in (["train", "validation"] if config.validation.enable else ["train"])
+        }
+        self.tokenizer = Tokenizer(self.dump_folder / "tokenizer")
+        self.tokens = files["train"]
+        self.loader = Loader(
+            self.tokens, self.batch_plan, dp_rank=world.dp_rank, seed=config.training.seed, device=world.device
+        )
+        self.validation_batches = (
+            validation_batches(
+                files["validation"],
+                self.batch_plan,
+                dp=world.layout.dp,
+                dp_rank=world.dp_rank,
+                steps=config.validation.steps,
+                device=world.device,
+            )
+            if config.validation.enable
+            else []
+        )
+
+    def _build_model(self) -> None:
+        config, world = self.config, self.world
+        family = MODELS[config.model.name]
+        self.compute_dtype = _DTYPES[config.training.mixed_precision_param]
+        compile = config.compile
+        if compile.enable and (problem := devices.compiler_problem(world.device)):
+            self.display.warn(f"compile.enable: {problem}; training without compilation, which is slower")
+            compile = compile.model_copy(update={"enable": False})
+        with torch.device("meta"):
+            self.model = family.build(self.model_config)
+        family.parallelize(
+            self.model,
+            world.mesh,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=compile,
+            param_dtype=self.compute_dtype,
+            reduce_dtype=_DTYPES[config.training.mixed_precision_reduce],
+            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+        )
+        self.model.to_empty(device=world.device)
+        init_weights(self.model, seed=config.training.seed, initial_std=self.model.initial_std)
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to go on from."""
+        shape = dataclasses.asdict(self.model_config)
+        for name in ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings"):
+            del shape[name]
+        training = {"seq_len": self.config.training.seq_len, "seed": self.config.training.seed}
+        return {
+            "model": shape,
+            "training": training,
+            "optimizer": {"name": self.config.optimizer.name},
+            "data": {"fingerprint": self.prepared.fingerprint},
+        }
+
+    def _resume(self) -> None:
+        step = self.checkpointer.find()
+        if step is None:
+            return
+        saved = on_main(lambda: self.checkpointer.folder.train_state(step))
+        differences = [
+            f"{section}.{key} was {value}, is {now.get(key)}"
+            for section, now in self._identity().items()
+            for key, value in saved["identity"][section].items()
+            if now.get(key) != value
+        ]
+        if differences:
+            raise UserError(
+                f"{self.checkpointer.folder.path(step)} is of another run: {'; '.join(differences)}; put it back, or "
+                "start a new run with another --job.dump_folder"
+            )
+        self.checkpointer.load(step)
+        self.state = TrainState(**saved["state"])
+
+    def _save(self, *, best: bool) -> None:
+        train_state = {
+            "state": dataclasses.asdict(self.state),
+            "identity": self._identity(),
+            "mesh": dataclasses.asdict(self.world.layout),
+            "torch": torch.__version__,
+            "config": self.config.model_dump(),
+        }
+        self.checkpointer.save(self.state.step, train_state, best=best)
+
+    # Reporting
+
+    def _open_log(self) -> None:
+        config, layout = self.config, self.world.layout
+        self.pending: list[tuple[int, int, StepResult]] = []
+        self.steps_done = 0
+        self.started = time.perf_counter()
+        self.recorder: Recorder | None = None
+        if self.world.is_main:
+            (self.dump_folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            self.recorder = Recorder(
+                config.metrics, self.dump_folder, resumed_step=self.state.step, settings=config.model_dump()
+            )
+        say = self.display.say
+        total = config.training.steps
+        rows = self.batch_plan.global_batch_size
+        epochs = total * rows / self.tokens.num_rows
+        say(
+            f"{config.model.name} {config.model.flavor}, {self.model_config.num_parameters / 1e6:,.1f} M parameters, "
+            f"{config.training.mixed_precision_param}, on {layout.world_size} × {devices.name(self.world.device)}"
+            + (f" ({layout})" if layout.world_size > 1 else "")
+        )
+        say(
+            f"{total} steps of {rows} rows of {config.training.seq_len} tokens"
+            + (f", {self.batch_plan.accumulation_steps} microbatches each" * (self.batch_plan.accumulation_steps > 1))
+            + f" ({epochs:.2f} epochs of {self.prepared.train_tokens:,} tokens), into {self.dump_folder}"
+        )
+        if self.state.step:
+            say(f"resuming after step {self.state.step}")
+        self.display.start(self.state.step, total)
+        self.meter.restart()
+        gc.collect()
+        gc.disable()
+
+    def _log(self) -> None:
+        """Read the figures of the steps since the last time from the device, record and print them."""
+        if not self.pending:
+            return
+        config = self.config
+        losses = torch.stack([result.loss for _, _, result in self.pending])
+        hashes = torch.tensor([result.batch_hash for _, _, result in self.pending], device=self.world.device)
+        dist.all_reduce(losses, group=self.world.dp_group)
+        dist.all_reduce(hashes, group=self.world.dp_group)
+        norms = torch.stack([result.grad_norm for _, _, result in self.pending]).tolist()
+        figures = self.meter.read()
+        records = [
+            {
+                "step": step,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": result.lr,
+                "tokens_seen": rows_seen * config.training.seq_len,
+                **figures,
+                "batch_hash": f"{batch_hash % 2**64:016x}",
+            }
+            for (step, rows_seen, result), loss, norm, batch_hash in zip(
+                self.pending, losses.tolist(), norms, hashes.tolist(), strict=True
+            )
+        ]
+        self.pending.clear()
+        if self.recorder:
+            self.recorder.write(records)
+        left = config.training.steps - self.state.step
+        seconds_left = left * self.batch_plan.global_batch_size * config.training.seq_len / figures["tokens_per_second"]
+        self.display.step(records[-1], steps=config.training.steps, seconds_left=seconds_left)
+        for record in records:
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise RunError(
+                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite. "
+                    f"The weights were not changed by it. {self._where_it_goes_on()} A lower optimizer.lr or "
+                    "training.max_norm, or a longer lr_scheduler.warmup_steps may help"
+                )
+
+    def _close_log(self) -> None:
+        gc.enable()
+        self.display.stop()
+        if self.recorder:
+            self.recorder.close()
+
+    def _where_it_goes_on(self) -> str:
+        steps = self.checkpointer.folder.steps()
+        if not steps:
+            return "There is no checkpoint yet."
+        return f"The last checkpoint is {self.checkpointer.folder.path(steps[0])}."
+
+    def _interrupted(self) -> str:
+        goes_on = " The same command goes on from there." if self.checkpointer.folder.steps() else ""
+        return f"interrupted at step {self.state.step}. {self._where_it_goes_on()}{goes_on}"
+
+
+def _mix(*numbers: int) -> int:
+    """A seed of 63 bits from several numbers."""
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
