@@ -149,8 +149,10 @@ def main() -> None:
     flops = config.flops_per_token(arguments.seq_len)
     figures = {label: tokens / statistics.median(times) for label, times in seconds.items()}
     best_hf = max(figures["HF Transformers, compiled"], figures["HF Transformers, eager"])
-    print(f"\n{arguments.flavor}, {arguments.rows} rows of {arguments.seq_len}, {name(world.device)}, torch "
-          f"{torch.__version__}, transformers {transformers.__version__}, medians of {arguments.repeats}")
+    print(
+        f"\n{arguments.flavor}, {arguments.rows} rows of {arguments.seq_len}, {name(world.device)}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, medians of {arguments.repeats}"
+    )
     print(f"{'':30} {'tokens/s':>10} {'of HF best':>11} {'of peak':>8}")
     for label, speed in figures.items():
         share = f"{speed * flops / peak:8.1%}" if peak else "       ?"

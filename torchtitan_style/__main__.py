@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m torchtitan_style --help
+python -m torchtitan_style --help
 """
 
 from __future__ import annotations
@@ -42,5 +42,10 @@ def main(arguments: list[str]) -> None:
     COMMANDS[name](rest)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The ``torchtitan-style`` program that pip installs."""
     main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    console()

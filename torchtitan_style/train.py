@@ -1,6 +1,6 @@
 """One rank of a training run; torchrun starts as many as are wanted.
 
-    torchrun --nproc-per-node 4 -m torchtitan_style.train --config train_configs/qwen3.toml
+torchrun --nproc-per-node 4 -m torchtitan_style.train --config train_configs/qwen3.toml
 """
 
 from __future__ import annotations

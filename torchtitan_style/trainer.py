@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .checkpoint.checkpointer import Checkpointer
@@ -28,14 +25,15 @@ from .data.prepare import prepare
 from .data.rows import TokenFile
 from .data.tokenizer import Tokenizer
 from .distributed import device as devices
+from .distributed.garbage import GarbageCollector
 from .distributed.init import init_weights
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
-from .errors import RunError, UserError
+from .errors import UserError
 from .inference.sample import sample
 from .interrupt import on_interrupt
 from .metrics.display import Display
+from .metrics.log import StepResult, TrainingLog
 from .metrics.profiler import profile_step
-from .metrics.recorder import Recorder
 from .metrics.throughput import Meter
 from .metrics.validation import validate
 from .models.registry import MODELS
@@ -55,19 +53,6 @@ class TrainState:
     step: int = 0
     rows_seen: int = 0
     best_val_loss: float = math.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What a step leaves for the log: tensors, so that nobody waits for the device."""
-
-    loss: Tensor
-    """This rank's share of the mean token loss, 0-dim fp32; the shares of the dp ranks add up."""
-    grad_norm: Tensor
-    """Global, before clipping; 0-dim fp32."""
-    lr: float
-    batch_hash: int
-    """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
 
 
 def train(config: Config, *, world_size: int) -> None:
@@ -99,6 +84,8 @@ class Trainer:
             optimizer=self.optimizer,
             say=self.display.warn,
         )
+        self.warmed_up = False
+        self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(self._interrupted()))
         flops = self.model_config.flops_per_token(config.training.seq_len)
         self.meter = Meter(world, flops_per_token=flops, dtype=self.compute_dtype)
@@ -107,10 +94,9 @@ class Trainer:
 
     def run(self) -> None:
         """Resume if there is something to resume, and train to the last step."""
-        config = self.config
         self._resume()
-        state = self.state
-        if state.step >= config.training.steps:
+        state, steps = self.state, self.config.training.steps
+        if state.step >= steps:
             self.display.say(
                 f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to go on, or "
                 "start a new run with another --job.dump_folder"
@@ -120,22 +106,19 @@ class Trainer:
         try:
             if state.step == 0:
                 self._validate()
-            while state.step < config.training.steps:
+            while state.step < steps:
                 state.step += 1
-                with profile_step(config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
+                with profile_step(self.config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
                     result = self.train_step(self._next_batch())
                 self._after_step(result)
-            self.display.stop()
-            self.display.say(f"done: {config.training.steps} steps; everything is in {self.dump_folder}")
         finally:
-            self._close_log()
+            self.log.close()
+        self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step: accumulate gradients over the microbatches, clip, update."""
-        config, model = self.config, cast(FSDPModule, self.model)
-        lr = config.optimizer.lr * lr_factor(
-            self.state.step, config.lr_scheduler, total_steps=config.training.steps
-        )
+        config = self.config
+        lr = config.optimizer.lr * lr_factor(self.state.step, config.lr_scheduler, total_steps=config.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
@@ -147,7 +130,8 @@ class Trainer:
         dist.all_reduce(tokens, group=self.world.dp_group)
         loss = torch.zeros((), device=self.world.device)
         for i, (inputs, labels) in enumerate(batch.microbatches, start=1):
-            model.set_requires_gradient_sync(i == len(batch.microbatches))
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(i == len(batch.microbatches))
             loss_sum, _ = self.model(inputs, labels)
             share = loss_sum / tokens
             share.backward()
@@ -160,37 +144,33 @@ class Trainer:
         with self.meter.waiting_for_data():
             batch = self.loader.batch(self.state.rows_seen)
         self.state.rows_seen += self.batch_plan.global_batch_size
-        self.meter.add_tokens(self.batch_plan.global_batch_size * self.config.training.seq_len)
         return batch
 
     def _after_step(self, result: StepResult) -> None:
         """What may be due after a step: a log line, validation, a checkpoint."""
         config, step = self.config, self.state.step
-        last = step == config.training.steps
-        self.pending.append((step, self.state.rows_seen, result))
-        if self.steps_done == 0:
+        self.log.add(step, self.state.rows_seen * config.training.seq_len, result)
+        self.gc.step()
+        if not self.warmed_up:
             set_timeout(config.comm.train_timeout_seconds)
-        self.steps_done += 1
-        self.display.advance(step)
-        if step % config.training.gc_freq == 0:
-            gc.collect(1)
-
+            self.warmed_up = True
+        last = step == config.training.steps
         validates = config.validation.enable and (last or step % config.validation.freq == 0)
         saves = config.checkpoint.enable and (last or step % config.checkpoint.interval == 0)
-        if validates or saves or last or self.steps_done == 1 or step % config.metrics.log_freq == 0:
-            self._log()
-        best = self._validate() if validates else False
+        if validates or saves:
+            self.log.flush()  # stops the run if something is not finite
+        best = validates and self._validate()
         if saves or (best and config.checkpoint.enable and config.checkpoint.keep_best):
             self._save(best=best)
-        if last and not validates:
+        if validates or last:
             self._print_sample()
-        if validates or saves or best:
+        if validates or saves:
             self.meter.restart()
 
     # Validation and text
 
     def _validate(self) -> bool:
-        """Validate and print a sample. Whether the loss is the lowest so far."""
+        """Loss on the held-out rows. Whether it is the lowest so far."""
         if not self.config.validation.enable:
             return False
         with self._evaluation():
@@ -198,17 +178,13 @@ class Trainer:
         best = figures["val_loss"] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = figures["val_loss"]
-        record = {"step": self.state.step} | figures
-        if self.recorder:
-            self.recorder.write([record])
-        self.display.validation(record, best=best and self.state.step > 0)
-        self._print_sample()
+        self.log.validation(self.state.step, figures, best=best and self.state.step > 0)
         self.meter.restart()
         return best
 
     def _print_sample(self) -> None:
         config = self.config.generation
-        if not config.enable or self.state.step == 0:
+        if not config.enable:
             return
         prompt = self.tokenizer.encode(config.prompt) or [self.tokenizer.end_of_text]
         with self._evaluation():
@@ -295,6 +271,7 @@ class Trainer:
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
         )
         self.model.to_empty(device=world.device)
+        self.model.tie_weights()  # to_empty may have given each module a parameter of its own
         init_weights(self.model, seed=config.training.seed, initial_std=self.model.initial_std)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -344,91 +321,45 @@ class Trainer:
     # Reporting
 
     def _open_log(self) -> None:
-        config, layout = self.config, self.world.layout
-        self.pending: list[tuple[int, int, StepResult]] = []
-        self.steps_done = 0
-        self.started = time.perf_counter()
-        self.recorder: Recorder | None = None
+        config, layout, plan = self.config, self.world.layout, self.batch_plan
         if self.world.is_main:
             (self.dump_folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            self.recorder = Recorder(
-                config.metrics, self.dump_folder, resumed_step=self.state.step, settings=config.model_dump()
-            )
-        say = self.display.say
-        total = config.training.steps
-        rows = self.batch_plan.global_batch_size
-        epochs = total * rows / self.tokens.num_rows
-        say(
+        total, seq_len = config.training.steps, config.training.seq_len
+        processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
+        self.display.say(
             f"{config.model.name} {config.model.flavor}, {self.model_config.num_parameters / 1e6:,.1f} M parameters, "
-            f"{config.training.mixed_precision_param}, on {layout.world_size} × {devices.name(self.world.device)}"
-            + (f" ({layout})" if layout.world_size > 1 else "")
+            f"{config.training.mixed_precision_param}, on {processes}{devices.name(self.world.device)}"
+            + (f" ({layout})" if processes else "")
         )
-        say(
-            f"{total} steps of {rows} rows of {config.training.seq_len} tokens"
-            + (f", {self.batch_plan.accumulation_steps} microbatches each" * (self.batch_plan.accumulation_steps > 1))
-            + f" ({epochs:.2f} epochs of {self.prepared.train_tokens:,} tokens), into {self.dump_folder}"
+        microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
+        epochs = total * plan.global_batch_size / self.tokens.num_rows
+        self.display.say(
+            f"{total} steps of {plan.global_batch_size} rows of {seq_len} tokens{microbatches}, "
+            f"{epochs:.2f} epochs of {self.prepared.train_tokens:,} tokens, into {self.dump_folder}"
         )
         if self.state.step:
-            say(f"resuming after step {self.state.step}")
-        self.display.start(self.state.step, total)
-        self.meter.restart()
-        gc.collect()
-        gc.disable()
-
-    def _log(self) -> None:
-        """Read the figures of the steps since the last time from the device, record and print them."""
-        if not self.pending:
-            return
-        config = self.config
-        losses = torch.stack([result.loss for _, _, result in self.pending])
-        hashes = torch.tensor([result.batch_hash for _, _, result in self.pending], device=self.world.device)
-        dist.all_reduce(losses, group=self.world.dp_group)
-        dist.all_reduce(hashes, group=self.world.dp_group)
-        norms = torch.stack([result.grad_norm for _, _, result in self.pending]).tolist()
-        figures = self.meter.read()
-        records = [
-            {
-                "step": step,
-                "loss": loss,
-                "grad_norm": norm,
-                "lr": result.lr,
-                "tokens_seen": rows_seen * config.training.seq_len,
-                **figures,
-                "batch_hash": f"{batch_hash % 2**64:016x}",
-            }
-            for (step, rows_seen, result), loss, norm, batch_hash in zip(
-                self.pending, losses.tolist(), norms, hashes.tolist(), strict=True
-            )
-        ]
-        self.pending.clear()
-        if self.recorder:
-            self.recorder.write(records)
-        left = config.training.steps - self.state.step
-        seconds_left = left * self.batch_plan.global_batch_size * config.training.seq_len / figures["tokens_per_second"]
-        self.display.step(records[-1], steps=config.training.steps, seconds_left=seconds_left)
-        for record in records:
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                raise RunError(
-                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite. "
-                    f"The weights were not changed by it. {self._where_it_goes_on()} A lower optimizer.lr or "
-                    "training.max_norm, or a longer lr_scheduler.warmup_steps may help"
-                )
-
-    def _close_log(self) -> None:
-        gc.enable()
-        self.display.stop()
-        if self.recorder:
-            self.recorder.close()
-
-    def _where_it_goes_on(self) -> str:
-        steps = self.checkpointer.folder.steps()
-        if not steps:
-            return "There is no checkpoint yet."
-        return f"The last checkpoint is {self.checkpointer.folder.path(steps[0])}."
+            self.display.say(f"resuming after step {self.state.step}")
+        self.log = TrainingLog(
+            config.metrics,
+            self.world,
+            self.display,
+            self.dump_folder,
+            first_step=self.state.step,
+            last_step=total,
+            tokens_per_step=plan.global_batch_size * seq_len,
+            meter=self.meter,
+            settings=config.model_dump(),
+        )
 
     def _interrupted(self) -> str:
-        goes_on = " The same command goes on from there." if self.checkpointer.folder.steps() else ""
-        return f"interrupted at step {self.state.step}. {self._where_it_goes_on()}{goes_on}"
+        """What to tell a person who has interrupted the run."""
+        steps = self.checkpointer.folder.steps()
+        if not steps:
+            return f"interrupted at step {self.state.step}. There is no checkpoint yet."
+        return (
+            f"interrupted at step {self.state.step}. The last checkpoint is {self.checkpointer.folder.path(steps[0])}. "
+            "The same command goes on from there."
+        )
 
 
 def _mix(*numbers: int) -> int:

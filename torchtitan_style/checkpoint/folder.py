@@ -52,6 +52,8 @@ class CheckpointFolder:
         folder = self.path(step)
         try:
             files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+            if not files:
+                return f"{_MANIFEST} lists no files"
             for name, expected in files.items():
                 size = (folder / name).stat().st_size
                 if size != expected["size"]:

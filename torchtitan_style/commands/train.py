@@ -1,6 +1,6 @@
 """``train``: train in this process, or as one rank of several that torchrun has started.
 
-    python -m torchtitan_style train --config train_configs/qwen3.toml --training.steps 100
+python -m torchtitan_style train --config train_configs/qwen3.toml --training.steps 100
 """
 
 from __future__ import annotations

@@ -42,8 +42,15 @@ def _model(config: Config) -> Iterator[Problem]:
     shape = object.__new__(Qwen3Config)
     values = dataclasses.asdict(FLAVORS[config.model.flavor]) | config.model.overrides()
     shape.__dict__.update(values)
+    given = config.model.overrides()
+
+    def keys(*fields: str) -> tuple[str, ...]:
+        """The settings that decide ``fields``: what is not overridden is the flavor's."""
+        flavor = () if given.keys() >= set(fields) else ("model.flavor",)
+        return (*(f"model.{name}" for name in fields), *flavor)
+
     for fields, text in shape.problems():
-        yield Problem(tuple(f"model.{name}" for name in fields), text)
+        yield Problem(keys(*fields), text)
 
     tp = config.parallelism.tensor_parallel_degree
     for name, what in (
@@ -54,7 +61,7 @@ def _model(config: Config) -> Iterator[Problem]:
     ):
         if values[name] > 0 and values[name] % tp:
             yield Problem(
-                ("parallelism.tensor_parallel_degree", f"model.{name}"),
+                ("parallelism.tensor_parallel_degree", *keys(name)),
                 f"{tp} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
             )
     seq_len = config.training.seq_len
@@ -63,16 +70,16 @@ def _model(config: Config) -> Iterator[Problem]:
             ("parallelism.tensor_parallel_degree", "training.seq_len"),
             f"{tp} ranks cannot share the {seq_len} positions of a row (training.seq_len) evenly",
         )
-    if seq_len > values["max_position_embeddings"]:
+    if 0 < values["max_position_embeddings"] < seq_len:
         yield Problem(
-            ("training.seq_len", "model.max_position_embeddings"),
+            ("training.seq_len", *keys("max_position_embeddings")),
             f"{seq_len} is longer than the model is meant for "
             f"(model.max_position_embeddings = {values['max_position_embeddings']})",
         )
     # 256 bytes, the end-of-text token, and one merge, so that there is something to train.
     if config.data.tokenizer == "train" and 0 < values["vocab_size"] < 258:
         yield Problem(
-            ("model.vocab_size", "data.tokenizer"),
+            (*keys("vocab_size"), "data.tokenizer"),
             f"a byte-level tokenizer needs at least 258 tokens, not {values['vocab_size']}",
         )
 

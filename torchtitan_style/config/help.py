@@ -31,8 +31,9 @@ def section_help(name: str) -> str:
             continue
         default = "" if field.default is None else f" = {_toml(field.default)}"
         lines.append(f"{section}.{field_name}{default}  ({_type_name(field.annotation)})")
-        lines.append(textwrap.fill(" ".join(field.description.split()), 92, initial_indent="    ",
-                                   subsequent_indent="    "))
+        lines.append(
+            textwrap.fill(" ".join(field.description.split()), 92, initial_indent="    ", subsequent_indent="    ")
+        )
     if len(lines) == 2:
         raise UserError(f"--help {name}: there is no such key; --help {section} lists them")
     return "\n".join(lines)

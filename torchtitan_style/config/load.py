@@ -59,6 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     """
     tree = _read_toml(Path(path))
     from_command_line, problems = _parse_overrides(overrides)
+    arguments = {*from_command_line, *(problem.keys[0] for problem in problems)}
     for key, value in from_command_line.items():
         section, name = key.split(".", 1)
         if isinstance(tree.setdefault(section, {}), dict):
@@ -74,9 +75,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
             _remove(tree, detail["loc"])
         config = Config.model_validate(tree)
     wrong = {key for problem in problems for key in problem.keys}
-    problems += [p for p in cross_checks(config, world_size) if not wrong.intersection(p.keys)]
+    for problem in cross_checks(config, world_size):
+        if not any(key in wrong or key.partition(".")[0] in wrong for key in problem.keys):
+            problems.append(problem)
     if problems:
-        raise UserError(_report(problems, path, set(from_command_line)))
+        raise UserError(_report(problems, path, arguments))
     return config
 
 
@@ -90,9 +93,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         names = [str(p) for p in sorted({*path.parent.glob("*.toml"), *DEFAULT_CONFIG.parent.glob("*.toml")})]
-        close = difflib.get_close_matches(str(path), names, n=1) or difflib.get_close_matches(
-            path.name, {Path(n).name: n for n in names}, n=1
-        )
+        close = difflib.get_close_matches(str(path), names, n=1)
+        if not close:
+            by_name = {Path(name).name: name for name in names}
+            close = [by_name[name] for name in difflib.get_close_matches(path.name, by_name, n=1)]
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{path}: there is no such config file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -123,7 +127,11 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
             given.append(rest.pop(0))
             if not _accepts(annotation, list):
                 break
-        if not given and _accepts(annotation, bool):
+        if _section(section) is None:
+            problems.append(Problem((key,), f"unknown section{nearest_section(section)}"))
+        elif annotation is None:
+            problems.append(Problem((key,), f"unknown key{_did_you_mean(key)}"))
+        elif not given and _accepts(annotation, bool):
             values[key] = True
         elif not given:
             problems.append(Problem((key,), "needs a value"))
@@ -134,13 +142,10 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
 
 def _parse_value(given: list[str], annotation: Any) -> Any:
     """Command-line text to a TOML value of the type that the field wants, where it is one."""
-    if _accepts(annotation, list):
-        try:
-            return tomllib.loads(f"value = {given[0]}")["value"]
-        except tomllib.TOMLDecodeError:
-            return given
     text = given[0]
-    if annotation is None or _accepts(annotation, str):
+    if _accepts(annotation, list) and not (len(given) == 1 and text.startswith("[")):
+        return given
+    if _accepts(annotation, str):
         return text
     if text in ("True", "False"):
         text = text.lower()
@@ -185,13 +190,15 @@ def _did_you_mean(key: str) -> str:
     section, _, name = key.partition(".")
     if not name:
         return nearest_section(section)
+    elsewhere = [k for k in _all_keys() if k.partition(".")[2] == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
     model = _section(section)
     if model is not None:
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
         if near:
             return f"; did you mean {section}.{near[0]}?"
-    elsewhere = [k for k in _all_keys() if k.partition(".")[2] == name]
-    close = elsewhere[:1] or difflib.get_close_matches(key, _all_keys(), n=1)
+    close = difflib.get_close_matches(key, _all_keys(), n=1)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; --help {section} lists the keys" if model else ""
@@ -260,10 +267,10 @@ def _report(problems: list[Problem], path: str | Path, from_command_line: set[st
     lines = []
     for problem in problems:
         culprit = problem.keys[0]
-        if culprit in from_command_line:
-            where = f"--{culprit}"
-        elif culprit.startswith("argument "):
+        if culprit.startswith("argument "):
             where = culprit
+        elif culprit in from_command_line:
+            where = f"--{culprit}"
         else:
             named = [key for key in problem.keys if key in from_command_line]
             where = f"{path}: {culprit}" + (f" (with --{named[0]})" if named else "")

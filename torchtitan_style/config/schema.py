@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-from typing import Annotated, Any, Literal
+import itertools
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -61,10 +62,10 @@ class _Model(Section):
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
     """The string that follows each annotated attribute in the source of ``cls``."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    definition = cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0])
     return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in zip(body, body[1:], strict=False)
+        ast.unparse(field.target): inspect.cleandoc(ast.literal_eval(text.value))
+        for field, text in itertools.pairwise(definition.body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
@@ -79,7 +80,10 @@ def _override_fields() -> dict[str, Any]:
     }
 
 
-Model = create_model("Model", __base__=_Model, __doc__=_Model.__doc__, **_override_fields())
+if TYPE_CHECKING:
+    Model = _Model
+else:
+    Model = create_model("Model", __base__=_Model, __doc__=_Model.__doc__, **_override_fields())
 
 
 class Data(Section):
@@ -279,7 +283,7 @@ class Config(Section):
     """All sections."""
 
     job: Job = Job()
-    model: Model = Model()  # type: ignore[valid-type]
+    model: Model = Model()
     data: Data = Data()
     training: Training = Training()
     optimizer: Optimizer = Optimizer()

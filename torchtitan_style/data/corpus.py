@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from torchtitan_style.errors import UserError
 
 __all__ = ["read_documents"]
 
-# Not the library itself: its tests, and what pip puts beside it.
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Its tests, what pip puts beside it, and generated tables: no code to learn from.
+_SKIPPED = re.compile(
+    r"(^|/)(test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|_sysconfigdata\w*\.py)(/|$)"
+)
 
 
 def read_documents(config: Data) -> Iterator[str]:
@@ -50,9 +53,9 @@ def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _SKIPPED_FOLDERS.intersection(relative.parts):
-            files.append((relative.as_posix(), path))
+        relative = path.relative_to(root).as_posix()
+        if not _SKIPPED.search(relative):
+            files.append((relative, path))
     if not files:
         raise UserError(
             f"data.dataset: this Python has no source files of its standard library in {root}; "
@@ -63,7 +66,7 @@ def _standard_library() -> list[Path]:
 
 def _expand(patterns: list[str]) -> list[Path]:
     """The files that ``patterns`` match, each once: patterns in the order given, matches sorted."""
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     missing = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
@@ -73,10 +76,11 @@ def _expand(patterns: list[str]) -> list[Path]:
         if not matches:
             folder = Path(expanded).is_dir()
             missing.append(f'"{pattern}"' + (" (a folder; add /**/*.txt or the like)" if folder else ""))
-        found |= dict.fromkeys(matches)
+        for match in matches:
+            found.setdefault(match.resolve(), match)  # one file, however it is named
     if missing:
         raise UserError(f"data.paths: no file matches {', '.join(missing)} (looked in {Path.cwd()})")
-    return list(found)
+    return list(found.values())
 
 
 def _read_jsonl(path: Path, key: str) -> Iterator[str]:
@@ -90,9 +94,11 @@ def _read_jsonl(path: Path, key: str) -> Iterator[str]:
                 raise UserError(f"data.paths: {path}, line {number}: not JSON: {error}") from None
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
                 keys = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
-                raise UserError(
-                    f'data.text_key: {path}, line {number}: no text under "{key}"{keys}; set data.text_key'
-                )
+                raise UserError(f'data.text_key: {path}, line {number}: no text under "{key}"{keys}; set data.text_key')
+            try:
+                record[key].encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"data.paths: {path}, line {number}: not Unicode text: {error}") from None
             yield record[key]
 
 

@@ -28,9 +28,7 @@ class Batch:
 class Loader:
     """Reads a rank's rows of any step. Holds no position: the caller says which rows come next."""
 
-    def __init__(
-        self, tokens: TokenFile, plan: BatchPlan, *, dp_rank: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, tokens: TokenFile, plan: BatchPlan, *, dp_rank: int, seed: int, device: torch.device) -> None:
         self.tokens, self.plan, self.dp_rank, self.seed, self.device = tokens, plan, dp_rank, seed, device
 
     def batch(self, first_row: int) -> Batch:

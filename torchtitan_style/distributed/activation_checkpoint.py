@@ -45,7 +45,8 @@ def apply_activation_checkpoint(layers: nn.ModuleList, config: ActivationCheckpo
     """
     if config.mode == "none":
         return
-    every, keep = 1, {}
+    every = 1
+    keep: dict[str, Any] = {}
     if recomputes_operations(config):
         keep = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
         # The compiler warns that in-place operations in the block would go wrong; there are none.

@@ -41,9 +41,7 @@ def init_weights(model: nn.Module, *, seed: int, initial_std: Callable[[str], fl
 def _draw(parameter: Tensor, std: float, key: str) -> None:
     shape = parameter.shape
     if isinstance(parameter, DTensor):
-        local_shape, offset = compute_local_shape_and_global_offset(
-            shape, parameter.device_mesh, parameter.placements
-        )
+        local_shape, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
         local = parameter.to_local()
     else:
         local_shape, offset, local = tuple(shape), (0,) * len(shape), parameter

@@ -35,7 +35,9 @@ IGNORE = -100
 """Label of a position with nothing to predict."""
 
 
-def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def chunked_cross_entropy(
+    tp_group: dist.ProcessGroup, *, compiled: bool
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A loss function for ``LMHead``: (hidden [B, T, C], weight [V, C], labels [B, T]) → (sum of the
     token losses in fp32, number of labels that are the likeliest token)."""
     group = tp_group if tp_group.size() > 1 else None
@@ -69,9 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         right = labels.new_zeros(())
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        for h, y, start in zip(
-            hidden.split(rows), labels.split(rows), range(0, len(hidden), rows), strict=True
-        ):
+        for h, y, start in zip(hidden.split(rows), labels.split(rows), range(0, len(hidden), rows), strict=True):
             loss, correct, logits_grad = chunk_loss(h @ weight.T, y, first, group)
             total += loss
             right += correct

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -50,8 +51,8 @@ class Display:
             self._progress.stop()
             self._progress = None
 
-    def step(self, record: dict[str, float], *, steps: int, seconds_left: float) -> None:
-        """The line of a training step."""
+    def step(self, record: dict[str, Any], *, steps: int, seconds_left: float) -> None:
+        """The line of a training step, from its record in metrics.jsonl."""
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:5.1%}"
         self.say(
             f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:7.4f}  "
@@ -60,10 +61,10 @@ class Display:
             f"{timedelta(seconds=round(seconds_left))} left"
         )
 
-    def validation(self, record: dict[str, float], *, best: bool) -> None:
+    def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:
         self.say(
-            f"validation at step {record['step']}: loss {record['val_loss']:.4f}, "
-            f"perplexity {record['val_perplexity']:,.2f}, accuracy {record['val_accuracy']:.1%}"
+            f"validation at step {step}: loss {figures['val_loss']:.4f}, "
+            f"perplexity {figures['val_perplexity']:,.2f}, accuracy {figures['val_accuracy']:.1%}"
             + (" (best so far)" if best else ""),
             style="bold",
         )

@@ -22,6 +22,4 @@ def profile_step(config: Profiling, step: int, *, folder: Path, rank: int) -> Ab
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    return profile(
-        activities=activities, record_shapes=True, on_trace_ready=lambda p: p.export_chrome_trace(str(path))
-    )
+    return profile(activities=activities, record_shapes=True, on_trace_ready=lambda p: p.export_chrome_trace(str(path)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ class Meter:
         yield
         self._waited += time.perf_counter() - start
 
-    def read(self) -> dict[str, float | None]:
+    def read(self) -> dict[str, Any]:
         """Figures since the last reading, for the whole run; starts counting anew."""
         devices.synchronize(self.world.device)
         elapsed = time.perf_counter() - self._start

@@ -18,6 +18,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,9 +170,11 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
 class LMHead(nn.Linear):
     """Hidden states to logits or, given labels, to the loss."""
 
-    loss_function = staticmethod(token_loss)
+    loss_function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(token_loss)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None:
             return super().forward(hidden)  # [B, T, V]
         return self.loss_function(hidden, self.weight, labels)

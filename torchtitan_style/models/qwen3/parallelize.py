@@ -83,9 +83,7 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
     plan: dict[str, ParallelStyle] = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
-        "lm_head": _LMHeadParallel(
-            input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
-        ),
+        "lm_head": _LMHeadParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
     block_plan: dict[str, ParallelStyle] = {
         "input_layernorm": SequenceParallel(),

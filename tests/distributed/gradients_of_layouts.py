@@ -1,0 +1,122 @@
+"""Run by test_gradients.py as the ranks of one layout: loss and gradients against the plain model.
+
+Arguments: dp_replicate dp_shard tp output.json. For every combination of options the file gets the
+relative difference of the loss and of each parameter's gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from torchtitan_style import Qwen3ForCausalLM
+from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.schema import ActivationCheckpoint, Compile
+from torchtitan_style.distributed.init import init_weights
+from torchtitan_style.distributed.world import World, destroy_world, init_world
+from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.qwen3.parallelize import parallelize_qwen3
+
+RECOMPUTE = {
+    "none": ActivationCheckpoint(mode="none"),
+    "full": ActivationCheckpoint(mode="full"),
+    "op": ActivationCheckpoint(mode="selective"),
+    "2": ActivationCheckpoint(mode="selective", selective_ac_option="2"),
+}
+COMPILE = {
+    "eager": Compile(enable=False),
+    "block": Compile(enable=True),
+    "model": Compile(enable=True, scope="model"),
+}
+
+
+def combinations() -> list[tuple[str, str, str]]:
+    """(compile, embeddings, recomputation); the whole-model graph only where it differs from the blocks'."""
+    return [
+        *itertools.product(("eager", "block"), ("tied", "untied"), RECOMPUTE),
+        ("model", "tied", "none"),
+        ("model", "untied", "op"),
+    ]
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight rows; labels are missing here and there, and more of them in some rows than in others."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 512, (8, 33), generator=generator)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.6, 8)[:, None]] = -100
+    return inputs, labels
+
+
+def build(tied: bool) -> Qwen3ForCausalLM:
+    config = dataclasses.replace(FLAVORS["debug"], tie_word_embeddings=tied, attention_bias=True)
+    return Qwen3ForCausalLM(config)
+
+
+def compare(world: World, compile: str, embeddings: str, recompute: str) -> dict[str, float]:
+    torch._dynamo.reset()
+    inputs, labels = batch()
+    tokens = (labels != -100).sum()
+
+    plain = build(embeddings == "tied")
+    init_weights(plain, seed=3, initial_std=plain.initial_std)
+    plain_loss = plain(inputs, labels)[0] / tokens
+    plain_loss.backward()
+
+    with torch.device("meta"):
+        model = build(embeddings == "tied")
+    parallelize_qwen3(
+        model,
+        world.mesh,
+        activation_checkpoint=RECOMPUTE[recompute],
+        compile=COMPILE[compile],
+        param_dtype=torch.float32,
+        reduce_dtype=torch.float32,
+        reshard_after_forward=True,
+    )
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    init_weights(model, seed=3, initial_std=model.initial_std)
+    rows = len(inputs) // world.layout.dp
+    mine = slice(world.dp_rank * rows, (world.dp_rank + 1) * rows)
+    loss_sum, right = model(inputs[mine], labels[mine])
+    (loss_sum / tokens).backward()
+    totals = torch.stack((loss_sum.detach() / tokens, right))
+    dist.all_reduce(totals, group=world.dp_group)
+
+    with torch.no_grad():
+        plain_right = plain(inputs, labels)[1]
+    differences = {
+        "loss": ((totals[0] - plain_loss) / plain_loss).abs().item(),
+        "right guesses": (totals[1] - plain_right).abs().item(),
+    }
+    theirs = dict(model.named_parameters())
+    assert theirs.keys() == dict(plain.named_parameters()).keys()
+    for name, parameter in plain.named_parameters():
+        full, grad = whole(theirs[name]), whole(theirs[name].grad)
+        assert torch.equal(full, parameter), f"{name} starts from other values"
+        differences[name] = ((grad - parameter.grad).norm() / parameter.grad.norm()).item()
+    return differences
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def main() -> None:
+    *degrees, output = sys.argv[1:]
+    world = init_world(Layout(*map(int, degrees)), timeout_seconds=300)
+    results = {"/".join(c): compare(world, *c) for c in combinations()}
+    if world.is_main:
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
+    destroy_world()
+
+
+if __name__ == "__main__":
+    main()

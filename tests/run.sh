@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in the environment that run_train.sh makes. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="$(./run_train.sh --setup-only dev)"
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+# Two workers: the files that start several ranks have a CPU each.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

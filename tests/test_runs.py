@@ -1,0 +1,302 @@
+"""Whole runs, as ./run_train.sh starts them: real processes, real files, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+FP32 = ["--training.mixed_precision_param", "float32"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A tiny model on a made-up corpus of 200 documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
+    draw = random.Random(0)
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(200):
+            text = " ".join(draw.choice(words) for _ in range(draw.randint(20, 200)))
+            file.write(json.dumps({"text": text}) + "\n")
+    path = folder / "config.toml"
+    path.write_text(f"""
+[model]
+flavor = "debug"
+[data]
+dataset = "files"
+paths = ["{folder}/corpus.jsonl"]
+[training]
+steps = 30
+seq_len = 64
+global_batch_size = 8
+local_batch_size = -1
+[optimizer]
+lr = 3e-3
+[lr_scheduler]
+warmup_steps = 5
+[validation]
+freq = 15
+steps = 2
+[generation]
+max_new_tokens = 8
+[metrics]
+enable_tensorboard = false
+""")
+    return path
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run: Path) -> dict[int, dict]:
+    return {record["step"]: record for record in records(run) if "loss" in record}
+
+
+def weights(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    dcp_to_torch_save(checkpoint, scratch / "all.pt")
+    return torch.load(scratch / "all.pt")
+
+
+def succeed(process: subprocess.CompletedProcess[str]) -> str:
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout
+
+
+# Layouts
+
+LAYOUTS = {
+    "dp2 × tp2": (4, ["--parallelism.tensor_parallel_degree", "2"]),
+    "dp4": (4, []),
+    "tp4": (4, ["--parallelism.tensor_parallel_degree", "4"]),
+    "dp2, 2 microbatches": (2, ["--training.local_batch_size", "2"]),
+    "1 process, 4 microbatches": (1, ["--training.local_batch_size", "2"]),
+    "dp_replicate2 × dp2": (4, ["--parallelism.data_parallel_replicate_degree", "2"]),
+    "tp2, full recomputation": (
+        2,
+        ["--parallelism.tensor_parallel_degree", "2", "--activation_checkpoint.mode", "full"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(launch, config, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("one process")
+    output = succeed(launch("--config", config, "--job.dump_folder", run, *FP32))
+    assert "validation at step 30" in output
+    return run
+
+
+def test_a_run_leaves_what_is_documented(one_process) -> None:
+    assert {path.name for path in one_process.iterdir()} == {
+        "config.toml", "metrics.jsonl", "tokenizer", "data", "checkpoint",
+    }  # fmt: skip
+    assert (one_process / "checkpoint" / "step-30" / "manifest.json").exists()
+    best = (one_process / "checkpoint" / "best").read_text().strip()
+    assert (one_process / "checkpoint" / best).is_dir()
+    training = steps(one_process)
+    assert sorted(training) == list(range(1, 31))
+    assert training[30].keys() == {
+        "step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "mfu", "peak_memory_gib",
+        "data_wait_fraction", "batch_hash",
+    }  # fmt: skip
+    assert training[30]["tokens_seen"] == 30 * 8 * 64
+    validations = [record for record in records(one_process) if "val_loss" in record]
+    assert [record["step"] for record in validations] == [0, 15, 30]
+    assert validations[0].keys() == {"step", "val_loss", "val_perplexity", "val_accuracy"}
+    assert validations[-1]["val_loss"] < validations[0]["val_loss"] - 1
+
+
+def test_the_resolved_config_starts_the_same_run(launch, one_process, tmp_path) -> None:
+    succeed(launch("--config", one_process / "config.toml", "--job.dump_folder", tmp_path / "again"))
+    again, before = steps(tmp_path / "again"), steps(one_process)
+    assert [(r["loss"], r["grad_norm"]) for r in again.values()] == [
+        (r["loss"], r["grad_norm"]) for r in before.values()
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_same_curve_and_batches(launch, config, one_process, tmp_path, layout: str) -> None:
+    nproc, options = LAYOUTS[layout]
+    succeed(launch("--config", config, "--job.dump_folder", tmp_path / "run", *FP32, *options, nproc=nproc))
+    expected, found = steps(one_process), steps(tmp_path / "run")
+    assert [r["batch_hash"] for r in found.values()] == [r["batch_hash"] for r in expected.values()]
+    assert found[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-6)
+    for step in expected:
+        # Differences of 1e-7 in the gradients grow over the steps.
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), step
+        assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-4), step
+    by_step = {r["step"]: r["val_loss"] for r in records(one_process) if "val_loss" in r}
+    for record in records(tmp_path / "run"):
+        if "val_loss" in record:
+            assert record["val_loss"] == pytest.approx(by_step[record["step"]], rel=1e-5)
+
+
+def test_bf16_means_the_same_on_one_process_and_on_several(launch, config, tmp_path) -> None:
+    for nproc in (1, 2):
+        succeed(launch("--config", config, "--job.dump_folder", tmp_path / str(nproc), nproc=nproc))
+    one, two = steps(tmp_path / "1"), steps(tmp_path / "2")
+    # The same fp32 master weights: bf16 rounding (2⁻⁸) averages out over 512 tokens, and does not build up.
+    for step in one:
+        assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=2e-3), step
+        assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=3e-2), step
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("nproc", "options"), [(1, []), (4, ["--parallelism.tensor_parallel_degree", "2"])], ids=["1 process", "dp2 × tp2"]
+)
+def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(launch, config, tmp_path, nproc, options) -> None:
+    common = ["--config", config, "--lr_scheduler.total_steps", "20", "--model.dropout", "0.1", *options]
+    succeed(launch(*common, "--job.dump_folder", tmp_path / "whole", "--training.steps", "20", nproc=nproc))
+    parted = ["--job.dump_folder", tmp_path / "parted"]
+    succeed(launch(*common, *parted, "--training.steps", "10", nproc=nproc))
+    output = succeed(launch(*common, *parted, "--training.steps", "20", nproc=nproc))
+    assert "resuming after step 10" in output
+
+    whole, parted_steps = steps(tmp_path / "whole"), steps(tmp_path / "parted")
+    for key in ("loss", "grad_norm", "lr", "batch_hash", "tokens_seen"):
+        assert [r[key] for r in parted_steps.values()] == [r[key] for r in whole.values()], key
+    expected = weights(tmp_path / "whole" / "checkpoint" / "step-20", tmp_path)
+    found = weights(tmp_path / "parted" / "checkpoint" / "step-20", tmp_path)
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("optimizer.") for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_finished_run_says_so_and_goes_on_when_steps_are_raised(launch, config, one_process) -> None:
+    before = (one_process / "metrics.jsonl").read_text()
+    output = succeed(launch("--config", config, "--job.dump_folder", one_process, *FP32))
+    assert "trained to step 30 already" in output
+    assert (one_process / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(launch, config, tmp_path) -> None:
+    common = ["--config", config, "--job.dump_folder", tmp_path / "run", "--checkpoint.interval", "5"]
+    succeed(launch(*common, "--training.steps", "10"))
+    shard = next((tmp_path / "run" / "checkpoint" / "step-10").glob("*.distcp"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    output = succeed(launch(*common, "--training.steps", "12"))
+    assert "step-10: " + shard.name + " has changed since it was written" in output.replace("\n", " ")
+    assert "resuming after step 5" in output
+    assert sorted(steps(tmp_path / "run")) == list(range(1, 13))
+
+
+RESUME_MISTAKES = {
+    "other model": (["--model.num_hidden_layers", "3"], "model.num_hidden_layers was 2, is 3"),
+    "other seed": (["--training.seed", "1"], "training.seed was 0, is 1"),
+    "other rows": (["--training.seq_len", "32"], "training.seq_len changed"),
+    "from scratch": (["--checkpoint.load_step", "0"], "holds checkpoints"),
+    "no such step": (["--checkpoint.load_step", "7"], "there is no checkpoint of step 7 (there are: "),
+}
+
+
+@pytest.mark.parametrize("mistake", RESUME_MISTAKES)
+def test_a_resume_that_cannot_be_is_refused(launch, config, one_process, mistake: str) -> None:
+    options, message = RESUME_MISTAKES[mistake]
+    kept = {path: path.stat().st_mtime_ns for path in one_process.rglob("*") if path.is_file()}
+    process = launch("--config", config, "--job.dump_folder", one_process, *FP32, "--training.steps", "40", *options)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert {path: path.stat().st_mtime_ns for path in one_process.rglob("*") if path.is_file()} == kept
+
+
+# Mistakes and trouble
+
+MISTAKES = {
+    "typo": (["--training.step", "3"], "did you mean training.steps?"),
+    "string for a number": (["--training.steps", "many"], "must be a whole number"),
+    "tp 3 with 8 heads": (["--parallelism.tensor_parallel_degree", "3"], "8 query heads"),
+    "missing file": (["--data.paths", "no/such/*.txt"], "no file matches"),
+    "empty corpus": (["--data.paths", os.devnull], "no file matches"),
+    "world size that does not fit": (["--parallelism.data_parallel_shard_degree", "3"], "there are 2 processes"),
+    "no tokenizer": (["--data.tokenizer", "./nowhere"], "there is no folder ./nowhere"),
+}
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_nothing_is_written(launch, config, tmp_path, mistake: str, nproc: int) -> None:
+    options, message = MISTAKES[mistake]
+    message = message.replace("2 processes", f"{nproc} processes")
+    process = launch("--config", config, "--job.dump_folder", "out/run", *options, nproc=nproc, cwd=tmp_path)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert message in process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "corpus is empty"), ("one short line\n", "a row takes 65")])
+def test_a_corpus_with_too_little_text_is_refused(launch, config, tmp_path, text: str, message: str) -> None:
+    (tmp_path / "corpus.txt").write_text(text)
+    process = launch("--config", config, "--job.dump_folder", "out", "--data.paths", "corpus.txt", cwd=tmp_path)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_a_diverged_run_stops_and_says_so(launch, config, tmp_path) -> None:
+    options = ["--optimizer.lr", "1e30", "--lr_scheduler.warmup_steps", "0", "--checkpoint.interval", "1"]
+    process = launch("--config", config, "--job.dump_folder", tmp_path, *options)
+    assert process.returncode == 1
+    assert "not finite" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("whom", ["all", "launcher"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_all_and_names_the_last_checkpoint(
+    config, tmp_path, nproc: int, whom: str, signal_number
+) -> None:
+    command = [
+        sys.executable, "-m", "torchtitan_style.launch", "--config", str(config), "--job.dump_folder", str(tmp_path),
+        "--training.steps", "100000", "--checkpoint.interval", "5", "--validation.enable", "false",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT | {"NPROC": str(nproc)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.time() + 120
+        while not (tmp_path / "checkpoint" / "step-10").exists():
+            assert time.time() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        if whom == "all":  # as a terminal does
+            os.killpg(process.pid, signal_number)
+        else:
+            process.send_signal(signal_number)
+        start = time.time()
+        output, errors = process.communicate(timeout=60)
+        assert time.time() - start < 10
+        assert process.returncode == 128 + signal_number
+        assert "interrupted at step" in output
+        assert f"The last checkpoint is {tmp_path}/checkpoint/step-" in output
+        assert "Traceback" not in output + errors
+        with pytest.raises(ProcessLookupError):  # nobody of the group is left
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)

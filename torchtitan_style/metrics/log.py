@@ -1,0 +1,118 @@
+"""The log of a run: collects what each step leaves, and reads, records and prints it now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchtitan_style.config.schema import Metrics
+from torchtitan_style.distributed.world import World
+from torchtitan_style.errors import RunError
+
+from .display import Display
+from .recorder import Recorder
+from .throughput import Meter
+
+__all__ = ["StepResult", "TrainingLog"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the log: tensors, so that nobody waits for the device."""
+
+    loss: Tensor
+    """This rank's share of the mean token loss, 0-dim fp32; the shares of the dp ranks add up."""
+    grad_norm: Tensor
+    """Global, before clipping; 0-dim fp32."""
+    lr: float
+    batch_hash: int
+    """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
+
+
+class TrainingLog:
+    """Every rank has one, as some figures are sums over ranks; the main rank writes and prints."""
+
+    def __init__(
+        self,
+        config: Metrics,
+        world: World,
+        display: Display,
+        dump_folder: Path,
+        *,
+        first_step: int,
+        last_step: int,
+        tokens_per_step: int,
+        meter: Meter,
+        settings: dict[str, Any],
+    ) -> None:
+        self.config, self.world, self.display, self.meter = config, world, display, meter
+        self.last_step, self.tokens_per_step = last_step, tokens_per_step
+        self._pending: list[tuple[int, int, StepResult]] = []
+        self._is_first = True
+        self._recorder = (
+            Recorder(config, dump_folder, resumed_step=first_step, settings=settings) if world.is_main else None
+        )
+        display.start(first_step, last_step)
+        meter.restart()
+
+    def add(self, step: int, tokens_seen: int, result: StepResult) -> None:
+        """Take note of a step; the figures may stay on the device for now."""
+        self._pending.append((step, tokens_seen, result))
+        self.meter.add_tokens(self.tokens_per_step)
+        self.display.advance(step)
+        # The first step includes compilation: by itself, so that it does not spoil the next figures.
+        if self._is_first or step == self.last_step or step % self.config.log_freq == 0:
+            self.flush()
+        self._is_first = False
+
+    def flush(self) -> None:
+        """Read the figures of the steps since the last time from the device, record and print them.
+
+        Raises RunError if one of them is not finite.
+        """
+        if not self._pending:
+            return
+        losses = torch.stack([result.loss for _, _, result in self._pending])
+        norms = torch.stack([result.grad_norm for _, _, result in self._pending])
+        hashes = torch.tensor([result.batch_hash for _, _, result in self._pending], device=losses.device)
+        dist.all_reduce(losses, group=self.world.dp_group)
+        dist.all_reduce(hashes, group=self.world.dp_group)
+        speed = self.meter.read()
+        records = [
+            {"step": step, "loss": loss, "grad_norm": norm, "lr": result.lr, "tokens_seen": tokens_seen}
+            | speed
+            | {"batch_hash": f"{batch_hash % 2**64:016x}"}
+            for (step, tokens_seen, result), loss, norm, batch_hash in zip(
+                self._pending, losses.tolist(), norms.tolist(), hashes.tolist(), strict=True
+            )
+        ]
+        self._pending.clear()
+        if self._recorder:
+            self._recorder.write(records)
+        step = records[-1]["step"]
+        seconds_left = (self.last_step - step) * self.tokens_per_step / speed["tokens_per_second"]
+        self.display.step(records[-1], steps=self.last_step, seconds_left=seconds_left)
+        for record in records:
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise RunError(
+                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite; "
+                    "the weights were not changed by it. A lower optimizer.lr or training.max_norm, or a longer "
+                    "lr_scheduler.warmup_steps, may help"
+                )
+
+    def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:
+        """Record and print the figures of a validation."""
+        if self._recorder:
+            self._recorder.write([{"step": step} | figures])
+        self.display.validation(step, figures, best=best)
+
+    def close(self) -> None:
+        self.display.stop()
+        if self._recorder:
+            self._recorder.close()
