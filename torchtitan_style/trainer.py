@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class TrainState:
 
     step: int = 0
     rows_seen: int = 0
-    best_val_loss: float = math.inf
+    best_val_loss: float | None = None
 
 
 def train(config: Config, *, world_size: int) -> None:
@@ -74,7 +73,8 @@ class Trainer:
         self.display = Display(is_main=world.is_main)
         self.state = TrainState()
         self.batch_plan = plan_batch(config.training, world.layout.dp)
-        torch.use_deterministic_algorithms(config.debug.deterministic)
+        if config.debug.deterministic:
+            devices.use_deterministic_algorithms()
         self._build_data()
         self._build_model()
         self.checkpointer = Checkpointer(
@@ -175,7 +175,7 @@ class Trainer:
             return False
         with self._evaluation():
             figures = validate(self.model, self.validation_batches, self.world.dp_group)
-        best = figures["val_loss"] < self.state.best_val_loss
+        best = self.state.best_val_loss is None or figures["val_loss"] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = figures["val_loss"]
         self.log.validation(self.state.step, figures, best=best and self.state.step > 0)

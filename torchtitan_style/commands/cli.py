@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from torchtitan_style.config.help import section_help
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.errors import RunError, UserError
 
-__all__ = ["ConfigArguments", "parse_config_arguments", "reported_errors"]
+__all__ = ["ConfigArguments", "check_torch", "parse_config_arguments", "reported_errors"]
+
+OLDEST_TORCH = (2, 11)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
     return ConfigArguments(path, overrides)
 
 
+def check_torch() -> None:
+    """Raise UserError if torch is missing or too old, without the seconds that importing it takes."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("torch is not installed here; ./run_train.sh sets everything up") from None
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(f"torch {version} is too old: {oldest} or newer is needed; ./run_train.sh sets everything up")
+
+
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
     """Print expected errors as a message and exit: with status 2 if a person can put it right, else 1.
@@ -56,6 +70,8 @@ def reported_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:  # before training, which has a way of its own
+        raise SystemExit(130) from None
     except BrokenPipeError:  # as in `... --help | head`
         sys.stderr.close()
         raise SystemExit(1) from None

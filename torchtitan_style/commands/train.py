@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from .cli import parse_config_arguments, reported_errors
+from .cli import check_torch, parse_config_arguments, reported_errors
 
 __all__ = ["USAGE", "main"]
 
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> None:
 
         config = load_config(named.path, named.overrides, world_size=world_size)
 
+        check_torch()
         from torchtitan_style.interrupt import interruptible
 
         with interruptible():

@@ -17,11 +17,11 @@ __all__ = [
     "backend",
     "compiler_problem",
     "current_device",
-    "memory_capacity_gib",
     "name",
     "peak_flops",
     "peak_memory_gib",
     "synchronize",
+    "use_deterministic_algorithms",
 ]
 
 # Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
@@ -98,11 +98,10 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def memory_capacity_gib(device: torch.device) -> float:
-    """Memory of the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+def use_deterministic_algorithms() -> None:
+    """Have every operation give the same bits each time, or raise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
 
 
 def compiler_problem(device: torch.device) -> str | None:

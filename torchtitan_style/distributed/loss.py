@@ -122,6 +122,5 @@ def _chunk_loss(
 
     # d loss / d logits = softmax - one-hot, and 0 for ignored tokens.
     grad = exponentials.mul_((valid / normaliser)[:, None])
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    is_label = columns == torch.where(here & valid, local, -1)[:, None]  # [N, V]
-    return loss, correct, grad.sub_(is_label.to(grad.dtype)).to(logits.dtype)
+    grad.scatter_add_(1, index, -(here & valid).to(grad.dtype)[:, None])
+    return loss, correct, grad.to(logits.dtype)

@@ -155,15 +155,15 @@ FLAVORS: dict[str, Qwen3Config] = {
     ),
     # The default: minutes on two CPU cores.
     "small": Qwen3Config(
-        vocab_size=4096,
+        vocab_size=8192,
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=2048,
-        max_window_layers=6,
+        max_window_layers=4,
     ),
     # 384 wide with 6 layers: the usual size of a from-scratch exercise.
     "mini": Qwen3Config(
