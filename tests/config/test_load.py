@@ -202,8 +202,8 @@ def test_what_cannot_be_read_is_a_user_error(tmp_path: Path, content: bytes | No
 def test_heads_that_tensor_parallel_ranks_cannot_share(tmp_path: Path) -> None:
     lines = problems_of(tmp_path, "[parallelism]\ntensor_parallel_degree = 3", world_size=3)
     assert all(line.startswith("FILE: parallelism.tensor_parallel_degree: 3 ranks cannot share") for line in lines)
-    # The flavor "small": 8 and 4 heads, 4096 tokens; 512 positions. Its 768 MLP rows are shared evenly.
-    assert [sum(f" {n} " in line for line in lines) for n in (8, 4, 4096, 512, 768)] == [1, 1, 1, 1, 0]
+    # The flavor "small": 8 and 4 heads, 8192 tokens; 512 positions. Its 768 MLP rows are shared evenly.
+    assert [sum(f" {n} " in line for line in lines) for n in (8, 4, 8192, 512, 768)] == [1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("shard", "fitting"), [(2, 4), (-1, 2)])

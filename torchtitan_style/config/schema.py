@@ -262,7 +262,7 @@ class Generation(Section):
 
     enable: bool = True
     """Print samples."""
-    prompt: str = "def "
+    prompt: str = "def"
     """Text that the sample continues; empty: starts a new document."""
     max_new_tokens: Positive = 96
     """Tokens to sample."""
