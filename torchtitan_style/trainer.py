@@ -27,9 +27,9 @@ from .distributed import device as devices
 from .distributed.garbage import GarbageCollector
 from .distributed.init import init_weights
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
+from .ending import on_interrupt
 from .errors import UserError
 from .inference.sample import sample
-from .interrupt import on_interrupt
 from .metrics.display import Display
 from .metrics.log import StepResult, TrainingLog
 from .metrics.profiler import profile_step

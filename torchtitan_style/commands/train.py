@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 
+from torchtitan_style.config import load_config
+from torchtitan_style.ending import ending_at_once, interruptible
+
 from .cli import check_torch, parse_config_arguments, reported_errors
 
 __all__ = ["USAGE", "main"]
@@ -23,19 +26,13 @@ Train in this process, on one device. ./run_train.sh does the same on several, a
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command; exits with status 2 on a mistake in the configuration or the corpus."""
-    with reported_errors():
+    """Run the command and end the process: status 2 after a mistake in the configuration or the corpus."""
+    with ending_at_once(), reported_errors():
         named = parse_config_arguments(arguments, usage=USAGE)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-
-        from torchtitan_style.config import load_config
-
         config = load_config(named.path, named.overrides, world_size=world_size)
-
         check_torch()
-        from torchtitan_style.interrupt import interruptible
-
         with interruptible():
-            from torchtitan_style.trainer import train
+            from torchtitan_style.trainer import train  # imports torch
 
             train(config, world_size=world_size)
