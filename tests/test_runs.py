@@ -153,6 +153,20 @@ def test_bf16_means_the_same_on_one_process_and_on_several(launch, config, tmp_p
         assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=3e-2), step
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_does_not_change_a_bit_in_bf16(launch, config, tmp_path, mode: str) -> None:
+    # On one process: with recomputation the bf16 copies of the weights are FSDP2's, without it our own.
+    options = ["--training.steps", "5", "--validation.enable", "false", "--generation.enable", "false"]
+    for run in ("none", mode):
+        succeed(
+            launch(
+                "--config", config, "--job.dump_folder", tmp_path / run, "--activation_checkpoint.mode", run, *options
+            )
+        )
+    one, other = steps(tmp_path / "none"), steps(tmp_path / mode)
+    assert [(r["loss"], r["grad_norm"]) for r in one.values()] == [(r["loss"], r["grad_norm"]) for r in other.values()]
+
+
 # Resuming
 
 

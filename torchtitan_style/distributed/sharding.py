@@ -2,7 +2,7 @@
 
 Zhao et al. 2023, "PyTorch FSDP". Each wrapped module gathers its parameters in the compute type
 before it runs, and sums its gradients over ranks afterwards. On a single process there is nothing
-to gather or to sum, and only the change of type remains.
+to gather or to sum: there ``compute_in`` makes the change of type alone, which costs less.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.stateless import _reparametrize_module
 
-__all__ = ["shard"]
+__all__ = ["compute_in", "shard"]
 
 
 def shard(
@@ -34,10 +33,6 @@ def shard(
     mesh: axes (dp_replicate, dp_shard). Gradients come out as plain sums over the ranks, in fp32:
     the loss is divided by the global number of tokens beforehand, so FSDP must not average.
     """
-    if dist.get_world_size() == 1:
-        if param_dtype != torch.float32:
-            _compute_in(model, param_dtype)
-        return
     replicate = mesh.size(0)
     fsdp_mesh = mesh if replicate > 1 else mesh["dp_shard"]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
@@ -53,12 +48,14 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Have ``model`` run on copies of its fp32 parameters in ``dtype``, as FSDP's mixed precision does.
 
-    The copies are made once per forward pass and used for its backward pass too; gradients reach the
-    fp32 parameters in fp32.
+    The copies are made once per forward pass, and gradients reach the fp32 parameters in fp32. Blocks
+    that are recomputed in the backward pass would not find the copies: they need ``shard``.
     """
+    if dtype == torch.float32:
+        return
     forward = model.forward
 
     def forward_on_copies(*inputs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -21,7 +22,7 @@ from torchtitan_style.config.schema import ActivationCheckpoint, Compile
 from torchtitan_style.distributed.activation_checkpoint import apply_activation_checkpoint, recomputes_operations
 from torchtitan_style.distributed.compile import apply_compile
 from torchtitan_style.distributed.loss import chunked_cross_entropy
-from torchtitan_style.distributed.sharding import shard
+from torchtitan_style.distributed.sharding import compute_in, shard
 
 from .model import Qwen3ForCausalLM
 
@@ -59,7 +60,10 @@ def parallelize_qwen3(
         apply_compile(model.model, layers, compile)
         apply_activation_checkpoint(layers, activation_checkpoint)
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block, or all
-    # at once if there is one graph for all.
+    # at once if there is one graph for all. One process has nothing to gather.
+    if dist.get_world_size() == 1 and activation_checkpoint.mode == "none":
+        compute_in(model, param_dtype)
+        return
     shard(
         model,
         [] if whole else layers,
