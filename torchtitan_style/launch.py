@@ -49,7 +49,10 @@ def main(arguments: list[str]) -> None:
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
         if gpus and nproc > gpus:
-            raise UserError(f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}")
+            raise UserError(
+                f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}; "
+                "with CUDA_VISIBLE_DEVICES= in front they train on the CPU"
+            )
         node_rank = os.environ.get("NODE_RANK", "0")
         if nnodes > 1 and "RDZV_ENDPOINT" not in os.environ:
             raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
@@ -65,7 +68,7 @@ def main(arguments: list[str]) -> None:
             )
     if not gpus:
         # Left alone each process would take all cores, and torchrun would give each a single one.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     rendezvous = ["--standalone"]
     if nnodes > 1:
         endpoint = os.environ["RDZV_ENDPOINT"]

@@ -6,7 +6,6 @@ parameter name, so that the shape of the mesh is not part of the format.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from torchtitan_style.distributed.world import on_main
 from torchtitan_style.errors import UserError
 
 from .folder import CheckpointFolder
+from .reader import SafeReader
 
 __all__ = ["Checkpointer"]
 
@@ -92,7 +92,7 @@ class Checkpointer:
 
     def load(self, step: int) -> dict[str, Any]:
         """Read weights and optimizer state of ``step`` in place; returns its train state."""
-        dcp.load(self._tensors(), storage_reader=dcp.FileSystemReader(os.fspath(self.folder.path(step))))
+        dcp.load(self._tensors(), storage_reader=SafeReader(self.folder.path(step)))
         return self.folder.train_state(step)
 
     def _tensors(self) -> dict[str, Any]:
