@@ -16,6 +16,8 @@ import torch
 from conftest import ENVIRONMENT
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from torchtitan_style.checkpoint.folder import CheckpointFolder
+
 FP32 = ["--training.mixed_precision_param", "float32"]
 
 
@@ -209,6 +211,25 @@ def test_a_damaged_checkpoint_is_skipped_and_named(launch, config, tmp_path) -> 
     assert "step-10: " + shard.name + " has changed since it was written" in output.replace("\n", " ")
     assert "resuming after step 5" in output
     assert sorted(steps(tmp_path / "run")) == list(range(1, 13))
+    assert CheckpointFolder(tmp_path / "run" / "checkpoint").problem(10) is None  # written anew on the way
+
+
+def test_going_back_to_an_older_step_leaves_the_newer_course_aside(launch, config, tmp_path) -> None:
+    common = [
+        "--config",
+        config,
+        "--job.dump_folder",
+        tmp_path,
+        "--checkpoint.interval",
+        "5",
+        "--validation.enable",
+        "false",
+    ]
+    succeed(launch(*common, "--training.steps", "10"))
+    old = (tmp_path / "checkpoint" / "step-10" / "manifest.json").read_text()
+    succeed(launch(*common, "--training.steps", "10", "--checkpoint.load_step", "5", "--optimizer.lr", "1e-2"))
+    assert (tmp_path / "checkpoint" / "set-aside-step-10" / "manifest.json").read_text() == old
+    assert (tmp_path / "checkpoint" / "step-10" / "manifest.json").read_text() != old
 
 
 RESUME_MISTAKES = {

@@ -54,6 +54,8 @@ def main(arguments: list[str]) -> None:
                 "with CUDA_VISIBLE_DEVICES= in front they train on the CPU"
             )
         node_rank = os.environ.get("NODE_RANK", "0")
+        if not node_rank.isdecimal() or int(node_rank) >= nnodes:
+            raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
         if nnodes > 1 and "RDZV_ENDPOINT" not in os.environ:
             raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
         if node_rank == "0":

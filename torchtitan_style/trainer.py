@@ -102,6 +102,8 @@ class Trainer:
                 "start a new run with another --job.dump_folder"
             )
             return
+        if state.step:
+            on_main(lambda: self.checkpointer.folder.set_aside_after(state.step, self.display.warn))
         self._open_log()
         try:
             if state.step == 0:
@@ -204,12 +206,14 @@ class Trainer:
     def _evaluation(self) -> Iterator[None]:
         """No dropout, no gradients, and no compiled graphs: other shapes would be compiled anew."""
         self.model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-        self.model.train()
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # no backward pass does it
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # no backward pass does it
 
     # Setting up
 

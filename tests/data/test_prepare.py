@@ -181,7 +181,7 @@ def test_what_is_cut_short_is_made_anew(tmp_path: Path, name: str) -> None:
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "corpus": ({}, "the corpus's files changed"),
-    "vocab_size": ({"vocab_size": 330}, "model.vocab_size changed"),
+    "vocab_size": ({"vocab_size": 330}, r"model\.vocab_size \(or model\.flavor\) changed"),
     "seq_len": ({"seq_len": 20}, "training.seq_len changed"),
     "validation_fraction": ({"validation_fraction": 0.5}, "data.validation_fraction changed"),
 }

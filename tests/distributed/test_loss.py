@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan_style.distributed import loss as loss_module
 from torchtitan_style.distributed.loss import chunked_cross_entropy
@@ -59,8 +60,9 @@ def test_bf16_gradients_are_as_near_to_fp32_as_autograds(group) -> None:
 
 def test_no_gradient_is_computed_without_need(group) -> None:
     hidden, weight, labels = inputs(torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss, _ = chunked_cross_entropy(group, compiled=False)(hidden, weight, labels)
+    assert counter.get_total_flops() == 2 * labels.numel() * weight.numel()  # one matrix multiplication
     torch.testing.assert_close(loss, token_loss(hidden, weight, labels)[0].detach())
 
 

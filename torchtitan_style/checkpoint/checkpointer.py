@@ -45,14 +45,13 @@ class Checkpointer:
 
     def save(self, step: int, train_state: dict[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint of ``step``; ``best``: name it the best."""
-        if step not in self.folder.steps():
-            temporary = on_main(lambda: str(self.folder.begin(step)))
-            # With more than one thread DCP can take a failed write for a success.
-            writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
-                dcp.save(self._tensors(), storage_writer=writer)
-            on_main(lambda: self.folder.commit(step, train_state))
+        temporary = on_main(lambda: str(self.folder.begin(step)))
+        # With more than one thread DCP can take a failed write for a success.
+        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+            dcp.save(self._tensors(), storage_writer=writer)
+        on_main(lambda: self.folder.commit(step, train_state))
         if best:
             on_main(lambda: self.folder.set_best(step))
         on_main(lambda: self.folder.retain(self.config.keep_latest_k))

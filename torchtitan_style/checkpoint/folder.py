@@ -85,7 +85,7 @@ class CheckpointFolder:
         for path in (*temporary.iterdir(), temporary):
             _fsync(path)
         final = self.path(step)
-        if final.exists():  # a damaged one that was skipped on resume
+        if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(self.root)
@@ -112,6 +112,18 @@ class CheckpointFolder:
             for step in self.steps()[keep_latest_k:]:
                 if step != self.best():
                     shutil.rmtree(self.path(step))
+
+    def set_aside_after(self, step: int, say: Callable[[str], None]) -> None:
+        """Rename the checkpoints of steps past ``step``, which the run goes on from: they are damaged, or of
+        a course that it leaves, and would be resumed from next time."""
+        for later in self.steps():
+            if later > step:
+                aside = self.root / f"set-aside-{self.path(later).name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(later).rename(aside)
+                say(f"the checkpoint of step {later} is now {aside}")
+        if (self.best() or 0) > step:
+            (self.root / "best").unlink()
 
     def remove_unfinished(self) -> None:
         """Delete what a killed run left half written."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
 
-__all__ = ["read_documents"]
+__all__ = ["corpus_files", "read_documents"]
 
 # Its tests, what pip puts beside it, and generated tables: no code to learn from.
 _SKIPPED = re.compile(
@@ -23,13 +23,17 @@ _SKIPPED = re.compile(
 )
 
 
+def corpus_files(config: Data) -> list[Path]:
+    """The files of the corpus that ``config`` names, in order. Raises UserError if some are missing."""
+    return _standard_library() if config.dataset == "stdlib" else _expand(config.paths)
+
+
 def read_documents(config: Data) -> Iterator[str]:
     """The texts of the corpus that ``config`` names. Empty documents are left out.
 
     Raises UserError for files that are missing, cannot be read, or do not hold what they should.
     """
-    paths = _standard_library() if config.dataset == "stdlib" else _expand(config.paths)
-    for path in paths:
+    for path in corpus_files(config):
         try:
             if path.suffix == ".jsonl":
                 texts = _read_jsonl(path, config.text_key)
@@ -39,7 +43,7 @@ def read_documents(config: Data) -> Iterator[str]:
                 # A source file may declare another encoding; its odd bytes become U+FFFD.
                 texts = iter([path.read_text(encoding="utf-8", errors="replace")])
             else:
-                texts = iter([path.read_text(encoding="utf-8")])
+                texts = iter([path.read_text(encoding="utf-8-sig")])  # a byte order mark is no text
             for text in texts:
                 if text:
                     yield text
@@ -84,7 +88,7 @@ def _expand(patterns: list[str]) -> list[Path]:
 
 
 def _read_jsonl(path: Path, key: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

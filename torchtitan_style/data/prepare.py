@@ -25,7 +25,7 @@ import numpy as np
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
 
-from .corpus import read_documents
+from .corpus import corpus_files, read_documents
 from .tokenizer import Tokenizer, copy_pretrained, train
 
 __all__ = ["PreparedData", "prepare"]
@@ -44,6 +44,8 @@ class PreparedData:
     format: int
     settings: dict[str, Any]
     """The settings that decide the content."""
+    sources: list[list[Any]]
+    """Name, size and time of change of the corpus's files: while these are the same, so is the content."""
     corpus_sha256: str
     tokenizer_sha256: str
     dtype: str
@@ -54,7 +56,9 @@ class PreparedData:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the tokens do."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        content = asdict(self)
+        del content["sources"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(
@@ -69,18 +73,18 @@ def prepare(
 
     say: called with a line of progress.
 
-    Raises UserError, with nothing written, if the corpus cannot be used.
+    Raises UserError, with nothing left behind, if the corpus cannot be used.
     """
-    settings = config.model_dump() | {"vocab_size": vocab_size, "seq_len": seq_len}
-    corpus_sha256 = _hash_corpus(config)
+    settings = config.model_dump(exclude={"paths", "text_key"}) | {"vocab_size": vocab_size, "seq_len": seq_len}
     present = _read_manifest(dump_folder / "data")
+    if present and present.settings == settings and present.sources == _sources(config):
+        return present
+    corpus_sha256 = _hash_corpus(config)
     if present and present.settings == settings and present.corpus_sha256 == corpus_sha256:
         return present
     if present and any(dump_folder.glob("checkpoint/step-*")):
-        sections = {"vocab_size": "model", "seq_len": "training"}
-        changed = [
-            f"{sections.get(key, 'data')}.{key}" for key, new in settings.items() if present.settings.get(key) != new
-        ]
+        names = {"vocab_size": "model.vocab_size (or model.flavor)", "seq_len": "training.seq_len"}
+        changed = [names.get(key, f"data.{key}") for key, new in settings.items() if present.settings.get(key) != new]
         what = f"{', '.join(changed)} changed" if changed else "the corpus's files changed"
         raise UserError(
             f"{dump_folder}: {what} since this run began, so it cannot go on with the next batch; "
@@ -131,6 +135,12 @@ def _read_manifest(folder: Path) -> PreparedData | None:
         return found if whole else None
     except Exception:  # missing, cut short or of another version: it is made anew
         return None
+
+
+def _sources(config: Data) -> list[list[Any]]:
+    stats = [(path, path.stat()) for path in corpus_files(config)]
+    files = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return [[config.text_key], *files]
 
 
 def _hash_corpus(config: Data) -> str:
@@ -192,6 +202,7 @@ def _tokenize(
     return PreparedData(
         format=_FORMAT,
         settings=settings,
+        sources=_sources(config),
         corpus_sha256=digest.hexdigest(),
         tokenizer_sha256=tokenizer.fingerprint,
         dtype=dtype.str,

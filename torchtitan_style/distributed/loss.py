@@ -49,7 +49,8 @@ def chunked_cross_entropy(
             # Hidden states are whole on every tp rank, weights a slice: the gradient that a rank
             # finds for the hidden states is the part that comes from its slice.
             hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), group, chunk_loss)
+        needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), group, chunk_loss, needs_grad)
 
     return loss_function
 
@@ -63,10 +64,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         group: dist.ProcessGroup | None,
         chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = max(MIN_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0])
         first = 0 if group is None else group.rank() * weight.shape[0]
-        needs_grad = hidden.requires_grad or weight.requires_grad
         total = hidden.new_zeros((), dtype=torch.float32)
         right = labels.new_zeros(())
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
@@ -88,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         del ctx.grads
         factor = grad_outputs[0]
         dtype = hidden_grad.dtype
-        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(dtype), None, None, None
+        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(dtype), None, None, None, None
 
 
 def _chunk_loss(
