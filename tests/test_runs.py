@@ -155,6 +155,21 @@ def test_bf16_means_the_same_on_one_process_and_on_several(launch, config, tmp_p
         assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=3e-2), step
 
 
+def test_traces_and_tensorboard_events_are_written(launch, config, tmp_path) -> None:
+    options = ["--metrics.enable_tensorboard", "true", "--profiling.enable_profiling", "--profiling.profile_freq", "2"]
+    succeed(launch("--config", config, "--job.dump_folder", tmp_path, "--training.steps", "4", *options))
+    traces = sorted((tmp_path / "profile_traces").rglob("*.json"))
+    assert [trace.parent.name for trace in traces] == ["step-2", "step-4"]
+    assert json.loads(traces[0].read_text())["traceEvents"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    by_step = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert by_step == pytest.approx({step: record["loss"] for step, record in steps(tmp_path).items()})
+
+
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputation_does_not_change_a_bit_in_bf16(launch, config, tmp_path, mode: str) -> None:
     # On one process: with recomputation the bf16 copies of the weights are FSDP2's, without it our own.
