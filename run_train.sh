@@ -49,7 +49,7 @@ set_up() {
         [[ -x "$venv/bin/python" ]] || "$system_python" -m venv "$venv" >&2
         "$venv/bin/python" -m pip install --constraint "$root/constraints.txt" --editable "$spec" >&2
     fi
-    echo "$wanted" >"$stamp"
+    echo "$wanted" | tee "$stamp" >"$venv/installed" # with an extra, what goes without is there too
 }
 
 system_python="$(command -v python3 || command -v python || true)"
