@@ -106,8 +106,9 @@ class Trainer:
             on_main(lambda: self.checkpointer.folder.set_aside_after(state.step, self.display.warn))
         self._open_log()
         try:
-            if state.step == 0:
+            if state.step == 0 and self.config.validation.enable:
                 self._validate()
+                self.meter.restart()
             while state.step < steps:
                 state.step += 1
                 with profile_step(self.config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
@@ -173,15 +174,12 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Loss on the held-out rows. Whether it is the lowest so far."""
-        if not self.config.validation.enable:
-            return False
         with self._evaluation():
             figures = validate(self.model, self.validation_batches, self.world.dp_group)
         best = self.state.best_val_loss is None or figures["val_loss"] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = figures["val_loss"]
         self.log.validation(self.state.step, figures, best=best and self.state.step > 0)
-        self.meter.restart()
         return best
 
     def _print_sample(self) -> None:
@@ -229,31 +227,24 @@ class Trainer:
                 say=self.display.say,
             )
         )
-        files = {
-            name: TokenFile(
-                self.dump_folder / "data" / f"{name}.bin",
-                dtype=self.prepared.dtype,
-                seq_len=config.training.seq_len,
-            )
-            for name in (["train", "validation"] if config.validation.enable else ["train"])
-        }
+        self.tokens = self._token_file("train")
         self.tokenizer = Tokenizer(self.dump_folder / "tokenizer")
-        self.tokens = files["train"]
         self.loader = Loader(
             self.tokens, self.batch_plan, dp_rank=world.dp_rank, seed=config.training.seed, device=world.device
         )
-        self.validation_batches = (
-            validation_batches(
-                files["validation"],
+        if config.validation.enable:
+            self.validation_batches = validation_batches(
+                self._token_file("validation"),
                 self.batch_plan,
                 dp=world.layout.dp,
                 dp_rank=world.dp_rank,
                 steps=config.validation.steps,
                 device=world.device,
             )
-            if config.validation.enable
-            else []
-        )
+
+    def _token_file(self, part: str) -> TokenFile:
+        path = self.dump_folder / "data" / f"{part}.bin"
+        return TokenFile(path, dtype=self.prepared.dtype, seq_len=self.config.training.seq_len)
 
     def _build_model(self) -> None:
         config, world = self.config, self.world

@@ -89,10 +89,9 @@ class Checkpointer:
             raise UserError(f"checkpoint.load_step: {self.folder.path(wanted)}: {problem}")
         return wanted
 
-    def load(self, step: int) -> dict[str, Any]:
-        """Read weights and optimizer state of ``step`` in place; returns its train state."""
+    def load(self, step: int) -> None:
+        """Read weights and optimizer state of ``step`` in place."""
         dcp.load(self._tensors(), storage_reader=SafeReader(self.folder.path(step)))
-        return self.folder.train_state(step)
 
     def _tensors(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name. DCP writes from them and reads into them."""

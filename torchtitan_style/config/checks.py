@@ -24,25 +24,15 @@ class Problem:
 
 def cross_checks(config: Config, world_size: int) -> list[Problem]:
     """Everything that is wrong between settings that are right by themselves."""
-    return [*_degrees(config), *_model(config), *_layout(config, world_size), *_rest(config)]
-
-
-def _degrees(config: Config) -> Iterator[Problem]:
-    shard = config.parallelism.data_parallel_shard_degree
-    if shard < 1 and shard != -1:
-        yield Problem(("parallelism.data_parallel_shard_degree",), f"must be -1 or at least 1, not {shard}")
-    for key in ("local_batch_size", "global_batch_size"):
-        value = getattr(config.training, key)
-        if value < 1 and value != -1:
-            yield Problem((f"training.{key}",), f"must be -1 or at least 1, not {value}")
+    return [*_model(config), *_layout(config, world_size), *_rest(config)]
 
 
 def _model(config: Config) -> Iterator[Problem]:
     # A shape that contradicts itself cannot be constructed, so its fields are judged one by one.
     shape = object.__new__(Qwen3Config)
-    values = dataclasses.asdict(FLAVORS[config.model.flavor]) | config.model.overrides()
-    shape.__dict__.update(values)
     given = config.model.overrides()
+    values = dataclasses.asdict(FLAVORS[config.model.flavor]) | given
+    shape.__dict__.update(values)
 
     def keys(*fields: str) -> tuple[str, ...]:
         """The settings that decide ``fields``: what is not overridden is the flavor's."""
@@ -89,16 +79,10 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
         f"parallelism.{key}"
         for key in ("tensor_parallel_degree", "data_parallel_shard_degree", "data_parallel_replicate_degree")
     )
-    shard = config.parallelism.data_parallel_shard_degree
-    if shard < 1 and shard != -1:
-        return
     try:
         layout = plan_layout(config.parallelism, world_size)
     except ValueError as error:
         yield Problem(degrees, str(error))
-        return
-    sizes = (config.training.local_batch_size, config.training.global_batch_size)
-    if any(size < 1 and size != -1 for size in sizes):
         return
     try:
         plan_batch(config.training, layout.dp)

@@ -13,7 +13,8 @@ import inspect
 import itertools
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic_core import PydanticCustomError
 
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 
@@ -21,8 +22,17 @@ __all__ = ["Config", "Section"]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Degree = Annotated[int, Field(ge=1)]
 FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _positive_or_rest(value: int) -> int:
+    if value < 1 and value != -1:
+        raise PydanticCustomError("positive_or_rest", "must be -1 or at least 1")
+    return value
+
+
+PositiveOrRest = Annotated[int, AfterValidator(_positive_or_rest)]
+"""A count, or -1 for whatever the other settings leave."""
 
 
 class Section(BaseModel):
@@ -111,10 +121,10 @@ class Training(Section):
     """Optimizer steps in all."""
     seq_len: Positive = 512
     """Tokens in a row."""
-    local_batch_size: int = 8
+    local_batch_size: PositiveOrRest = 8
     """Rows that a data-parallel rank puts through the model at once; -1: its whole share of
     global_batch_size. Smaller means less memory and more gradient accumulation."""
-    global_batch_size: int = -1
+    global_batch_size: PositiveOrRest = -1
     """Rows in an optimizer step, over all ranks and accumulation; -1: no accumulation."""
     max_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm when they exceed it; inf for no clipping."""
@@ -166,13 +176,13 @@ class LRScheduler(Section):
 class Parallelism(Section):
     """How many ranks share the data and the model. Their product is the number of processes."""
 
-    data_parallel_replicate_degree: Degree = 1
+    data_parallel_replicate_degree: Positive = 1
     """Groups of ranks that each hold all shards (hybrid sharding: shard within a host, replicate
     across hosts)."""
-    data_parallel_shard_degree: int = -1
+    data_parallel_shard_degree: PositiveOrRest = -1
     """Ranks that parameters, gradients and optimizer state are sharded over (FSDP2); -1: all that
     the other degrees leave."""
-    tensor_parallel_degree: Degree = 1
+    tensor_parallel_degree: Positive = 1
     """Ranks that each matrix and the sequence are split over."""
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"
     """always: gathered parameters are freed after a block's forward and gathered again for its

@@ -79,8 +79,7 @@ def prepare(
     present = _read_manifest(dump_folder / "data")
     if present and present.settings == settings and present.sources == _sources(config):
         return present
-    corpus_sha256 = _hash_corpus(config)
-    if present and present.settings == settings and present.corpus_sha256 == corpus_sha256:
+    if present and present.settings == settings and present.corpus_sha256 == _hash_corpus(config):
         return present
     if present and any(dump_folder.glob("checkpoint/step-*")):
         names = {"vocab_size": "model.vocab_size (or model.flavor)", "seq_len": "training.seq_len"}
@@ -145,12 +144,8 @@ def _sources(config: Data) -> list[list[Any]]:
 
 def _hash_corpus(config: Data) -> str:
     digest = hashlib.sha256()
-    empty = True
     for text in read_documents(config):
-        empty = False
         _add_document(digest, text)
-    if empty:
-        raise UserError("data.paths: the corpus is empty: its files hold no text")
     return digest.hexdigest()
 
 
@@ -195,6 +190,8 @@ def _tokenize(
             if (documents + len(batch)) // 100_000 > documents // 100_000:
                 say(f"tokenized {documents + len(batch):,} documents")
             documents += len(batch)
+        if not documents:
+            raise UserError("data.paths: the corpus is empty: its files hold no text")
         row_bytes = (settings["seq_len"] + 1) * dtype.itemsize
         _ensure_rows(train_file, held_file, row_bytes, config.validation_fraction, dtype.itemsize, say)
         sizes = [file.seek(0, 2) // dtype.itemsize for file in (train_file, held_file)]

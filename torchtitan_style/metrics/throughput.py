@@ -25,7 +25,6 @@ class Meter:
         peak = torch.tensor(devices.peak_flops(world.device, dtype) or float("nan"), device=world.device)
         dist.all_reduce(peak)
         self._peak = peak.item()
-        self._peak_memory = 0.0
         self.restart()
 
     def restart(self) -> None:
