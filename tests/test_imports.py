@@ -22,7 +22,7 @@ LAYERS = [
     ["distributed"],
     ["models"],  # what makes models parallel, and the registry of all
     ["optim", "data", "checkpoint", "metrics", "inference"],
-    ["ending", "trainer"],
+    ["ending", "step", "trainer"],
     ["commands"],
     ["launch", "__main__", "train", "__init__"],  # what is started, and what `import torchtitan_style` offers
 ]

@@ -1,19 +1,17 @@
 """Training, from a checked configuration to a trained model.
 
-Read ``Trainer.run`` first, then ``Trainer.train_step``: the rest is setting up and reporting.
+Read ``Trainer.run`` first, then ``train_step`` in ``step.py``: the rest is setting up and reporting.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from .checkpoint.checkpointer import Checkpointer
@@ -25,7 +23,6 @@ from .data.rows import TokenFile
 from .data.tokenizer import Tokenizer
 from .distributed import device as devices
 from .distributed.garbage import GarbageCollector
-from .distributed.init import init_weights
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
 from .ending import on_interrupt
 from .errors import UserError
@@ -35,14 +32,10 @@ from .metrics.log import StepResult, TrainingLog
 from .metrics.profiler import profile_step
 from .metrics.throughput import Meter
 from .metrics.validation import validate
-from .models.registry import MODELS
-from .optim.adamw import build_optimizer, step_if_finite
-from .optim.clip import clip_grad_norm_
-from .optim.schedule import lr_factor
+from .optim.adamw import build_optimizer
+from .step import DTYPES, build_model, mix, train_step
 
 __all__ = ["Trainer", "train"]
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclasses.dataclass
@@ -88,7 +81,7 @@ class Trainer:
         self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(self._interrupted()))
         flops = self.model_config.flops_per_token(config.training.seq_len)
-        self.meter = Meter(world, flops_per_token=flops, dtype=self.compute_dtype)
+        self.meter = Meter(world, flops_per_token=flops, dtype=DTYPES[config.training.mixed_precision_param])
 
     # The loop
 
@@ -112,36 +105,18 @@ class Trainer:
             while state.step < steps:
                 state.step += 1
                 with profile_step(self.config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
-                    result = self.train_step(self._next_batch())
+                    result = train_step(
+                        self.model,
+                        self.optimizer,
+                        self._next_batch(),
+                        step=state.step,
+                        config=self.config,
+                        world=self.world,
+                    )
                 self._after_step(result)
         finally:
             self.log.close()
         self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
-
-    def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step: accumulate gradients over the microbatches, clip, update."""
-        config = self.config
-        lr = config.optimizer.lr * lr_factor(self.state.step, config.lr_scheduler, total_steps=config.training.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
-        torch.manual_seed(_mix(config.training.seed, self.state.step, self.world.rank))
-
-        self.optimizer.zero_grad()
-        # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
-        tokens = torch.stack([(labels != -100).sum() for _, labels in batch.microbatches]).sum()
-        dist.all_reduce(tokens, group=self.world.dp_group)
-        loss = torch.zeros((), device=self.world.device)
-        for i, (inputs, labels) in enumerate(batch.microbatches, start=1):
-            if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(i == len(batch.microbatches))
-            loss_sum, _ = self.model(inputs, labels)
-            share = loss_sum / tokens
-            share.backward()
-            loss += share.detach()
-        grad_norm = clip_grad_norm_(self.model.parameters(), config.training.max_norm)
-        step_if_finite(self.optimizer, grad_norm)
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, batch_hash=batch.hash)
 
     def _next_batch(self) -> Batch:
         with self.meter.waiting_for_data():
@@ -195,7 +170,7 @@ class Trainer:
                 end_of_text=self.tokenizer.end_of_text,
                 max_length=self.model_config.max_position_embeddings,
                 multiple_of=self.world.layout.tp,
-                seed=_mix(self.config.training.seed, self.state.step),
+                seed=mix(self.config.training.seed, self.state.step),
                 device=self.world.device,
             )
         self.display.sample(config.prompt, self.tokenizer.decode(prompt + ids)[len(config.prompt) :])
@@ -247,29 +222,8 @@ class Trainer:
         return TokenFile(path, dtype=self.prepared.dtype, seq_len=self.config.training.seq_len)
 
     def _build_model(self) -> None:
-        config, world = self.config, self.world
-        family = MODELS[config.model.name]
-        self.compute_dtype = _DTYPES[config.training.mixed_precision_param]
-        compile = config.compile
-        if compile.enable and (problem := devices.compiler_problem(world.device)):
-            self.display.warn(f"compile.enable: {problem}; training without compilation, which is slower")
-            compile = compile.model_copy(update={"enable": False})
-        with torch.device("meta"):
-            self.model = family.build(self.model_config)
-        family.parallelize(
-            self.model,
-            world.mesh,
-            activation_checkpoint=config.activation_checkpoint,
-            compile=compile,
-            param_dtype=self.compute_dtype,
-            reduce_dtype=_DTYPES[config.training.mixed_precision_reduce],
-            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
-        )
-        self.model.to_empty(device=world.device)
-        self.model.tie_weights()  # to_empty may have given each module a parameter of its own
-        init_weights(self.model, seed=config.training.seed, initial_std=self.model.initial_std)
-        self.model.train()
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.model = build_model(self.config, self.world, warn=self.display.warn)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to go on from."""
@@ -355,9 +309,3 @@ class Trainer:
             f"interrupted at step {self.state.step}. The last checkpoint is {self.checkpointer.folder.path(steps[0])}. "
             "The same command goes on from there."
         )
-
-
-def _mix(*numbers: int) -> int:
-    """A seed of 63 bits from several numbers."""
-    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

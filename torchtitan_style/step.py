@@ -1,0 +1,89 @@
+"""The model on its mesh, and one optimizer step of it.
+
+``trainer.py`` calls these in its loop, and ``verification/layout.py`` on made-up batches: what is
+verified is what trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from .config import Config
+from .data.loader import Batch
+from .distributed import device as devices
+from .distributed.init import init_weights
+from .distributed.world import World
+from .metrics.log import StepResult
+from .models.registry import MODELS
+from .optim.adamw import step_if_finite
+from .optim.clip import clip_grad_norm_
+from .optim.schedule import lr_factor
+
+__all__ = ["DTYPES", "build_model", "mix", "train_step"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build_model(config: Config, world: World, *, warn: Callable[[str], None]) -> Any:
+    """The model of ``config``, laid out over the mesh, with its initial weights drawn."""
+    family = MODELS[config.model.name]
+    compile = config.compile
+    if compile.enable and (problem := devices.compiler_problem(world.device)):
+        warn(f"compile.enable: {problem}; training without compilation, which is slower")
+        compile = compile.model_copy(update={"enable": False})
+    with torch.device("meta"):
+        model = family.build(config.model.qwen3())
+    family.parallelize(
+        model,
+        world.mesh,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=compile,
+        param_dtype=DTYPES[config.training.mixed_precision_param],
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+    )
+    model.to_empty(device=world.device)
+    model.tie_weights()  # to_empty may have given each module a parameter of its own
+    init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+    model.train()
+    return model
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.AdamW, batch: Batch, *, step: int, config: Config, world: World
+) -> StepResult:
+    """Accumulate gradients over the microbatches, clip, update. ``step`` counts from 1."""
+    lr = config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
+    torch.manual_seed(mix(config.training.seed, step, world.rank))
+
+    optimizer.zero_grad()
+    # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
+    tokens = torch.stack([(labels != -100).sum() for _, labels in batch.microbatches]).sum()
+    dist.all_reduce(tokens, group=world.dp_group)
+    loss = torch.zeros((), device=world.device)
+    for i, (inputs, labels) in enumerate(batch.microbatches, start=1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(i == len(batch.microbatches))
+        loss_sum, _ = model(inputs, labels)
+        share = loss_sum / tokens
+        share.backward()
+        loss += share.detach()
+    grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm)
+    step_if_finite(optimizer, grad_norm)
+    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, batch_hash=batch.hash)
+
+
+def mix(*numbers: int) -> int:
+    """A seed of 63 bits from several numbers."""
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
