@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 # The lowest first: a module may import from its own layer and from lower ones. Of the names here that a module's
 # name starts with, the longest counts.
 LAYERS = [
-    ["errors"],
-    ["models.qwen3.config"],  # plain data
+    ["errors", "hub"],
+    ["models.qwen3.config", "models.qwen3.hf"],  # plain data
     ["models.qwen3.model"],  # plain PyTorch, of use without the rest
+    ["models.hf_folder", "checkpoint.folder", "checkpoint.saved"],  # files: what a model's folder says of itself
     ["config"],
     ["distributed"],
     ["models"],  # what makes models parallel, and the registry of all
@@ -83,7 +84,11 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
     assert imports_of_ours("models.qwen3.config") == set()
     assert imports_of_ours("models.qwen3.model") == {"models.qwen3.config"}
     assert imports_of_ours("errors") == set()
-    for name, allowed in (("models.qwen3.config", set()), ("models.qwen3.model", {"torch"})):
+    for name, allowed in (
+        ("models.qwen3.config", set()),
+        ("models.qwen3.hf", set()),
+        ("models.qwen3.model", {"torch"}),
+    ):
         outside = {full.partition(".")[0] for full in imports(name)} - {PACKAGE}
         assert outside - set(sys.stdlib_module_names) == allowed
 
@@ -92,9 +97,9 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
     ("module", "unwanted"),
     [
         (PACKAGE, {"torch", "transformers", "pyarrow", "numpy", "pydantic"}),
-        (f"{PACKAGE}.__main__", {"torch", "transformers", "pyarrow", "numpy"}),
-        (f"{PACKAGE}.launch", {"torch", "transformers", "pyarrow", "numpy"}),
-        (f"{PACKAGE}.train", {"torch", "transformers", "pyarrow", "numpy"}),
+        (f"{PACKAGE}.__main__", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
+        (f"{PACKAGE}.launch", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
+        (f"{PACKAGE}.train", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.data.prepare", {"torch", "transformers", "pyarrow"}),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from .commands import train
+from .commands import export_hf, import_hf, train
 from .commands.cli import reported_errors
 from .config.help import section_help, section_names
 from .errors import UserError
@@ -16,6 +16,8 @@ USAGE = f"""\
 usage: python -m torchtitan_style COMMAND [...]
 
   train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
+  import-hf --hf DIR_OR_REPO --output DIR           a model in Transformers' format → a checkpoint
+  export-hf --checkpoint DIR --output DIR           a checkpoint → a model in Transformers' format
 
   --help            this
   --help SECTION    every key of a section of the configuration, with its default
@@ -28,7 +30,7 @@ Sections: {", ".join(section_names()[:8])},
 GPU (NPROC=4 ./run_train.sh for another number).
 """
 
-COMMANDS = {"train": train.main}
+COMMANDS = {"train": train.main, "import-hf": import_hf.main, "export-hf": export_hf.main}
 
 
 def main(arguments: list[str]) -> None:

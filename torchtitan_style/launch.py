@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .commands import train
-from .commands.cli import check_torch, parse_config_arguments, reported_errors
+from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 from .errors import UserError
 
 __all__ = ["main"]
@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> None:
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
+        check_initial_weights(config)
         if gpus and nproc > gpus:
             raise UserError(
                 f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}; "

@@ -15,6 +15,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.saved import open_model
+from .checkpoint.weights import load_weights
 from .config import Config, to_toml
 from .config.layout import plan_batch, plan_layout
 from .data.loader import Batch, Loader, validation_batches
@@ -32,6 +34,7 @@ from .metrics.log import StepResult, TrainingLog
 from .metrics.profiler import profile_step
 from .metrics.throughput import Meter
 from .metrics.validation import validate
+from .models.qwen3.config import FLAVORS
 from .optim.adamw import build_optimizer
 from .step import DTYPES, build_model, mix, train_step
 
@@ -75,6 +78,8 @@ class Trainer:
             self.dump_folder / "checkpoint",
             model=self.model,
             optimizer=self.optimizer,
+            settings=to_toml(config, dimensions=True),
+            tokenizer=self.dump_folder / "tokenizer",
             say=self.display.warn,
         )
         self.warmed_up = False
@@ -241,6 +246,7 @@ class Trainer:
     def _resume(self) -> None:
         step = self.checkpointer.find()
         if step is None:
+            self._start_from_weights()
             return
         saved = on_main(lambda: self.checkpointer.folder.train_state(step))
         differences = [
@@ -257,13 +263,28 @@ class Trainer:
         self.checkpointer.load(step)
         self.state = TrainState(**saved["state"])
 
+    def _start_from_weights(self) -> None:
+        """Read the initial weights, if the run starts from any; each rank its own part."""
+        source = self.config.initial_weights
+        if not source:
+            return
+        path = on_main(lambda: open_model(source, verify=True, say=self.display.warn).path)
+        found = open_model(str(path), verify=False)
+        found.check(self.model_config)
+        load_weights(found, dict(self.model.named_parameters()))
+        self.display.say(f"starting from the weights of {source}")
+        if found.tokenizer is None and self.config.data.tokenizer == "train":
+            self.display.warn(f"{source} has no tokenizer; what its token ids meant, the one trained here cannot know")
+        flavor = self.config.model.flavor
+        if "flavor" in self.config.model.model_fields_set and FLAVORS[flavor] != self.model_config:
+            self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
+
     def _save(self, *, best: bool) -> None:
         train_state = {
             "state": dataclasses.asdict(self.state),
             "identity": self._identity(),
             "mesh": dataclasses.asdict(self.world.layout),
             "torch": torch.__version__,
-            "config": self.config.model_dump(),
         }
         self.checkpointer.save(self.state.step, train_state, best=best)
 
@@ -276,7 +297,8 @@ class Trainer:
         total, seq_len = config.training.steps, config.training.seq_len
         processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
         self.display.say(
-            f"{config.model.name} {config.model.flavor}, {self.model_config.num_parameters / 1e6:,.1f} M parameters, "
+            f"{config.model.name} {config.initial_weights or config.model.flavor}, "
+            f"{self.model_config.num_parameters / 1e6:,.1f} M parameters, "
             f"{config.training.mixed_precision_param}, on {processes}{devices.name(self.world.device)}"
             + (f" ({layout})" if processes else "")
         )

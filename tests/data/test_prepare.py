@@ -252,14 +252,14 @@ ERRORS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no text": (half_a_surrogate_pair, r"data\.paths: .*corpus\.jsonl, line 441"),
     "vocabulary too small": (
         lambda f: with_tokenizer(f, vocab_size=321),
-        r"model\.vocab_size: 320 is too small .* up to 320; set model\.vocab_size to 384$",
+        r"model\.vocab_size: 320 is too small .* up to 320; set model\.vocab_size to 384, or, if weights",
     ),
     "no end of text": (lambda f: with_tokenizer(f, eos=None), r"data\.tokenizer: .*neither <\|endoftext\|> nor"),
     "no such tokenizer folder": (
         lambda f: (write_corpus(f), {"tokenizer": str(f / "hf")})[1],
         r"data\.tokenizer: there is no folder",
     ),
-    "folder without tokenizer": (not_a_tokenizer, r"data\.tokenizer: no tokenizer .* in that folder"),
+    "folder without tokenizer": (not_a_tokenizer, r"data\.tokenizer: no tokenizer in .*: there is no tokenizer\.json"),
 }
 
 

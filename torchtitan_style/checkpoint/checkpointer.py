@@ -6,7 +6,7 @@ parameter name, so that the shape of the mesh is not part of the format.
 
 from __future__ import annotations
 
-import warnings
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from torchtitan_style.distributed.world import on_main
 from torchtitan_style.errors import UserError
 
 from .folder import CheckpointFolder
-from .reader import SafeReader
+from .reader import SafeReader, without_warnings
 
 __all__ = ["Checkpointer"]
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method is called by all ranks."""
+    """The checkpoints of one run. Every method is called by all ranks.
+
+    settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint.
+    """
 
     def __init__(
         self,
@@ -35,12 +38,16 @@ class Checkpointer:
         *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        settings: str,
+        tokenizer: Path,
         say: Callable[[str], None],
     ) -> None:
         self.config = config
         self.folder = CheckpointFolder(folder)
         self.model = model
         self.optimizer = optimizer
+        self.settings = settings
+        self.tokenizer = tokenizer
         self.say = say
 
     def save(self, step: int, train_state: dict[str, Any], *, best: bool = False) -> None:
@@ -48,13 +55,18 @@ class Checkpointer:
         temporary = on_main(lambda: str(self.folder.begin(step)))
         # With more than one thread DCP can take a failed write for a success.
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+        with without_warnings():
             dcp.save(self._tensors(), storage_writer=writer)
-        on_main(lambda: self.folder.commit(step, train_state))
+        on_main(lambda: self._complete(Path(temporary), step, train_state))
         if best:
             on_main(lambda: self.folder.set_best(step))
         on_main(lambda: self.folder.retain(self.config.keep_latest_k))
+
+    def _complete(self, temporary: Path, step: int, train_state: dict[str, Any]) -> None:
+        """Add what makes a checkpoint of use without its run."""
+        (temporary / "config.toml").write_text(self.settings, encoding="utf-8")
+        shutil.copytree(self.tokenizer, temporary / "tokenizer")
+        self.folder.commit(step, train_state)
 
     def find(self) -> int | None:
         """The step to resume from, or None to start from scratch.

@@ -2,6 +2,8 @@
 
     checkpoint/step-500/           shards written by torch.distributed.checkpoint
     checkpoint/step-500/train_state.json
+    checkpoint/step-500/config.toml      the run's settings, all dimensions of the model included
+    checkpoint/step-500/tokenizer/
     checkpoint/step-500/manifest.json    size and SHA-256 of every other file, written last
     checkpoint/best                a line with the name of the best one, as "step-500"
 
@@ -19,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CheckpointFolder"]
+__all__ = ["MANIFEST", "CheckpointFolder", "problem_of", "seal"]
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 class CheckpointFolder:
@@ -49,22 +51,7 @@ class CheckpointFolder:
 
     def problem(self, step: int) -> str | None:
         """What is wrong with the files of ``step``, or None."""
-        folder = self.path(step)
-        try:
-            files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-            if not files:
-                return f"{_MANIFEST} lists no files"
-            for name, expected in files.items():
-                size = (folder / name).stat().st_size
-                if size != expected["size"]:
-                    return f"{name} has {size} bytes instead of {expected['size']}"
-                if _sha256(folder / name) != expected["sha256"]:
-                    return f"{name} has changed since it was written"
-        except FileNotFoundError as error:
-            return f"{Path(str(error.filename)).name} is missing"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{_MANIFEST} cannot be read: {error}"
-        return None
+        return problem_of(self.path(step))
 
     def begin(self, step: int) -> Path:
         """An empty temporary folder to write the checkpoint of ``step`` into."""
@@ -77,18 +64,7 @@ class CheckpointFolder:
         """Complete the temporary folder of ``step`` and give it its final name."""
         temporary = self.root / f"tmp-step-{step}"
         (temporary / "train_state.json").write_text(json.dumps(train_state, indent=2) + "\n", encoding="utf-8")
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
-        }
-        manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
-        (temporary / _MANIFEST).write_text(manifest, encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        final = self.path(step)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _fsync(self.root)
+        seal(temporary, self.path(step), step=step)
 
     def train_state(self, step: int) -> dict[str, Any]:
         return json.loads((self.path(step) / "train_state.json").read_text(encoding="utf-8"))
@@ -129,6 +105,43 @@ class CheckpointFolder:
         """Delete what a killed run left half written."""
         for path in self.root.glob("tmp-step-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with the files of one checkpoint, or None."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if not files:
+            return f"{MANIFEST} lists no files"
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+            if _sha256(folder / name) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def seal(temporary: Path, final: Path, *, step: int) -> None:
+    """Make a checkpoint of the files in ``temporary``: manifest, to disk, final name, in this order."""
+    paths = sorted(temporary.rglob("*"))
+    files = {
+        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in paths
+        if path.is_file()
+    }
+    manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
+    (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
+    for path in (*paths, temporary / MANIFEST, temporary):
+        _fsync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _fsync(final.parent)
 
 
 def _sha256(path: Path) -> str:

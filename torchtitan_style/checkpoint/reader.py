@@ -6,7 +6,10 @@ types that DCP writes; anything else is refused before it is imported.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from torchtitan_style.errors import UserError
 
-__all__ = ["SafeReader"]
+__all__ = ["SafeReader", "without_warnings"]
 
 _ALLOWED = {
     ("pathlib", "Path"),
@@ -38,6 +41,15 @@ _ALLOWED = {
         )
     ),
 }
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """DCP warns of its own use of old types, and of a process that saves or loads by itself, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
+        yield
 
 
 class _Unpickler(pickle.Unpickler):

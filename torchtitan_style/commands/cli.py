@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
+from torchtitan_style.checkpoint.saved import find_checkpoint, open_model
+from torchtitan_style.config import Config
 from torchtitan_style.config.help import section_help
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.errors import RunError, UserError
+from torchtitan_style.hub import fetch
+from torchtitan_style.models.hf_folder import HFFolder
 
-__all__ = ["ConfigArguments", "check_torch", "parse_config_arguments", "reported_errors"]
+__all__ = [
+    "Arguments",
+    "ConfigArguments",
+    "check_initial_weights",
+    "check_torch",
+    "parse_config_arguments",
+    "reported_errors",
+]
 
 OLDEST_TORCH = (2, 11)
 
@@ -47,6 +61,23 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
     return ConfigArguments(path, overrides)
 
 
+class Arguments(argparse.ArgumentParser):
+    """A command's own options. A mistake in them is a UserError, and ``--help`` prints ``usage`` as it stands."""
+
+    def __init__(self, usage: str) -> None:
+        super().__init__(usage=usage, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what the command takes")
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """All of ``arguments``; ``--help`` prints help and exits."""
+        if {"--help", "-h"} & set(arguments):
+            print(self.usage)
+            raise SystemExit(0)
+        return self.parse_args(arguments)
+
+
 def check_torch() -> None:
     """Raise UserError if torch is missing or too old, without the seconds that importing it takes."""
     try:
@@ -56,6 +87,16 @@ def check_torch() -> None:
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"torch {version} is too old: {oldest} or newer is needed; ./run_train.sh sets everything up")
+
+
+def check_initial_weights(config: Config) -> None:
+    """Raise UserError if the weights that a new run would start from are not there, damaged or another model's."""
+    source = config.initial_weights
+    if source and find_checkpoint(Path(config.job.dump_folder), verify=False) is None:
+        found = open_model(source, verify=False)
+        if isinstance(found, HFFolder):  # a checkpoint of ours takes long to verify, and is when it is read
+            found = HFFolder(fetch(source, weights=True))
+        found.check(config.model.qwen3())
 
 
 @contextlib.contextmanager

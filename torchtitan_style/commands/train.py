@@ -10,7 +10,7 @@ import os
 from torchtitan_style.config import load_config
 from torchtitan_style.ending import ending_at_once, interruptible
 
-from .cli import check_torch, parse_config_arguments, reported_errors
+from .cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 
 __all__ = ["USAGE", "main"]
 
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = load_config(named.path, named.overrides, world_size=world_size)
         check_torch()
+        if world_size == 1:  # else the launcher has done it
+            check_initial_weights(config)
         with interruptible():
             from torchtitan_style.trainer import train  # imports torch
 

@@ -92,6 +92,11 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
 
 def _rest(config: Config) -> Iterator[Problem]:
     data = config.data
+    if config.model.hf_assets_path and config.checkpoint.initial_load_path:
+        yield Problem(
+            ("checkpoint.initial_load_path", "model.hf_assets_path"),
+            "a run starts from this or from model.hf_assets_path, not from both",
+        )
     if data.dataset == "files" and not data.paths:
         yield Problem(
             ("data.paths", "data.dataset"),

@@ -6,6 +6,7 @@ torch, so a typo costs no waiting.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 import types
@@ -18,10 +19,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.errors import UserError
 
 from .checks import Problem, cross_checks
-from .schema import Config
+from .schema import Config, Job
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +46,6 @@ _MOVED = {
     "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
     "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
     "model.tokenizer_path": "data.tokenizer",
-    "model.hf_assets_path": "data.tokenizer",
     "debug.seed": "training.seed",
     "checkpoint.enable_checkpoint": "checkpoint.enable",
 }
@@ -65,6 +66,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
         if isinstance(tree.setdefault(section, {}), dict):
             tree[section][name] = value
 
+    problems += _take_over(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -83,9 +85,49 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     return config
 
 
-def to_toml(config: Config) -> str:
-    """The resolved configuration, every setting included, as TOML that ``load_config`` reads."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
+def to_toml(config: Config, *, dimensions: bool = False) -> str:
+    """The resolved configuration, every setting included, as TOML that ``load_config`` reads.
+
+    dimensions: with those of the model that its flavor decides written out.
+    """
+    tree = config.model_dump(exclude_none=True)
+    if dimensions:
+        tree["model"] |= dataclasses.asdict(config.model.qwen3())
+    return tomli_w.dumps(tree)
+
+
+def _take_over(tree: dict[str, Any]) -> list[Problem]:
+    """Fill in what comes with the weights that a run starts from: dimensions and tokenizer.
+
+    What the user has set stays, but that a tokenizer be trained: the weights know theirs only. A run
+    that has checkpoints goes on from those, and needs what it started from no more.
+    """
+    sections = {name: tree.get(name, {}) for name in ("model", "checkpoint", "data", "job")}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        return []
+    for section, name in (("model", "hf_assets_path"), ("checkpoint", "initial_load_path")):
+        source = sections[section].get(name)
+        if not isinstance(source, str) or not source:
+            continue
+        try:
+            found = _own_checkpoint(sections["job"]) or open_model(source, verify=False)
+        except UserError as error:
+            return [Problem((f"{section}.{name}",), str(error))]
+        tree["model"] = dataclasses.asdict(found.config) | sections["model"]
+        if found.tokenizer and sections["data"].get("tokenizer", "train") == "train":
+            tree["data"] = sections["data"] | {"tokenizer": source}
+        break
+    return []
+
+
+def _own_checkpoint(job: dict[str, Any]) -> SavedModel | None:
+    """A checkpoint of the run itself, if there is one that says what model it is."""
+    folder = job.get("dump_folder", Job().dump_folder)
+    try:
+        path = find_checkpoint(Path(folder), verify=False)
+        return SavedModel(path) if path else None
+    except (UserError, TypeError):
+        return None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -57,6 +57,9 @@ class _Model(Section):
     """Model family."""
     flavor: Literal[tuple(FLAVORS)] = "small"  # type: ignore[valid-type]
     """Named set of dimensions to start from; the other keys of this section override them."""
+    hf_assets_path: str = ""
+    """Start from the weights of a model in Transformers' format, a folder or a Hub name: its
+    config.json takes the place of the flavor, and its tokenizer that of data.tokenizer = "train"."""
 
     def qwen3(self) -> Qwen3Config:
         """The flavor's dimensions with this section's overrides applied.
@@ -67,7 +70,10 @@ class _Model(Section):
 
     def overrides(self) -> dict[str, Any]:
         """The dimensions that are set here, by name."""
-        return {k: v for k, v in self if k not in ("name", "flavor") and v is not None}
+        return {k: v for k, v in self if k in _DIMENSIONS and v is not None}
+
+
+_DIMENSIONS = tuple(f.name for f in dataclasses.fields(Qwen3Config))
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
@@ -220,6 +226,9 @@ class Checkpoint(Section):
     """Checkpoints to keep, besides the best; 0: all."""
     keep_best: bool = True
     """Also save when the validation loss is the lowest so far, and name it in checkpoint/best."""
+    initial_load_path: str = ""
+    """Start a new run from the weights of another: its folder, or one of its checkpoints. Dimensions
+    and tokenizer are taken over too. Optimizer and data start afresh."""
     load_step: int = Field(-1, ge=-1)
     """Step to resume from; -1: the newest that verifies. 0: start from scratch, which needs a dump
     folder without checkpoints."""
@@ -308,3 +317,8 @@ class Config(Section):
     comm: Comm = Comm()
     generation: Generation = Generation()
     debug: Debug = Debug()
+
+    @property
+    def initial_weights(self) -> str:
+        """Where a new run's weights come from; empty: drawn at random."""
+        return self.model.hf_assets_path or self.checkpoint.initial_load_path

@@ -95,8 +95,7 @@ def prepare(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _make_tokenizer(config, temporary / "tokenizer", vocab_size, say)
-        tokenizer = Tokenizer(temporary / "tokenizer")
+        tokenizer = _make_tokenizer(config, temporary / "tokenizer", vocab_size, say)
         _check_vocabulary(config, tokenizer, vocab_size)
         prepared = _tokenize(config, temporary, tokenizer, settings=settings, say=say)
         manifest = json.dumps(asdict(prepared), indent=2) + "\n"
@@ -149,12 +148,16 @@ def _hash_corpus(config: Data) -> str:
     return digest.hexdigest()
 
 
-def _make_tokenizer(config: Data, folder: Path, vocab_size: int, say: Callable[[str], None]) -> None:
-    if config.tokenizer != "train":
+def _make_tokenizer(config: Data, folder: Path, vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
+    if config.tokenizer == "train":
+        say(f"training a tokenizer of {vocab_size} tokens on the corpus")
+        train(_up_to(read_documents(config), _TOKENIZER_TRAINING_CHARACTERS), folder, vocab_size=vocab_size)
+        return Tokenizer(folder)
+    try:
         copy_pretrained(config.tokenizer, folder)
-        return
-    say(f"training a tokenizer of {vocab_size} tokens on the corpus")
-    train(_up_to(read_documents(config), _TOKENIZER_TRAINING_CHARACTERS), folder, vocab_size=vocab_size)
+        return Tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from None
 
 
 def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -169,7 +172,8 @@ def _check_vocabulary(config: Data, tokenizer: Tokenizer, vocab_size: int) -> No
     if tokenizer.num_ids > vocab_size:
         raise UserError(
             f'model.vocab_size: {vocab_size} is too small for the tokenizer "{config.tokenizer}", whose ids go up '
-            f"to {tokenizer.num_ids - 1}; set model.vocab_size to {-(-tokenizer.num_ids // 128) * 128}"
+            f"to {tokenizer.num_ids - 1}; set model.vocab_size to {-(-tokenizer.num_ids // 128) * 128}, or, if "
+            "weights are loaded, data.tokenizer to theirs"
         )
 
 

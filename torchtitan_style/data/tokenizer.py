@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from torchtitan_style.errors import UserError
+from torchtitan_style.hub import fetch
+from torchtitan_style.models.hf_folder import TOKENIZER_FILES
 
 __all__ = ["END_OF_TEXT", "Tokenizer", "copy_pretrained", "train"]
 
@@ -26,19 +29,26 @@ class Tokenizer:
     """A tokenizer read from a folder with ``tokenizer.json`` and ``tokenizer_config.json``."""
 
     def __init__(self, folder: Path) -> None:
-        self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        named = settings.get("eos_token")
-        named = named["content"] if isinstance(named, dict) else named
+        try:
+            self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            roles = {role: settings.get(role) for role in ("eos_token", "pad_token")}
+            self._special = {role: t["content"] if isinstance(t, dict) else t for role, t in roles.items()}
+        except Exception as error:  # tokenizers raises a plain Exception
+            raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
         # Qwen's instruct models name <|im_end|>, which ends a turn; a document ends with this one.
         end = self.backend.token_to_id(END_OF_TEXT)
-        if end is None and named is not None:
-            end = self.backend.token_to_id(named)
+        end = self.special_id("eos_token") if end is None else end
         if end is None:
-            raise UserError(f"data.tokenizer: {folder} has neither {END_OF_TEXT} nor an eos_token to end documents")
+            raise UserError(f"{folder} has neither {END_OF_TEXT} nor an eos_token to end documents")
         self.end_of_text: int = end
         self.num_ids = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id: what the model's vocab_size must be at least."""
+
+    def special_id(self, role: str) -> int | None:
+        """The id of the "eos_token" or the "pad_token" that its settings name, or None."""
+        token = self._special[role]
+        return None if token is None else self.backend.token_to_id(token)
 
     @property
     def fingerprint(self) -> str:
@@ -85,23 +95,31 @@ def train(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
 
 
 def copy_pretrained(source: str, folder: Path) -> None:
-    """Load a Hugging Face tokenizer from a folder or the Hub, and save it to ``folder``.
+    """Save the tokenizer of ``source`` to ``folder``, file for file: a model folder, a Hub name, a run or a checkpoint.
 
-    Raises UserError if there is none.
+    One without a ``tokenizer.json`` is converted by Transformers. Raises UserError if there is none.
     """
-    looks_local = source.startswith((".", "/", "~")) or Path(source).expanduser().exists()
-    path = str(Path(source).expanduser()) if looks_local else source
-    if looks_local and not Path(path).is_dir():
-        raise UserError(f"data.tokenizer: there is no folder {source}")
+    found = fetch(source, weights=False)
+    if (found / "tokenizer" / "tokenizer.json").is_file():
+        found = found / "tokenizer"
+    if (found / "tokenizer.json").is_file():
+        folder.mkdir(parents=True)
+        for name in TOKENIZER_FILES:
+            if (found / name).is_file():
+                shutil.copyfile(found / name, folder / name)
+        if not (folder / "tokenizer_config.json").exists():
+            (folder / "tokenizer_config.json").write_text("{}\n", encoding="utf-8")
+        return
+    if not any((found / name).is_file() for name in ("vocab.json", "tokenizer.model")):
+        raise UserError(f'no tokenizer in "{source}": there is no tokenizer.json')
 
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # transformers and huggingface_hub raise many kinds
-        where = "in that folder" if looks_local else "on the Hub, or the Hub cannot be reached"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(found)
+    except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f'data.tokenizer: no tokenizer "{source}" {where}: {reason}') from None
+        raise UserError(f'no tokenizer in "{source}": {reason}') from None
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f'data.tokenizer: "{source}" has no fast version (tokenizer.json)')
+        raise UserError(f'"{source}" has no fast version (tokenizer.json)')

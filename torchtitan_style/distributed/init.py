@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["init_weights"]
+__all__ = ["init_weights", "local_part"]
 
 _TILE = 2**20
 """Elements drawn from one generator, about: many enough for speed, few enough to hold."""
@@ -40,16 +40,11 @@ def init_weights(model: nn.Module, *, seed: int, initial_std: Callable[[str], fl
 
 def _draw(parameter: Tensor, std: float, key: str) -> None:
     shape = parameter.shape
-    if isinstance(parameter, DTensor):
-        local_shape, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-        local = parameter.to_local()
-    else:
-        local_shape, offset, local = tuple(shape), (0,) * len(shape), parameter
+    local, (outer, *inner) = local_part(parameter)
     if local.numel() == 0:
         return
     rows = max(1, _TILE // shape[1:].numel())
-    first, last = offset[0], offset[0] + local_shape[0]
-    inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], local_shape[1:], strict=True))
+    first, last = outer.start, outer.stop
     for tile in range(first // rows, (last - 1) // rows + 1):
         start, stop = tile * rows, min((tile + 1) * rows, shape[0])
         digest = hashlib.blake2b(f"{key}/{tile}".encode(), digest_size=8).digest()
@@ -57,3 +52,12 @@ def _draw(parameter: Tensor, std: float, key: str) -> None:
         values = torch.empty(stop - start, *shape[1:]).normal_(0.0, std, generator=generator)
         low, high = max(start, first), min(stop, last)
         local[low - first : high - first].copy_(values[(slice(low - start, high - start), *inner)])
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank holds of ``parameter``, and which part of the whole it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    where = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+    return parameter.to_local(), where

@@ -1,0 +1,99 @@
+"""From a checkpoint to a model folder in Transformers' format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.errors import UserError
+from torchtitan_style.models.hf_folder import TOKENIZER_FILES, HFFolder
+from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
+
+from .output import new_folder
+from .saved import SavedModel
+from .weights import load_weights, stored_dtypes
+
+__all__ = ["export_hf"]
+
+
+def export_hf(
+    source: HFFolder | SavedModel,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write the folder ``output``, which ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
+
+    dtype: type of the weights; None: as they are stored. One file's worth of weights is held at a
+    time. advance: called with the number of bytes of each file written.
+
+    Raises UserError, with nothing left behind, if ``output`` is in use or a weight does not fit ``dtype``.
+    """
+    stored = stored_dtypes(source)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype or stored[name], device="meta")
+        for name, shape in parameter_shapes(source.config).items()
+    }
+    try:
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max-shard-size {max_shard_size}: {error}") from None
+    with new_folder(output) as temporary:
+        for file, names in plan.filename_to_tensors.items():
+            part = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
+            load_weights(source, part)
+            _check_range(part)
+            save_file(part, temporary / file, metadata={"format": "pt"})
+            advance(sum(tensor.nbytes for tensor in part.values()))
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        _write_settings(source, temporary, {tensor.dtype for tensor in tensors.values()})
+        if output.is_dir():
+            output.rmdir()
+        temporary.rename(output)
+
+
+def _check_range(part: dict[str, torch.Tensor]) -> None:
+    """fp16 ends at 65,504; what is larger would silently become infinite."""
+    for name, tensor in part.items():
+        if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+            raise UserError(f"--dtype float16: {name} has values that do not fit; use bfloat16")
+
+
+def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[torch.dtype]) -> None:
+    """config.json, generation_config.json, and the tokenizer's files."""
+    import transformers
+
+    ids: dict[str, int | None] = {}
+    ends: list[int | None] = []
+    if source.tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            if (source.tokenizer / name).is_file():
+                shutil.copyfile(source.tokenizer / name, folder / name)
+        tokenizer = Tokenizer(source.tokenizer)
+        ends = list(dict.fromkeys((tokenizer.special_id("eos_token"), tokenizer.end_of_text)))
+        ends = [i for i in ends if i is not None]
+        ids = {"eos_token_id": ends[0], "pad_token_id": tokenizer.special_id("pad_token")}
+    config = transformers.Qwen3Config(**to_hf(source.config), **ids, architectures=["Qwen3ForCausalLM"])
+    config.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    config.save_pretrained(folder)
+    # Transformers before version 5, and what is built on it, looks for the base of the rotary embedding
+    # here, and takes 10,000 if it is not found.
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["rope_theta"] = source.config.rope_theta
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if not (folder / "generation_config.json").exists():
+        stops = ends if len(ends) > 1 else ids.get("eos_token_id")
+        transformers.GenerationConfig(**ids | {"eos_token_id": stops}).save_pretrained(folder)

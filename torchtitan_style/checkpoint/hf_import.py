@@ -1,0 +1,78 @@
+"""From a model folder in Transformers' format to a checkpoint of ours, however large the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.planner import WriteItem
+
+from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
+from torchtitan_style.errors import UserError
+from torchtitan_style.models.hf_folder import HFFolder
+
+from .folder import seal
+from .output import new_folder
+from .reader import without_warnings
+from .weights import stored_dtypes
+
+__all__ = ["import_hf"]
+
+
+def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] = lambda count: None) -> None:
+    """Write the checkpoint folder ``output`` with the weights of ``source`` as they are, bit for bit, its
+    dimensions and its tokenizer.
+
+    One tensor is held at a time. advance: called with the number of bytes of each tensor written.
+
+    Raises UserError, with nothing left behind, if ``output`` is in use or the folder cannot be used.
+    """
+    source.check()
+    with new_folder(output) as temporary:
+        if source.tokenizer is not None:
+            copy_pretrained(str(source.tokenizer), temporary / "tokenizer")
+            _check_vocabulary(source, Tokenizer(temporary / "tokenizer"))
+        settings = {
+            "job": {"description": f"imported from {source.path.resolve()}"},
+            "model": {"name": "qwen3", **asdict(source.config)},
+        }
+        (temporary / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+        # Tensors without data, of which the planner fetches one after the other as they are written.
+        tensors = {
+            f"model.{name}": torch.empty(source.tensors[name].shape, dtype=dtype, device="meta")
+            for name, dtype in stored_dtypes(source).items()
+        }
+        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
+        with without_warnings():
+            dcp.save(tensors, storage_writer=writer, planner=_ReadWhenWritten(source, advance), no_dist=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            output.rmdir()
+        seal(temporary, output, step=0)
+
+
+class _ReadWhenWritten(dcp.DefaultSavePlanner):
+    """Plans from tensors without data, and reads each when its turn has come."""
+
+    def __init__(self, source: HFFolder, advance: Callable[[int], None]) -> None:
+        super().__init__()
+        self.source, self.advance = source, advance
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        tensor: Tensor = self.source.read(write_item.index.fqn.removeprefix("model."))
+        self.advance(tensor.nbytes)
+        return tensor
+
+
+def _check_vocabulary(source: HFFolder, tokenizer: Tokenizer) -> None:
+    if tokenizer.num_ids > source.config.vocab_size:
+        raise UserError(
+            f"{source.path}: the tokenizer's ids go up to {tokenizer.num_ids - 1}, but the model has a vocabulary of "
+            f"{source.config.vocab_size}: they do not belong together"
+        )

@@ -1,0 +1,123 @@
+"""Where weights come from: a model folder in Transformers' format, or a checkpoint of ours.
+
+Opening one tells its dimensions and its tokenizer, without torch; ``weights.py`` reads the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torchtitan_style.errors import UserError
+from torchtitan_style.hub import fetch
+from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.models.qwen3.config import Qwen3Config
+
+from .folder import MANIFEST, CheckpointFolder, problem_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["SavedModel", "find_checkpoint", "open_model"]
+
+
+class SavedModel:
+    """The model in one checkpoint of ours. Raises UserError if the checkpoint does not say what it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            model = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))["model"]
+            dimensions = {field.name: model[field.name] for field in fields(Qwen3Config) if field.name in model}
+            if missing := _SHAPE - dimensions.keys():
+                raise KeyError(*sorted(missing))
+            self.config = Qwen3Config(**dimensions)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: its config.toml does not describe a model: {error}") from None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer's files are, or None if it has none."""
+        folder = self.path / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    def check(self, config: Qwen3Config | None = None) -> None:
+        """Raise UserError unless the weights fit a model of ``config``."""
+        for field in fields(Qwen3Config):
+            mine, wanted = getattr(self.config, field.name), getattr(config or self.config, field.name)
+            if mine != wanted and field.name in _SHAPE:
+                raise UserError(f"{self.path}: its model.{field.name} is {mine}, not {wanted}")
+
+
+_SHAPE = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "attention_bias",
+    "tie_word_embeddings",
+}
+"""The dimensions that decide which tensors there are, and their shapes."""
+
+
+def open_model(source: str, *, verify: bool, say: Callable[[str], None] = lambda line: None) -> HFFolder | SavedModel:
+    """A run folder (its newest verified checkpoint), one checkpoint, or a model folder by path or Hub name.
+
+    verify: make sure that the files are whole, and fetch weights that are on the Hub; without it a
+    look at the dimensions costs no time. say: told of checkpoints that were passed over.
+
+    Raises UserError, saying what is wrong with ``source``.
+    """
+    folder = Path(source).expanduser()
+    if (checkpoint := find_checkpoint(folder, verify=verify, say=say)) is not None:
+        return SavedModel(checkpoint)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(
+            f"{source} holds neither checkpoints nor a model: it has no {MANIFEST}, no checkpoint/step-N "
+            "and no config.json" + _unfinished(folder)
+        )
+    if not folder.exists() and folder.parent.is_dir() and folder.parent != Path():
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+        if near := difflib.get_close_matches(folder.name, siblings, n=1):
+            raise UserError(f"there is no folder {source}; did you mean {folder.parent / near[0]}?")
+    model = HFFolder(fetch(source, weights=verify))
+    if verify:
+        model.check()
+    return model
+
+
+def find_checkpoint(folder: Path, *, verify: bool, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The checkpoint that ``folder`` is, or the newest (verified) of those it holds; None if there are none.
+
+    Raises UserError if it is a damaged one, or none of them is whole.
+    """
+    if (folder / MANIFEST).is_file():
+        if verify and (problem := problem_of(folder)):
+            raise UserError(f"{folder}: {problem}")
+        return folder
+    for root in (folder / "checkpoint", folder):
+        checkpoints = CheckpointFolder(root)
+        if steps := checkpoints.steps():
+            step: Any = checkpoints.newest_verified(say) if verify else steps[0]
+            if step is None:
+                raise UserError(f"{root}: none of its {len(steps)} checkpoints is whole")
+            return checkpoints.path(step)
+    return None
+
+
+def _unfinished(folder: Path) -> str:
+    """A hint, if a save was cut short here."""
+    if folder.name.startswith("tmp-") or (folder / ".metadata").exists():
+        return "; a checkpoint without its manifest was never finished"
+    if any(folder.glob("tmp-step-*")) or any(folder.glob("checkpoint/tmp-step-*")):
+        return "; its only checkpoint was never finished"
+    return ""

@@ -1,0 +1,51 @@
+"""``export-hf``: a checkpoint becomes a model folder in Transformers' format.
+
+python -m torchtitan_style export-hf --checkpoint outputs/qwen3 --output exported --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torchtitan_style.checkpoint.saved import open_model
+
+from .cli import Arguments, check_torch, reported_errors
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: python -m torchtitan_style export-hf --checkpoint DIR --output DIR [--dtype TYPE] [--max-shard-size SIZE]
+
+Write a folder that Transformers, vLLM and SGLang load: config.json, safetensors, tokenizer. Needs
+memory for one file of it.
+
+  --checkpoint DIR        a run (its newest verified checkpoint), one checkpoint, or a model folder
+  --output DIR            the model folder, a new one
+  --dtype TYPE            bfloat16, float16 or float32; as they are stored if left out (training stores float32)
+  --max-shard-size SIZE   of one file, as in 500MB; 5GB if left out
+"""
+
+
+def main(arguments: list[str]) -> None:
+    with reported_errors():
+        parser = Arguments(USAGE)
+        parser.add_argument("--checkpoint", required=True)
+        parser.add_argument("--output", required=True, type=Path)
+        parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+        parser.add_argument("--max-shard-size", default="5GB")
+        options = parser.parse(arguments)
+        check_torch()
+        source = open_model(options.checkpoint, verify=True, say=lambda line: print(line, file=sys.stderr))
+
+        import torch
+
+        from torchtitan_style.checkpoint.hf_export import export_hf
+
+        from .progress import progress_bar
+
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        bytes_each = dtype.itemsize if dtype else 4
+        with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
+            export_hf(source, options.output, dtype=dtype, max_shard_size=options.max_shard_size, advance=advance)
+        print(f"{options.output}: {source.config.num_parameters / 1e6:,.1f} M parameters of {source.path}")

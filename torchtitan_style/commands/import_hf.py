@@ -1,0 +1,48 @@
+"""``import-hf``: a model in Transformers' format becomes a checkpoint of ours.
+
+python -m torchtitan_style import-hf --hf Qwen/Qwen3-0.6B --output checkpoints/qwen3-0.6b
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchtitan_style.hub import fetch
+from torchtitan_style.models.hf_folder import HFFolder
+
+from .cli import Arguments, check_torch, reported_errors
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: python -m torchtitan_style import-hf --hf DIR_OR_REPO --output DIR
+
+Make a verified checkpoint of a Qwen3 model in Transformers' format, bit for bit, with its dimensions
+and its tokenizer. Needs memory for one file of it at most.
+
+  --hf DIR_OR_REPO   a folder with config.json and safetensors, or a name on the Hugging Face Hub
+  --output DIR       the checkpoint, a new folder
+
+A training run can start from such a folder without this: model.hf_assets_path.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    with reported_errors():
+        parser = Arguments(USAGE)
+        parser.add_argument("--hf", required=True)
+        parser.add_argument("--output", required=True, type=Path)
+        options = parser.parse(arguments)
+        check_torch()
+        source = HFFolder(fetch(options.hf, weights=True))
+        source.check()
+
+        from torchtitan_style.checkpoint.hf_import import import_hf
+
+        from .progress import progress_bar
+
+        size = sum(tensor.stop - tensor.start for tensor in source.tensors.values())
+        with progress_bar("importing", size) as advance:
+            import_hf(source, options.output, advance=advance)
+        parameters = f"{source.config.num_parameters / 1e6:,.1f} M parameters"
+        print(f"{options.output}: {parameters}, {size / 1e9:,.2f} GB" + ("" if source.tokenizer else "; no tokenizer"))

@@ -1,0 +1,227 @@
+"""A model folder in Transformers' format: ``config.json``, safetensors, a tokenizer.
+
+What is wrong with one is found from its JSON files and the headers of its safetensors, before any
+weight is read and without torch. Weights are then read a tensor or a slice at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchtitan_style.errors import UserError
+
+from .qwen3.config import Qwen3Config
+from .qwen3.hf import from_hf, parameter_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TOKENIZER_FILES", "HFFolder"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""All that belongs to text in and out: the tokenizer, the chat template, and where generation stops."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
+"""The types that are read: safetensors' name, torch's, and bytes per number."""
+_COMPARED_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is. Its bytes are from ``start`` to ``stop`` of ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class HFFolder:
+    """One such folder. Making one reads ``config.json``; raises UserError if that cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        settings = _read_json(path / "config.json")
+        try:
+            self.config: Qwen3Config = from_hf(settings)
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'}: {error}") from None
+        self._open: tuple[Path, Any] | None = None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer's files are, or None if it has none."""
+        present = {p.name for p in self.path.iterdir()}
+        return self.path if {"tokenizer.json", "vocab.json"} & present else None
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor in the folder's files, file by file. Raises UserError if a file is missing or damaged."""
+        if (self.path / _SINGLE).is_file():
+            return _read_header(self.path / _SINGLE)
+        index = self.path / _INDEX
+        if not index.is_file():
+            others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+            found = f"; {', '.join(others[:3])}: only safetensors are read" if others else ""
+            raise UserError(f"{self.path}: there is neither {_SINGLE} nor {_INDEX}{found}")
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f'{index}: has no "weight_map" from tensors to files')
+        tensors: dict[str, StoredTensor] = {}
+        for file in sorted(set(weight_map.values())):
+            wanted = [name for name, where in weight_map.items() if where == file]
+            if Path(file).name != file:
+                raise UserError(f"{index}: names {file}, which is not a file of this folder")
+            if not (self.path / file).is_file():
+                raise UserError(f"{index}: {file}, with {len(wanted)} of its tensors, is not there")
+            header = _read_header(self.path / file)
+            if absent := [name for name in wanted if name not in header]:
+                raise UserError(f"{index}: says that {_some(absent)} is in {file}, but it is not")
+            tensors |= {name: header[name] for name in header if name in wanted}
+        return tensors
+
+    def check(self, config: Qwen3Config | None = None) -> None:
+        """Raise UserError, naming tensors, unless the weights are those of a model of ``config`` (left out: the
+        folder's own)."""
+        config = config or self.config
+        wanted, tensors = parameter_shapes(config), self.tensors
+        extra = [name for name in tensors if name not in wanted]
+        if config.tie_word_embeddings and "lm_head.weight" in extra:
+            self._check_tie()
+            extra.remove("lm_head.weight")
+        known = {dtype for dtype, _ in _DTYPES.values()}
+        problems = []
+        if missing := [name for name in wanted if name not in tensors]:
+            problems.append(f"{len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}")
+            if missing == ["lm_head.weight"]:
+                problems[-1] += "; with tie_word_embeddings = true in config.json the embedding would take its place"
+        if extra:
+            problems.append(f"{len(extra)} tensors are none of the model's: {_some(extra)}")
+        if wrong := [name for name in wanted if name in tensors and tensors[name].shape != wanted[name]]:
+            shapes = (f"{name} is {_shape(tensors[name].shape)}, not {_shape(wanted[name])}" for name in wrong)
+            problems.append(f"{len(wrong)} tensors have another shape: {_some(list(shapes))}")
+        if other := [name for name in wanted if name in tensors and tensors[name].dtype not in known]:
+            problems.append(f"{len(other)} tensors are {tensors[other[0]].dtype}, which is not read: {_some(other)}")
+        if problems:
+            overridden = config != self.config and any(
+                wanted.get(name) != shape for name, shape in parameter_shapes(self.config).items()
+            )
+            hint = ". The [model] section overrides what config.json says" if overridden else ""
+            raise UserError(f"{self.path}: {'; '.join(problems)}{hint}")
+
+    def _check_tie(self) -> None:
+        """A folder with tied embeddings may have them twice, but not in two versions."""
+        head, embedding = self.tensors["lm_head.weight"], self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            return
+        same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+        if not (same and all(a == b for a, b in zip(_blocks(head), _blocks(embedding), strict=True))):
+            raise UserError(
+                f"{self.path}: lm_head.weight is not model.embed_tokens.weight, though config.json says "
+                "tie_word_embeddings = true; if they are two, say false there"
+            )
+
+    def read(self, name: str, where: tuple[slice, ...] | None = None) -> Tensor:
+        """Tensor ``name``, or the part ``where`` of it, in the type that it is stored in. No other bytes are read."""
+        from safetensors import safe_open
+
+        file = self.tensors[name].file
+        if self._open is None or self._open[0] != file:  # one file mapped at a time
+            self._open = None
+            self._open = file, safe_open(file, framework="pt")
+        handle = self._open[1]
+        tensor: Tensor = handle.get_tensor(name) if where is None else handle.get_slice(name)[where]
+        return tensor
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, in the order of its bytes.
+
+    The format: 8 bytes with the length of a JSON header, the header, the tensors' bytes without a gap.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise UserError(f"{path}: is a git-lfs pointer, not the file itself; `git lfs pull` fetches it")
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{path}: is truncated, or no safetensors file: its header does not fit into {size} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        begin = 8 + length
+        tensors = {
+            name: StoredTensor(
+                file=path,
+                dtype=_DTYPES[entry["dtype"]][0] if entry["dtype"] in _DTYPES else entry["dtype"],
+                shape=tuple(entry["shape"]),
+                start=begin + entry["data_offsets"][0],
+                stop=begin + entry["data_offsets"][1],
+            )
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path}: is damaged, or no safetensors file: its header cannot be read") from None
+    end = max((tensor.stop for tensor in tensors.values()), default=begin)
+    if end != size:
+        what = "is truncated" if end > size else "is damaged"
+        raise UserError(f"{path}: {what}: by its header it has {end} bytes, but there are {size}")
+    position = begin
+    widths = dict(_DTYPES.values())
+    for name, tensor in tensors.items():
+        count = (tensor.stop - tensor.start) / widths.get(tensor.dtype, 1)
+        if tensor.start != position or (tensor.dtype in widths and count != math.prod(tensor.shape)):
+            raise UserError(f"{path}: is damaged: its header contradicts itself about {name}")
+        position = tensor.stop
+    return tensors
+
+
+def _blocks(tensor: StoredTensor) -> Iterator[bytes]:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.stop - tensor.start
+        while left > 0:
+            block = file.read(min(left, _COMPARED_AT_ONCE))
+            left -= len(block)
+            yield block
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: has no {path.name}; is it a model folder in Transformers' format?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return found
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _some(names: list[str]) -> str:
+    """The first few of ``names``."""
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,0 +1,156 @@
+"""Qwen3 in Transformers' format: what ``config.json`` says, and which tensors belong to it.
+
+Parameter names are the same on both sides (``model.py``), so weights need no translation; fields of
+the configuration do, here and there. Plain data: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from .config import Qwen3Config
+
+__all__ = ["from_hf", "parameter_shapes", "to_hf"]
+
+# What Transformers takes a field for that config.json leaves out (its Qwen3Config).
+_ABSENT = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32_768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "attention_dropout": 0.0,
+}
+_ROPE_THETA = 10_000.0
+
+
+def from_hf(settings: dict[str, Any]) -> Qwen3Config:
+    """The dimensions that a ``config.json`` describes.
+
+    Raises ValueError, naming the field, for another architecture, for what is not implemented
+    (rope scaling, quantization, another activation), and for values that contradict each other.
+    """
+    model_type = settings.get("model_type")
+    if model_type != "qwen3":
+        raise ValueError(f'model_type is "{model_type}"; only "qwen3", the dense Qwen3 models, is implemented')
+    if settings.get("quantization_config") is not None:
+        method = _field(settings, "quantization_config", dict, {}).get("quant_method", "unknown")
+        raise ValueError(
+            f"quantization_config: quantized weights ({method}) are not implemented; use the model's bf16 folder"
+        )
+    if (activation := settings.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f'hidden_act is "{activation}"; only "silu" is implemented')
+
+    values = {name: _field(settings, name, type(absent), absent) for name, absent in _ABSENT.items()}
+    heads = values["num_attention_heads"]
+    # Null is as many as query heads, left out is the class's default.
+    values["num_key_value_heads"] = _field(settings, "num_key_value_heads", int, heads, absent=32)
+    values["rope_theta"] = _rope_theta(settings)
+    if values["use_sliding_window"]:
+        values["sliding_window"] = _field(settings, "sliding_window", int, 0, absent=4096)
+        if not values["sliding_window"]:
+            raise ValueError("use_sliding_window is true, but sliding_window is null")
+    return _with_layer_types(Qwen3Config(**values), settings.get("layer_types"))
+
+
+def _field(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, absent: Any = None) -> Any:
+    """``settings[name]`` as ``kind``. Raises ValueError if it is something else."""
+    if name not in settings and absent is not None:
+        return absent
+    value = settings.get(name)
+    if value is None:
+        return if_null
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        what = {int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}[kind]
+        raise ValueError(f"{name} must be {what}, not {value!r}")
+    return value
+
+
+def _rope_theta(settings: dict[str, Any]) -> float:
+    """The rotary embedding's base: in ``rope_parameters`` since Transformers 5, by itself before."""
+    parameters = _field(settings, "rope_parameters", dict, {}) or _field(settings, "rope_scaling", dict, {})
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        where = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
+        raise ValueError(
+            f'{where}: the rope scaling "{kind}" is not implemented; without that entry the model is what it was '
+            "trained as, right up to original_max_position_embeddings positions"
+        )
+    partial = parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(f"partial_rotary_factor is {partial}; only 1 (the whole head) is implemented")
+    theta = _field(settings, "rope_theta", float, _ROPE_THETA)
+    return _field(parameters, "rope_theta", float, theta)
+
+
+def _with_layer_types(config: Qwen3Config, types: Any) -> Qwen3Config:
+    """``config`` with the sliding window on the layers that ``layer_types`` names."""
+    if types is None:
+        return config
+    if not isinstance(types, list) or len(types) != config.num_hidden_layers:
+        raise ValueError(f"layer_types must be a list of {config.num_hidden_layers} entries, one per layer")
+    if unknown := sorted({str(t) for t in types} - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"layer_types has {', '.join(unknown)}, which is not implemented")
+    sliding = [t == "sliding_attention" for t in types]
+    if sliding == [config.window(i) is not None for i in range(len(types))]:
+        return config
+    if any(sliding) and not config.use_sliding_window:
+        raise ValueError("layer_types has sliding_attention, but use_sliding_window is false")
+    first = sliding.index(True) if any(sliding) else len(types)
+    if not all(sliding[first:]):
+        raise ValueError("layer_types must be full_attention up to some layer and sliding_attention from there on")
+    return replace(config, max_window_layers=first)
+
+
+def to_hf(config: Qwen3Config) -> dict[str, Any]:
+    """The arguments for ``transformers.Qwen3Config`` that describe ``config``.
+
+    ``dropout`` has no counterpart there; it matters in training only.
+    """
+    fields = asdict(config)
+    del fields["dropout"]
+    return fields
+
+
+def parameter_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters, in the order of the layers; a tied head is not one."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    projections = {
+        "q_proj": (query, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, query),
+    }
+    block: dict[str, tuple[int, ...]] = {}
+    for name, shape in projections.items():
+        block[f"self_attn.{name}.weight"] = shape
+        if config.attention_bias:
+            block[f"self_attn.{name}.bias"] = shape[:1]
+    block |= {
+        "self_attn.q_norm.weight": (config.head_dim,),
+        "self_attn.k_norm.weight": (config.head_dim,),
+        "mlp.gate_proj.weight": (intermediate, hidden),
+        "mlp.up_proj.weight": (intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, intermediate),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
