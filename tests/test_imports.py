@@ -24,6 +24,7 @@ LAYERS = [
     ["models"],  # what makes models parallel, and the registry of all
     ["optim", "data", "checkpoint", "metrics", "inference"],
     ["ending", "step", "trainer"],
+    ["verification"],
     ["commands"],
     ["launch", "__main__", "train", "__init__"],  # what is started, and what `import torchtitan_style` offers
 ]

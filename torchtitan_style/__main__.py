@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from .commands import export_hf, import_hf, train
+from .commands import export_hf, import_hf, train, verify
 from .commands.cli import reported_errors
 from .config.help import section_help, section_names
 from .errors import UserError
@@ -18,6 +18,8 @@ usage: python -m torchtitan_style COMMAND [...]
   train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
   import-hf --hf DIR_OR_REPO --output DIR           a model in Transformers' format → a checkpoint
   export-hf --checkpoint DIR --output DIR           a checkpoint → a model in Transformers' format
+  verify --hf DIR_OR_REPO                           is it what Transformers computes?
+  verify --config FILE [--section.key VALUE ...]    does this layout compute what one process computes?
 
   --help            this
   --help SECTION    every key of a section of the configuration, with its default
@@ -30,7 +32,7 @@ Sections: {", ".join(section_names()[:8])},
 GPU (NPROC=4 ./run_train.sh for another number).
 """
 
-COMMANDS = {"train": train.main, "import-hf": import_hf.main, "export-hf": export_hf.main}
+COMMANDS = {"train": train.main, "import-hf": import_hf.main, "export-hf": export_hf.main, "verify": verify.main}
 
 
 def main(arguments: list[str]) -> None:

@@ -9,12 +9,12 @@ several are started by torchrun. Environment: NPROC (or NGPU), NNODES, NODE_RANK
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
+from .commands.torchrun import count_gpus, start_ranks
 from .errors import UserError
 
 __all__ = ["main"]
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     """Train with as many processes as asked for; exits with their status."""
     with reported_errors():
         named = parse_config_arguments(arguments, usage=USAGE)
-        gpus = _count_gpus()
+        gpus = count_gpus()
         nproc = _positive("NPROC", _positive("NGPU", gpus or 1))
         nnodes = _positive("NNODES", 1)
         if nproc * nnodes == 1:
@@ -69,37 +69,11 @@ def main(arguments: list[str]) -> None:
                 seq_len=config.training.seq_len,
                 say=print,
             )
-    if not gpus:
-        # Left alone each process would take all cores, and torchrun would give each a single one.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     rendezvous = ["--standalone"]
     if nnodes > 1:
         endpoint = os.environ["RDZV_ENDPOINT"]
         rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--node-rank={node_rank}"]
-    sys.stdout.flush()
-    _torchrun([*rendezvous, f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"], arguments)
-
-
-def _torchrun(options: list[str], arguments: list[str]) -> None:
-    """torchrun, but quiet about what the ranks have said themselves."""
-    import logging
-
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    try:
-        run.main([*options, "-m", "torchtitan_style.train", *arguments])
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if 2 in codes.values():
-            raise SystemExit(2) from None
-        rank, failure = error.get_first_failure()
-        print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
-        raise SystemExit(1) from None
+    start_ranks([*rendezvous, f"--nnodes={nnodes}"], "torchtitan_style.train", arguments, nproc=nproc, on_gpus=gpus > 0)
 
 
 def _positive(name: str, default: int) -> int:
@@ -109,18 +83,6 @@ def _positive(name: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f'{name}: must be a whole number of at least 1, not "{text}"')
     return int(text)
-
-
-def _count_gpus() -> int:
-    """GPUs that a process here can use, without the seconds that importing torch takes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 if __name__ == "__main__":

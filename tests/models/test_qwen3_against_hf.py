@@ -10,6 +10,7 @@ import transformers
 
 from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
 from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.qwen3.model import rotary_cos_sin
 
 SMALL = Qwen3Config(
     vocab_size=199,
@@ -120,6 +121,19 @@ def test_flops_per_token() -> None:
     assert counter.get_total_flops() / ids.numel() + attention == SMALL.flops_per_token(64)
     windowed = dataclasses.replace(SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=2)
     assert SMALL.flops_per_token(64) - windowed.flops_per_token(64) == attention / 3 * (1 - 16 / 64)
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_rotary_angles_are_those_of_transformers_bit_for_bit(head_dim: int) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config(head_dim=head_dim, rope_parameters=rope))
+    positions = torch.arange(40_960)[None]
+    cos, sin = rotary_cos_sin(positions, head_dim=head_dim, theta=1e6)
+    expected = theirs(torch.zeros(1), positions)
+    assert torch.equal(cos, expected[0])
+    assert torch.equal(sin, expected[1])
 
 
 def test_labels_of_minus_100_do_not_count() -> None:

@@ -48,7 +48,8 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
             f"model.{name}": torch.empty(source.tensors[name].shape, dtype=dtype, device="meta")
             for name, dtype in stored_dtypes(source).items()
         }
-        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
+        # A file for each: DCP holds on to all tensors of a file until it is closed.
+        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True, single_file_per_rank=False)
         with without_warnings():
             dcp.save(tensors, storage_writer=writer, planner=_ReadWhenWritten(source, advance), no_dist=True)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,15 @@ class Arguments(argparse.ArgumentParser):
             raise SystemExit(0)
         return self.parse_args(arguments)
 
+    def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """As ``parse``, with what is not the command's own beside it: overrides of the configuration."""
+        if "--help" in arguments and (section := arguments[arguments.index("--help") + 1 :]):
+            print(section_help(section[0]))
+            raise SystemExit(0)
+        if {"--help", "-h"} & set(arguments):
+            self.parse(arguments)
+        return self.parse_known_args(arguments)
+
 
 def check_torch() -> None:
     """Raise UserError if torch is missing or too old, without the seconds that importing it takes."""

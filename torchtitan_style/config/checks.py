@@ -22,9 +22,10 @@ class Problem:
     text: str
 
 
-def cross_checks(config: Config, world_size: int) -> list[Problem]:
+def cross_checks(config: Config, world_size: int | None) -> list[Problem]:
     """Everything that is wrong between settings that are right by themselves."""
-    return [*_model(config), *_layout(config, world_size), *_rest(config)]
+    layout = [] if world_size is None else _layout(config, world_size)
+    return [*_model(config), *layout, *_rest(config)]
 
 
 def _model(config: Config) -> Iterator[Problem]:

@@ -52,8 +52,10 @@ _MOVED = {
 """Keys of torchtitan's, past and present, whose setting has another name here."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
     """Read ``path``, apply ``overrides`` (as on the command line), check it all.
+
+    world_size: number of processes; None: not known yet, so the degrees are not held against it.
 
     Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
     and combinations.

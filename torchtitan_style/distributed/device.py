@@ -5,15 +5,18 @@ Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 __all__ = [
+    "available_memory",
     "backend",
     "compiler_problem",
     "current_device",
@@ -96,6 +99,20 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_reserved(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on the device: on CPU, in the machine and in this process's control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits, default=2**32)
 
 
 def use_deterministic_algorithms() -> None:

@@ -51,7 +51,10 @@ def rotary_cos_sin(positions: Tensor, *, head_dim: int, theta: float) -> tuple[T
     twice over, as the half-split convention wants them.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * theta**-exponents  # [B, T, D/2]
+    # Not theta**-exponents: that rounds otherwise than Transformers does, and at position 40,000 the last
+    # bit of a frequency is 0.004 of the cosine.
+    frequencies = 1.0 / theta**exponents
+    angles = positions[..., None].float() * frequencies  # [B, T, D/2]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -1,0 +1,133 @@
+"""``verify``: show that the numbers are right, of a model or of a training layout.
+
+python -m torchtitan_style verify --hf Qwen/Qwen3-0.6B
+python -m torchtitan_style verify --config train_configs/qwen3.toml --parallelism.tensor_parallel_degree 2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from torchtitan_style.config import Config, load_config, to_toml
+from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
+from torchtitan_style.errors import UserError
+from torchtitan_style.hub import fetch
+from torchtitan_style.models.hf_folder import HFFolder
+
+from .cli import Arguments, check_torch, reported_errors
+from .torchrun import count_gpus, start_ranks
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: python -m torchtitan_style verify --hf DIR_OR_REPO [--dtype TYPE]
+       python -m torchtitan_style verify [--config FILE] [--section.key VALUE ...] [--world-size N]
+
+Print a table of what was compared and the largest differences. Exits with 1 if one is too large.
+
+  --hf DIR_OR_REPO      compare a model with Transformers: parameters, logits, greedy text, loss, gradients
+  --dtype TYPE          to compute in, float32 or bfloat16; float32 if left out
+
+  --config FILE         compare a training layout with one process in fp32: loss, gradients, later losses
+  --section.key VALUE   override a key of it, as in --parallelism.tensor_parallel_degree 2
+  --world-size N        processes to start on this machine; the product of the degrees if left out, where
+                        data_parallel_shard_degree = -1 counts as 2
+
+  --tolerance X         largest relative difference, instead of the defaults (docs/numerics.md)
+"""
+
+_SECONDS = 100
+"""Time that computing may take, at this machine's best rate; larger models are verified on a copy."""
+
+
+def main(arguments: list[str]) -> None:
+    with reported_errors():
+        parser = Arguments(USAGE)
+        parser.add_argument("--hf")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+        parser.add_argument("--config")
+        parser.add_argument("--world-size", type=int)
+        parser.add_argument("--tolerance", type=float)
+        options, overrides = parser.parse_known(arguments)
+        check_torch()
+        right = True
+        if options.hf:
+            folder = HFFolder(fetch(options.hf, weights=True))
+            folder.check()
+            right = _verify_hf(folder, options.dtype, options.tolerance)
+        if options.config or overrides or options.world_size is not None or not options.hf:
+            config, world_size = _load(options.config, overrides, options.world_size)
+            right = _verify_layout(config, world_size, options.tolerance) and right
+        print("\neverything agrees" if right else "\nNOT everything agrees")
+        raise SystemExit(0 if right else 1)
+
+
+def _verify_hf(folder: HFFolder, dtype: str, tolerance: float | None) -> bool:
+    import torch
+    import transformers
+
+    from torchtitan_style.distributed.device import current_device, name
+    from torchtitan_style.verification.against_hf import compare_with_transformers
+    from torchtitan_style.verification.report import print_checks
+
+    device = current_device()
+    checks = compare_with_transformers(folder, dtype=getattr(torch, dtype), device=device, tolerance=tolerance)
+    print(f"{folder.path}, {folder.config.num_parameters / 1e6:,.1f} M parameters, on {name(device)}")
+    return print_checks(f"against Transformers {transformers.__version__} in {dtype}", checks)
+
+
+def _load(path: str | None, overrides: list[str], world_size: int | None) -> tuple[Config, int]:
+    """The configuration, and how many processes it is verified on."""
+    from torchtitan_style.config.load import DEFAULT_CONFIG
+
+    file = path or DEFAULT_CONFIG
+    if world_size is None:
+        degrees = load_config(file, overrides, world_size=None).parallelism
+        shards = degrees.data_parallel_shard_degree
+        others = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
+        world_size = others * (2 if shards == -1 else shards)
+    if world_size < 1:
+        raise UserError(f"--world-size: must be at least 1, not {world_size}")
+    return load_config(file, overrides, world_size=world_size), world_size
+
+
+def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> bool:
+    import torch
+
+    from torchtitan_style.distributed.device import available_memory, name, peak_flops
+    from torchtitan_style.verification.layout import reference
+    from torchtitan_style.verification.report import Check, print_checks
+    from torchtitan_style.verification.scale import for_verification
+
+    layout: Layout = plan_layout(config.parallelism, world_size)
+    on_gpus = count_gpus() >= world_size
+    device = torch.device("cuda" if on_gpus else "cpu")
+    flops = _SECONDS * (peak_flops(device, torch.float32) or 1e13)
+    memory = int(0.7 * available_memory(device) * (world_size if on_gpus else 1))
+    small, notes = for_verification(config, layout, memory=memory, flops=flops)
+    plan = plan_batch(small.training, layout.dp)
+    shape = small.model.qwen3()
+    print(
+        f"{world_size} process{'es' if world_size > 1 else ''} ({layout}) on {name(device)}, against one in fp32: "
+        f"{shape.num_parameters / 1e6:,.1f} M parameters, {plan.global_batch_size} rows of {small.training.seq_len} "
+        f"tokens" + (f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""),
+        *notes,
+        sep="\n  ",
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "config.toml").write_text(to_toml(small), encoding="utf-8")
+        reference(small, folder, device=device, rows=plan.global_batch_size)
+        if not on_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        module = "torchtitan_style.commands.verify_rank"
+        arguments = [temporary, *([] if tolerance is None else [str(tolerance)])]
+        start_ranks(["--standalone"], module, arguments, nproc=world_size, on_gpus=on_gpus)
+        found = json.loads((folder / "checks.json").read_text(encoding="utf-8"))
+    right = True
+    for precision, checks in found.items():
+        right = print_checks(f"\ncomputing in {precision}", [Check(**check) for check in checks]) and right
+    return right

@@ -1,0 +1,198 @@
+"""Our Qwen3 against Transformers' on the same weights: parameters, logits, greedy text, loss, gradients.
+
+Transformers runs its "eager" attention, which is written out by the definition, and reads the folder
+by itself; ours reads it through ``load_weights``.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan_style.checkpoint.weights import load_weights
+from torchtitan_style.distributed.device import available_memory
+from torchtitan_style.errors import UserError
+from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+
+from .report import Check, gradient_check, gradient_difference
+
+__all__ = ["TOLERANCES", "compare_with_transformers"]
+
+TOLERANCES = {
+    # The same sums in another order: 1e-7 each, growing with depth.
+    # Trained models have a few activations thousands of times larger than the rest, which amplify that.
+    torch.float32: {"logits": 5e-5, "loss": 5e-6, "gradients": 5e-5},
+    # 8 bits of mantissa: 4e-3 per rounding, some of which averages out.
+    torch.bfloat16: {"logits": 5e-2, "loss": 5e-3, "gradients": 1e-1},
+}
+"""Largest differences, relative to the largest logit, to the loss and to the norm of a gradient."""
+
+SMALLEST = {torch.float32: 0.0, torch.bfloat16: 1e-2}
+"""Gradients whose norm is a smaller share of the largest one's are measured as if it were this: in bf16
+the gradients of q and k can be small differences of large numbers, with nothing right left."""
+
+_SEEDS = 3
+_NEW_TOKENS = 32
+
+
+def compare_with_transformers(
+    folder: HFFolder, *, dtype: torch.dtype, device: torch.device, tolerance: float | None = None
+) -> list[Check]:
+    """All checks on the model in ``folder``.
+
+    tolerance: for everything that is not exact, instead of ``TOLERANCES``.
+
+    Raises UserError if the machine cannot hold the two models and their gradients.
+    """
+    needed, available = 4 * dtype.itemsize * folder.config.num_parameters, available_memory(device)
+    if needed > 0.9 * available:
+        raise UserError(
+            f"--hf: two models and their gradients take {needed / 2**30:.0f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and {available / 2**30:.0f} GiB are free"
+            + ("; --dtype bfloat16 takes half" if dtype == torch.float32 else "")
+        )
+    theirs, ours = _theirs(folder, dtype, device), _ours(folder, dtype, device)
+    tolerances = TOLERANCES[dtype] if tolerance is None else dict.fromkeys(TOLERANCES[dtype], tolerance)
+    return [
+        *_parameters(theirs, ours),
+        _logits(theirs, ours, folder.config, tolerances["logits"], device),
+        _greedy(theirs, ours, folder.config, tolerances["logits"], device),
+        *_loss_and_gradients(theirs, ours, folder.config, tolerances, device),
+    ]
+
+
+def _theirs(folder: HFFolder, dtype: torch.dtype, device: torch.device) -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, attn_implementation="eager").to(
+        device
+    )
+
+
+def _ours(folder: HFFolder, dtype: torch.dtype, device: torch.device) -> Qwen3ForCausalLM:
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(folder.config)
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    load_weights(folder, dict(model.named_parameters()))
+    return model.eval()
+
+
+def _parameters(theirs: Any, ours: Qwen3ForCausalLM) -> Iterator[Check]:
+    a, b = dict(theirs.named_parameters()), dict(ours.named_parameters())
+    names = [f"{name} is in Transformers' model alone" for name in a.keys() - b.keys()]
+    names += [f"{name} is in this model alone" for name in b.keys() - a.keys()]
+    yield Check("names of parameters", len(a), len(names), 0, tuple(sorted(names)))
+    common = [name for name in a if name in b]
+    shapes = [f"{n} is {tuple(b[n].shape)} instead of {tuple(a[n].shape)}" for n in common if a[n].shape != b[n].shape]
+    yield Check("their shapes", len(common), len(shapes), 0, tuple(shapes))
+    values = [f"{n} has other values" for n in common if a[n].shape == b[n].shape and not torch.equal(a[n], b[n])]
+    yield Check("their values, bit for bit", len(common), len(values), 0, tuple(values))
+
+
+@torch.no_grad()
+def _logits(theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerance: float, device: torch.device) -> Check:
+    """Random rows of several lengths, alone and in a batch where all but one are padded at the end."""
+    lengths = {1, 2, 17, 64, 256}
+    if config.use_sliding_window:
+        lengths |= {config.sliding_window, config.sliding_window + 1, 2 * config.sliding_window + 1}
+    cases, worst, faults = 0, 0.0, []
+    for seed in range(_SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        for length in sorted(n for n in lengths if n <= min(config.max_position_embeddings, 1024)):
+            for rows in (1, 3):
+                ids = torch.randint(0, config.vocab_size, (rows, length), generator=generator).to(device)
+                kept = torch.randint(1, length + 1, (rows,), generator=generator)
+                kept[0] = length
+                mask = (torch.arange(length) < kept[:, None]).to(device)  # [B, T]
+                a = theirs(ids, attention_mask=mask.long()).logits[mask].float()  # [tokens, V]
+                b = ours(ids)
+                assert isinstance(b, Tensor)
+                difference = _relative(b[mask].float(), a)
+                cases += 1
+                worst = _larger(worst, difference)
+                if not difference <= tolerance:
+                    faults.append(f"seed {seed}, {rows} rows of {length} tokens: off by {difference:.1e}")
+    return Check("logits over lengths, padding, seeds", cases, worst, tolerance, tuple(faults))
+
+
+@torch.no_grad()
+def _greedy(theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerance: float, device: torch.device) -> Check:
+    """The token that ours finds likeliest after each prefix of the text that Transformers generates.
+
+    The difference is by how much its logit is ahead of that of Transformers' choice, as a share of the
+    largest logit: 0 where they choose the same, tiny where two tokens are as likely.
+    """
+    cases, worst, faults = 0, 0.0, []
+    generator = torch.Generator().manual_seed(_SEEDS)
+    for length in (1, 5, 23):
+        prompt = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(device)
+        new = min(_NEW_TOKENS, config.max_position_embeddings - length)
+        text = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
+        for position in range(length, text.shape[1]):
+            logits = ours(text[:, :position])
+            assert isinstance(logits, Tensor)
+            last = logits[0, -1].float()  # [V]
+            difference = ((last.max() - last[text[0, position]]) / last.abs().max()).item()
+            cases += 1
+            worst = _larger(worst, difference)
+            if not difference <= tolerance:
+                faults.append(
+                    f"prompt of {length}, new token {position - length + 1}: {int(last.argmax())} instead of "
+                    f"{int(text[0, position])}"
+                )
+    return Check("greedy text, token by token", cases, worst, tolerance, tuple(faults))
+
+
+def _loss_and_gradients(
+    theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerances: dict[str, float], device: torch.device
+) -> Iterator[Check]:
+    """Rows of which some labels are missing. Transformers shifts labels itself and takes the mean."""
+    generator = torch.Generator().manual_seed(_SEEDS + 1)
+    length = min(64, config.max_position_embeddings - 1)
+    ids = torch.randint(0, config.vocab_size, (2, length + 1), generator=generator)
+    labels = ids.clone()
+    labels[1, length // 2 :] = -100
+    ids, labels = ids.to(device), labels.to(device)
+    a = theirs(ids, labels=labels).loss
+    a.backward()
+    loss_sum, _ = ours(ids[:, :-1], labels[:, 1:].contiguous())
+    b = loss_sum / (labels[:, 1:] != -100).sum()
+    b.backward()
+    difference = (abs(b - a) / abs(a)).item()
+    fault = () if difference <= tolerances["loss"] else (f"{b.item():.6f} instead of {a.item():.6f}",)
+    yield Check("loss, some labels missing", 1, difference, tolerances["loss"], fault)
+
+    right = {name: p.grad for name, p in theirs.named_parameters()}
+    smallest = SMALLEST[ours.lm_head.weight.dtype] * max(gradient.norm().item() for gradient in right.values())
+    found = [
+        gradient_difference(name, parameter.grad, right[name], smallest=smallest)
+        for name, parameter in ours.named_parameters()
+        if name in right
+    ]
+    yield gradient_check("every gradient", found, tolerances["gradients"])
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference of a from b, as a share of b's largest number."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of two, NaN counting as the largest."""
+    return b if not b <= a else a

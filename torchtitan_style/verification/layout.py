@@ -1,0 +1,245 @@
+"""A training layout against one process: the same weights, the same batches, the plain model in fp32.
+
+``reference`` is the definition, in one process: full logits, no sharding, no recomputation, no compiler,
+``torch.optim.AdamW``. ``compare`` is run by every rank of the layout and goes through ``build_model``
+and ``train_step``, as training does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import plan_batch
+from torchtitan_style.data.loader import Batch
+from torchtitan_style.distributed.init import init_weights
+from torchtitan_style.distributed.world import World
+from torchtitan_style.models.registry import MODELS
+from torchtitan_style.optim.adamw import build_optimizer
+from torchtitan_style.optim.schedule import lr_factor
+from torchtitan_style.step import build_model, train_step
+
+from .report import Check, Difference, gradient_check, gradient_difference
+
+__all__ = ["STEPS", "TOLERANCES", "compare", "reference"]
+
+STEPS = 5
+
+TOLERANCES = {
+    # Sums of fp32 terms in another order: 1e-7 each. A term that is dropped or doubled is above 1e-3.
+    "float32": {"loss": 1e-6, "gradients": 1e-5, "norm": 1e-5, "later losses": 1e-5},
+    # bf16 has 8 bits of mantissa: rounding is 4e-3 of a number, and some of it averages out. Gradients that
+    # are small differences of large numbers have little left: they are held against ``SMALLEST``.
+    "bfloat16": {"loss": 1e-3, "gradients": 1e-1, "norm": 5e-2, "later losses": 1e-2},
+}
+"""Largest relative differences from the plain fp32 model, by the type that the layout computes in."""
+
+
+SMALLEST = {"float32": 0.0, "bfloat16": 1e-2}
+"""Gradients whose norm is a smaller share of the largest one's are measured as if it were this."""
+
+
+def global_batch(config: Config, *, rows: int) -> tuple[Tensor, Tensor]:
+    """Inputs and labels [rows, T], the same at every step, so that the loss falls fast and shows what the
+    updates have done. More labels are missing in later rows than in earlier ones, so that a mean over the
+    wrong tokens is another number."""
+    generator = torch.Generator().manual_seed(config.training.seed)
+    shape = rows, config.training.seq_len + 1
+    ids = torch.randint(0, config.model.qwen3().vocab_size, shape, generator=generator)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    missing = torch.linspace(0.1, 0.6, rows)[:, None]
+    labels[torch.rand(labels.shape, generator=generator) < missing] = -100
+    return inputs, labels
+
+
+def reference(config: Config, folder: Path, *, device: torch.device, rows: int) -> None:
+    """Train the plain model for a few steps, and leave in ``folder`` what a layout must agree with.
+
+    rows: the global batch size.
+    """
+    model = MODELS[config.model.name].build(config.model.qwen3())
+    init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+    weights = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
+    model.to(device)
+    optimizer = _adamw(model, config)
+    inputs, labels = (t.to(device) for t in global_batch(config, rows=rows))
+    tokens = (labels != -100).sum()
+    losses, norms = [], []
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for row in range(rows):  # one by one: full logits of many are more than memory holds
+            share = model(inputs[row : row + 1], labels[row : row + 1])[0] / tokens
+            share.backward()
+            loss += share.detach()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        norm = torch.stack([g.double().pow(2).sum() for g in gradients.values()]).sum().sqrt()
+        if step == 1:
+            largest = max(g.norm().item() for g in gradients.values())
+            save_file({name: g.contiguous() for name, g in gradients.items()}, folder / "gradients.safetensors")
+        factor = min(1.0, _max_norm(config, step) / (norm.item() + 1e-6))
+        for gradient in gradients.values():
+            gradient.mul_(factor)
+        for group in optimizer.param_groups:
+            group["lr"] = _lr(config, step)
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
+    (folder / "reference.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def compare(
+    config: Config,
+    world: World,
+    folder: Path,
+    *,
+    precision: str,
+    warn: Callable[[str], None],
+    tolerance: float | None = None,
+) -> list[Check]:
+    """Train the layout for the same steps, and compare. Called by all ranks, with the same result on all.
+
+    precision: the type to compute in, "float32" or "bfloat16". tolerance: for everything that is not
+    exact, instead of ``TOLERANCES``.
+    """
+    training = config.training.model_copy(update={"mixed_precision_param": precision})
+    if precision == "float32":
+        training = training.model_copy(update={"mixed_precision_reduce": "float32"})
+    config = config.model_copy(update={"training": training})
+    expected = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+    tolerances = TOLERANCES[precision] if tolerance is None else dict.fromkeys(TOLERANCES[precision], tolerance)
+    torch.compiler.reset()
+    model = build_model(config, world, warn=warn)
+    optimizer = build_optimizer(model, config.optimizer)
+    checks = [_names(model, expected["weights"]), _initial_weights(model, expected["weights"])]
+
+    batch = _batch(config, world)
+    losses, norms, gradients = [], [], []
+    for step in range(1, STEPS + 1):
+        clipped = training.model_copy(update={"max_norm": _max_norm(config, step)})
+        result = train_step(
+            model,
+            optimizer,
+            batch,
+            step=step,
+            config=config.model_copy(update={"training": clipped}),
+            world=world,
+        )
+        if step == 1:
+            smallest = SMALLEST[precision] * expected["largest_gradient"]
+            gradients = _gradients(model, folder / "gradients.safetensors", world.device, smallest=smallest)
+        loss = result.loss.double()
+        dist.all_reduce(loss, group=world.dp_group)
+        losses.append(loss.item())
+        norms.append(result.grad_norm.item())
+    return [
+        *checks,
+        _numbers("loss of step 1", losses[:1], expected["losses"][:1], tolerances["loss"], first=1),
+        gradient_check("every gradient of step 1", gradients, tolerances["gradients"]),
+        _numbers(f"gradient norm of steps 1 to {STEPS}", norms, expected["norms"], tolerances["norm"], first=1),
+        _numbers(
+            f"loss of steps 2 to {STEPS}", losses[1:], expected["losses"][1:], tolerances["later losses"], first=2
+        ),
+    ]
+
+
+def _batch(config: Config, world: World) -> Batch:
+    """This rank's share of the batch, as ``Loader`` would deal it out."""
+    plan = plan_batch(config.training, world.layout.dp)
+    mine = plan.local_batch_size * plan.accumulation_steps
+    parts = []
+    for whole in global_batch(config, rows=plan.global_batch_size):
+        rows = whole[world.dp_rank * mine : (world.dp_rank + 1) * mine].to(world.device)
+        parts.append(rows.split(plan.local_batch_size))
+    return Batch(list(zip(*parts, strict=True)), 0)
+
+
+def _max_norm(config: Config, step: int) -> float:
+    """The first step is not clipped: its gradients are compared as they are."""
+    return config.training.max_norm if step > 1 else float("inf")
+
+
+def _lr(config: Config, step: int) -> float:
+    return config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
+
+
+def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = config.optimizer
+    return torch.optim.AdamW(
+        groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps, foreach=False
+    )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _names(model: nn.Module, expected: dict[str, str]) -> Check:
+    names = dict(model.named_parameters()).keys()
+    faults = [f"{name} is missing, or shares another parameter" for name in expected.keys() - names]
+    faults += [f"{name} is a parameter of its own, but should not be" for name in names - expected.keys()]
+    return Check("names of parameters", len(expected), len(faults), 0, tuple(sorted(faults)))
+
+
+def _initial_weights(model: nn.Module, expected: dict[str, str]) -> Check:
+    faults = []
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            same = _fingerprint(_whole(parameter)) == expected[name]
+            if not all(_gathered(same)):
+                faults.append(f"{name} starts from other values")
+    return Check("initial weights, bit for bit", len(expected), len(faults), 0, tuple(faults))
+
+
+@torch.no_grad()
+def _gradients(model: nn.Module, right: Path, device: torch.device, *, smallest: float) -> list[Difference]:
+    """Every parameter's gradient, as each rank sees it, against the one in ``right``; the worst rank counts."""
+    found = []
+    parameters = dict(model.named_parameters())
+    with safe_open(right, framework="pt", device=str(device)) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name in parameters:
+                gradient = parameters[name].grad
+                whole = None if gradient is None else _whole(gradient)
+                mine = gradient_difference(name, whole, file.get_tensor(name), smallest=smallest)
+                found.append(max(_gathered(mine), key=lambda d: d.relative if d.relative == d.relative else math.inf))
+    return found
+
+
+def _gathered(value: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _numbers(name: str, found: list[float], right: list[float], tolerance: float, *, first: int) -> Check:
+    differences = [abs(a - b) / abs(b) for a, b in zip(found, right, strict=True)]
+    faults = [
+        f"step {step}: {a:.6f} instead of {b:.6f}"
+        for step, (a, b, d) in enumerate(zip(found, right, differences, strict=True), start=first)
+        if not d <= tolerance
+    ]
+    nan = any(d != d for d in differences)
+    return Check(name, len(found), float("nan") if nan else max(differences), tolerance, tuple(faults))

@@ -1,0 +1,92 @@
+"""What of a configuration is verified: all of it where that fits the machine, else a small copy of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import Layout, plan_batch
+from torchtitan_style.models.qwen3.config import Qwen3Config
+
+from .layout import STEPS
+
+__all__ = ["for_verification"]
+
+_ROW = 256
+"""Tokens of a row at most: longer ones show no more, and take longer."""
+
+
+def for_verification(config: Config, layout: Layout, *, memory: int, flops: float) -> tuple[Config, list[str]]:
+    """``config`` with rows, batch and, if it must be, model made small; and what was changed, in words.
+
+    Layout, microbatches, compilation, recomputation and precision stay as they are. memory: bytes that
+    may be used. flops: floating-point operations that may be spent.
+    """
+    notes = []
+    shape = config.model.qwen3()
+    if shape.dropout or shape.attention_dropout:
+        shape = dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0)
+        notes.append("without dropout, which every layout draws otherwise")
+    plan = plan_batch(config.training, layout.dp)
+    local, accumulation = min(plan.local_batch_size, 2), min(plan.accumulation_steps, 2)
+    rows = local * accumulation * layout.dp
+    seq_len = min(config.training.seq_len, max(_ROW // layout.tp, 1) * layout.tp)
+    if shape.use_sliding_window and shape.sliding_window >= seq_len > 1:
+        shape = dataclasses.replace(shape, sliding_window=max(1, seq_len // 2))
+        notes.append(f"with a sliding window of {shape.sliding_window} tokens, so that it matters in rows of {seq_len}")
+
+    passes = 1 if config.training.mixed_precision_param == "float32" else 2
+    work = shape.flops_per_token(seq_len) * seq_len * rows * STEPS * (1 + passes)
+    # Four fp32 numbers per parameter and replica (weight, gradient, two moments), and on every rank the
+    # gathered weights and gradients.
+    shared_out = 16 * layout.dp_replicate + 8 * layout.world_size / layout.tp
+    needed = shape.num_parameters * (shared_out + 4)
+    if work > flops or needed > memory:
+        small = _small_copy(shape, layout, config)
+        reason = (
+            f"{needed / 2**30:,.0f} GiB of memory" if needed > memory else f"{work / 1e12:,.0f} TFLOP of computation"
+        )
+        notes.append(
+            f"on a small copy of the model, as the whole would take {reason}: {small.num_hidden_layers} of "
+            f"{shape.num_hidden_layers} layers, {small.hidden_size} wide instead of {shape.hidden_size}, heads of "
+            f"{small.head_dim} instead of {shape.head_dim}, {small.vocab_size} of {shape.vocab_size} tokens; the same "
+            f"{small.num_attention_heads} query and {small.num_key_value_heads} key/value heads, and what does not "
+            "divide evenly by the ranks still does not"
+        )
+        shape = small
+    update = {
+        "model": config.model.model_copy(update={"hf_assets_path": "", **dataclasses.asdict(shape)}),
+        "training": config.training.model_copy(
+            update={"seq_len": seq_len, "local_batch_size": local, "global_batch_size": rows}
+        ),
+        # Within the few steps that are compared the rate goes all the way up.
+        "lr_scheduler": config.lr_scheduler.model_copy(
+            update={"warmup_steps": min(config.lr_scheduler.warmup_steps, STEPS)}
+        ),
+        # No corpus is read.
+        "data": config.data.model_copy(update={"dataset": "stdlib", "paths": [], "tokenizer": "none"}),
+        "checkpoint": config.checkpoint.model_copy(update={"initial_load_path": "", "load_step": -1}),
+    }
+    return config.model_copy(update=update), notes
+
+
+def _small_copy(shape: Qwen3Config, layout: Layout, config: Config) -> Qwen3Config:
+    """A model with the same heads, ties and windows, and dimensions that leave the same remainders."""
+    ranks = layout.dp_shard * layout.tp
+    option = config.activation_checkpoint.selective_ac_option
+    layers = min(shape.num_hidden_layers, max(4, int(option) if option.isdecimal() else 0))
+    return dataclasses.replace(
+        shape,
+        num_hidden_layers=layers,
+        max_window_layers=min(shape.max_window_layers, layers // 2 if shape.use_sliding_window else layers),
+        hidden_size=_like(shape.hidden_size, 256, ranks),
+        intermediate_size=_like(shape.intermediate_size, 512, ranks),
+        vocab_size=_like(shape.vocab_size, 1024, ranks),
+        head_dim=_like(shape.head_dim, 16, 2),
+        max_position_embeddings=min(shape.max_position_embeddings, 40_960),
+    )
+
+
+def _like(size: int, target: int, ranks: int) -> int:
+    """About ``target``, with the remainder that ``size`` has when divided by ``ranks``; at most ``size``."""
+    return min(size, max(target // ranks, 1) * ranks + size % ranks)
