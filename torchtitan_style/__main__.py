@@ -5,12 +5,21 @@ python -m torchtitan_style --help
 
 from __future__ import annotations
 
+import difflib
 import sys
 
-from .commands import export_hf, import_hf, train, verify
-from .commands.cli import reported_errors
-from .config.help import section_help, section_names
-from .errors import UserError
+try:
+    from .commands import export_hf, import_hf, train, verify
+    from .commands.cli import reported_errors
+    from .config.help import section_help, section_names
+    from .errors import UserError
+except ModuleNotFoundError as error:
+    print(
+        f"error: {error.name} is not installed in {sys.executable}; ./run_train.sh --setup-only sets everything up and "
+        "prints the Python to use (as .venv/bin/python)",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 
 USAGE = f"""\
 usage: python -m torchtitan_style COMMAND [...]
@@ -42,7 +51,9 @@ def main(arguments: list[str]) -> None:
             return
         name, *rest = arguments
         if name not in COMMANDS:
-            raise UserError(f'there is no command "{name}"; the commands are {", ".join(COMMANDS)}')
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+            raise UserError(f'there is no command "{name}"; {hint}')
     COMMANDS[name](rest)
 
 

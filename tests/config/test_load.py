@@ -382,7 +382,7 @@ def test_help_is_about_everything_or_a_section_or_suggests_one(command: tuple[st
 def test_an_unknown_command_is_named() -> None:
     done = run("trian")
     assert done.returncode == 2
-    assert done.stderr.startswith('error: there is no command "trian"; the commands are train')
+    assert done.stderr.startswith('error: there is no command "trian"; did you mean train?')
 
 
 @pytest.mark.parametrize("nproc", ["two", "0", "-1", "1.5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib.metadata
 import os
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from torchtitan_style.checkpoint.saved import find_checkpoint, open_model
+from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.config import Config
 from torchtitan_style.config.help import section_help
 from torchtitan_style.config.load import DEFAULT_CONFIG
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigArguments",
     "check_initial_weights",
     "check_torch",
+    "hf_folder",
     "parse_config_arguments",
     "reported_errors",
 ]
@@ -75,7 +77,17 @@ class Arguments(argparse.ArgumentParser):
         if {"--help", "-h"} & set(arguments):
             print(self.usage)
             raise SystemExit(0)
+        self._check_names(arguments)
         return self.parse_args(arguments)
+
+    def _check_names(self, arguments: list[str]) -> None:
+        """Argparse says of a misspelled option that the right one is missing; this says which was meant."""
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and "." not in name and name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
+                hint = f"did you mean {near[0]}?" if near else "--help shows what the command takes"
+                raise UserError(f"there is no option {name}; {hint}")
 
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """As ``parse``, with what is not the command's own beside it: overrides of the configuration."""
@@ -84,6 +96,7 @@ class Arguments(argparse.ArgumentParser):
             raise SystemExit(0)
         if {"--help", "-h"} & set(arguments):
             self.parse(arguments)
+        self._check_names(arguments)
         return self.parse_known_args(arguments)
 
 
@@ -96,6 +109,17 @@ def check_torch() -> None:
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"torch {version} is too old: {oldest} or newer is needed; ./run_train.sh sets everything up")
+
+
+def hf_folder(source: str) -> HFFolder:
+    """The model in Transformers' format that ``--hf`` names, its weights at hand and checked."""
+    if isinstance(open_model(source, verify=False), SavedModel):
+        raise UserError(
+            f"--hf: {source} is a checkpoint, not a model in Transformers' format; export-hf makes one of it"
+        )
+    folder = HFFolder(fetch(source, weights=True))
+    folder.check()
+    return folder
 
 
 def check_initial_weights(config: Config) -> None:

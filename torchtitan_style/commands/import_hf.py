@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchtitan_style.hub import fetch
-from torchtitan_style.models.hf_folder import HFFolder
-
-from .cli import Arguments, check_torch, reported_errors
+from .cli import Arguments, check_torch, hf_folder, reported_errors
 
 __all__ = ["main"]
 
@@ -34,8 +31,7 @@ def main(arguments: list[str]) -> None:
         parser.add_argument("--output", required=True, type=Path)
         options = parser.parse(arguments)
         check_torch()
-        source = HFFolder(fetch(options.hf, weights=True))
-        source.check()
+        source = hf_folder(options.hf)
 
         from torchtitan_style.checkpoint.hf_import import import_hf
 

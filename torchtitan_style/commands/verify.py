@@ -14,10 +14,9 @@ from pathlib import Path
 from torchtitan_style.config import Config, load_config, to_toml
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
 from torchtitan_style.errors import UserError
-from torchtitan_style.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
 
-from .cli import Arguments, check_torch, reported_errors
+from .cli import Arguments, check_torch, hf_folder, reported_errors
 from .torchrun import count_gpus, start_ranks
 
 __all__ = ["main"]
@@ -55,9 +54,7 @@ def main(arguments: list[str]) -> None:
         check_torch()
         right = True
         if options.hf:
-            folder = HFFolder(fetch(options.hf, weights=True))
-            folder.check()
-            right = _verify_hf(folder, options.dtype, options.tolerance)
+            right = _verify_hf(hf_folder(options.hf), options.dtype, options.tolerance)
         if options.config or overrides or options.world_size is not None or not options.hf:
             config, world_size = _load(options.config, overrides, options.world_size)
             right = _verify_layout(config, world_size, options.tolerance) and right

@@ -46,6 +46,7 @@ _MOVED = {
     "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
     "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
     "model.tokenizer_path": "data.tokenizer",
+    "checkpoint.initial_load_in_hf": "model.hf_assets_path",
     "debug.seed": "training.seed",
     "checkpoint.enable_checkpoint": "checkpoint.enable",
 }
