@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # The lowest first: a module may import from its own layer and from lower ones. Of the names here that a module's
 # name starts with, the longest counts.
 LAYERS = [
-    ["errors", "hub"],
+    ["errors", "folders", "hub"],
     ["models.qwen3.config", "models.qwen3.hf"],  # plain data
     ["models.qwen3.model"],  # plain PyTorch, of use without the rest
     ["models.hf_folder", "checkpoint.folder", "checkpoint.saved"],  # files: what a model's folder says of itself

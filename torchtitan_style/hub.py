@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def fetch(source: str, *, weights: bool) -> Path:
 
     weights: whether the weights are wanted too. Raises UserError, saying what is wrong with ``source``.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.errors import UserError
+from torchtitan_style.folders import new_folder
 from torchtitan_style.models.hf_folder import TOKENIZER_FILES, HFFolder
 from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
 
-from .output import new_folder
 from .saved import SavedModel
 from .weights import load_weights, stored_dtypes
 
@@ -28,12 +29,13 @@ def export_hf(
     output: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int = 5 * 10**9,
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write the folder ``output``, which ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
 
-    dtype: type of the weights; None: as they are stored. One file's worth of weights is held at a
+    dtype: type of the weights; None: as they are stored. max_shard_size: bytes of a file, unless one tensor is
+    larger. One file's worth of weights is held at a
     time. advance: called with the number of bytes of each file written.
 
     Raises UserError, with nothing left behind, if ``output`` is in use or a weight does not fit ``dtype``.
@@ -43,16 +45,14 @@ def export_hf(
         name: torch.empty(shape, dtype=dtype or stored[name], device="meta")
         for name, shape in parameter_shapes(source.config).items()
     }
-    try:
-        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise UserError(f"--max-shard-size {max_shard_size}: {error}") from None
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     with new_folder(output) as temporary:
         for file, names in plan.filename_to_tensors.items():
             part = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
             load_weights(source, part)
-            _check_range(part)
-            save_file(part, temporary / file, metadata={"format": "pt"})
+            if dtype == torch.float16:
+                _check_range(part)
+            _save(part, temporary / file)
             advance(sum(tensor.nbytes for tensor in part.values()))
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -64,10 +64,18 @@ def export_hf(
         temporary.rename(output)
 
 
+def _save(part: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file, raising OSError if that fails."""
+    try:
+        save_file(part, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file.name}: {error}") from None
+
+
 def _check_range(part: dict[str, torch.Tensor]) -> None:
     """fp16 ends at 65,504; what is larger would silently become infinite."""
     for name, tensor in part.items():
-        if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise UserError(f"--dtype float16: {name} has values that do not fit; use bfloat16")
 
 
@@ -77,10 +85,10 @@ def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[tor
 
     ids: dict[str, int | None] = {}
     ends: list[int | None] = []
+    for name in TOKENIZER_FILES:
+        if (source.assets / name).is_file():
+            shutil.copyfile(source.assets / name, folder / name)
     if source.tokenizer is not None:
-        for name in TOKENIZER_FILES:
-            if (source.tokenizer / name).is_file():
-                shutil.copyfile(source.tokenizer / name, folder / name)
         tokenizer = Tokenizer(source.tokenizer)
         ends = list(dict.fromkeys((tokenizer.special_id("eos_token"), tokenizer.end_of_text)))
         ends = [i for i in ends if i is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +12,15 @@ import tomli_w
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.errors import UserError
-from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.folders import new_folder
+from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 
 from .folder import seal
-from .output import new_folder
 from .reader import without_warnings
 from .weights import stored_dtypes
 
@@ -38,6 +40,9 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
         if source.tokenizer is not None:
             copy_pretrained(str(source.tokenizer), temporary / "tokenizer")
             _check_vocabulary(source, Tokenizer(temporary / "tokenizer"))
+        elif (source.assets / GENERATION).is_file():
+            (temporary / "tokenizer").mkdir()
+            shutil.copyfile(source.assets / GENERATION, temporary / "tokenizer" / GENERATION)
         settings = {
             "job": {"description": f"imported from {source.path.resolve()}"},
             "model": {"name": "qwen3", **asdict(source.config)},
@@ -51,11 +56,23 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
         # A file for each: DCP holds on to all tensors of a file until it is closed.
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True, single_file_per_rank=False)
         with without_warnings():
-            dcp.save(tensors, storage_writer=writer, planner=_ReadWhenWritten(source, advance), no_dist=True)
+            _save(tensors, writer, _ReadWhenWritten(source, advance))
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             output.rmdir()
         seal(temporary, output, step=0)
+
+
+def _save(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter, planner: dcp.DefaultSavePlanner) -> None:
+    """DCP's save, raising the OSError itself if a file cannot be written."""
+    try:
+        dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        # On a full disk torch's own complaint hides the cause, which is what a person can act on.
+        cause: BaseException | None = next(failure for failure, _ in error.failures.values())
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):

@@ -6,6 +6,7 @@ Opening one tells its dimensions and its tokenizer, without torch; ``weights.py`
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -42,10 +43,14 @@ class SavedModel:
             raise UserError(f"{path}: its config.toml does not describe a model: {error}") from None
 
     @property
+    def assets(self) -> Path:
+        """Where the tokenizer's files are, if there are any, and where generation stops."""
+        return self.path / "tokenizer"
+
+    @property
     def tokenizer(self) -> Path | None:
         """Where its tokenizer's files are, or None if it has none."""
-        folder = self.path / "tokenizer"
-        return folder if folder.is_dir() else None
+        return self.assets if (self.assets / "tokenizer.json").is_file() else None
 
     def check(self, config: Qwen3Config | None = None) -> None:
         """Raise UserError unless the weights fit a model of ``config``."""
@@ -77,7 +82,7 @@ def open_model(source: str, *, verify: bool, say: Callable[[str], None] = lambda
 
     Raises UserError, saying what is wrong with ``source``.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that there is not
     if (checkpoint := find_checkpoint(folder, verify=verify, say=say)) is not None:
         return SavedModel(checkpoint)
     if folder.is_dir() and not (folder / "config.json").exists():

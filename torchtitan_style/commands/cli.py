@@ -126,9 +126,7 @@ def check_initial_weights(config: Config) -> None:
     """Raise UserError if the weights that a new run would start from are not there, damaged or another model's."""
     source = config.initial_weights
     if source and find_checkpoint(Path(config.job.dump_folder), verify=False) is None:
-        found = open_model(source, verify=False)
-        if isinstance(found, HFFolder):  # a checkpoint of ours takes long to verify, and is when it is read
-            found = HFFolder(fetch(source, weights=True))
+        found = open_model(source, verify=True)
         found.check(config.model.qwen3())
 
 

@@ -5,10 +5,12 @@ python -m torchtitan_style export-hf --checkpoint outputs/qwen3 --output exporte
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 from torchtitan_style.checkpoint.saved import open_model
+from torchtitan_style.errors import UserError
 
 from .cli import Arguments, check_torch, reported_errors
 
@@ -35,6 +37,7 @@ def main(arguments: list[str]) -> None:
         parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
         parser.add_argument("--max-shard-size", default="5GB")
         options = parser.parse(arguments)
+        max_shard_size = _bytes(options.max_shard_size)
         check_torch()
         source = open_model(options.checkpoint, verify=True, say=lambda line: print(line, file=sys.stderr))
 
@@ -47,5 +50,15 @@ def main(arguments: list[str]) -> None:
         dtype = getattr(torch, options.dtype) if options.dtype else None
         bytes_each = dtype.itemsize if dtype else 4
         with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
-            export_hf(source, options.output, dtype=dtype, max_shard_size=options.max_shard_size, advance=advance)
+            export_hf(source, options.output, dtype=dtype, max_shard_size=max_shard_size, advance=advance)
         print(f"{options.output}: {source.config.num_parameters / 1e6:,.1f} M parameters of {source.path}")
+
+
+def _bytes(text: str) -> int:
+    """ "500MB" as a number of bytes. Raises UserError."""
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip(), flags=re.IGNORECASE)
+    size = int(float(match[1]) * units[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be a size as 500MB or 5GB")
+    return size

@@ -24,6 +24,7 @@ import numpy as np
 
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
+from torchtitan_style.folders import first_missing
 
 from .corpus import corpus_files, read_documents
 from .tokenizer import Tokenizer, copy_pretrained, train
@@ -90,7 +91,7 @@ def prepare(
             "put it back, or start a new run with another --job.dump_folder"
         )
 
-    made = _first_missing(dump_folder)
+    made = first_missing(dump_folder)
     temporary = dump_folder / "data.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,14 +112,6 @@ def prepare(
         shutil.rmtree(made or temporary, ignore_errors=True)
         raise
     return prepared
-
-
-def _first_missing(folder: Path) -> Path | None:
-    """The outermost of ``folder`` and its parents that does not exist yet."""
-    missing = None
-    while not folder.exists():
-        missing, folder = folder, folder.parent
-    return missing
 
 
 def _read_manifest(folder: Path) -> PreparedData | None:

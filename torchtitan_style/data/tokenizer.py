@@ -26,12 +26,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """A tokenizer read from a folder with ``tokenizer.json`` and ``tokenizer_config.json``."""
+    """A tokenizer read from a folder with ``tokenizer.json`` and, mostly, ``tokenizer_config.json``."""
 
     def __init__(self, folder: Path) -> None:
         try:
             self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            path = folder / "tokenizer_config.json"
+            settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             roles = {role: settings.get(role) for role in ("eos_token", "pad_token")}
             self._special = {role: t["content"] if isinstance(t, dict) else t for role, t in roles.items()}
         except Exception as error:  # tokenizers raises a plain Exception
@@ -100,15 +101,15 @@ def copy_pretrained(source: str, folder: Path) -> None:
     One without a ``tokenizer.json`` is converted by Transformers. Raises UserError if there is none.
     """
     found = fetch(source, weights=False)
-    if (found / "tokenizer" / "tokenizer.json").is_file():
-        found = found / "tokenizer"
+    # A run and each of its checkpoints have a folder for it; beside the checkpoints is the run's.
+    places = (found, found / "tokenizer", found.parent / "tokenizer")
+    found = next((place for place in places if (place / "tokenizer.json").is_file()), found)
     if (found / "tokenizer.json").is_file():
+        Tokenizer(found)  # raises if it cannot be used
         folder.mkdir(parents=True)
         for name in TOKENIZER_FILES:
             if (found / name).is_file():
                 shutil.copyfile(found / name, folder / name)
-        if not (folder / "tokenizer_config.json").exists():
-            (folder / "tokenizer_config.json").write_text("{}\n", encoding="utf-8")
         return
     if not any((found / name).is_file() for name in ("vocab.json", "tokenizer.model")):
         raise UserError(f'no tokenizer in "{source}": there is no tokenizer.json')

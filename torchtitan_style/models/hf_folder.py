@@ -22,8 +22,9 @@ from .qwen3.hf import from_hf, parameter_shapes
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TOKENIZER_FILES", "HFFolder"]
+__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder"]
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,7 +33,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 """All that belongs to text in and out: the tokenizer, the chat template, and where generation stops."""
 
@@ -65,6 +66,11 @@ class HFFolder:
         except ValueError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from None
         self._open: tuple[Path, Any] | None = None
+
+    @property
+    def assets(self) -> Path:
+        """Where those of ``TOKENIZER_FILES`` are that there are."""
+        return self.path
 
     @property
     def tokenizer(self) -> Path | None:
@@ -180,7 +186,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             )
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: is damaged, or no safetensors file: its header cannot be read") from None
     end = max((tensor.stop for tensor in tensors.values()), default=begin)
     if end != size:
@@ -211,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent}: has no {path.name}; is it a model folder in Transformers' format?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not a JSON object")

@@ -39,7 +39,9 @@ def from_hf(settings: dict[str, Any]) -> Qwen3Config:
     Raises ValueError, naming the field, for another architecture, for what is not implemented
     (rope scaling, quantization, another activation), and for values that contradict each other.
     """
-    model_type = settings.get("model_type")
+    if "model_type" not in settings:
+        raise ValueError('there is no model_type; "qwen3" is the one that is implemented')
+    model_type = settings["model_type"]
     if model_type != "qwen3":
         raise ValueError(f'model_type is "{model_type}"; only "qwen3", the dense Qwen3 models, is implemented')
     if settings.get("quantization_config") is not None:
@@ -78,20 +80,26 @@ def _field(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, abs
 
 
 def _rope_theta(settings: dict[str, Any]) -> float:
-    """The rotary embedding's base: in ``rope_parameters`` since Transformers 5, by itself before."""
-    parameters = _field(settings, "rope_parameters", dict, {}) or _field(settings, "rope_scaling", dict, {})
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        where = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
-        raise ValueError(
-            f'{where}: the rope scaling "{kind}" is not implemented; without that entry the model is what it was '
-            "trained as, right up to original_max_position_embeddings positions"
-        )
-    partial = parameters.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
+    """The rotary embedding's base: in ``rope_parameters`` since Transformers 5, by itself before.
+
+    ``rope_scaling``, the older name, counts for more there if both are given.
+    """
+    found: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = _field(settings, name, dict, {})
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise ValueError(f"{name}: another rotary embedding for each kind of layer is not implemented")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise ValueError(
+                f'{name}: the rope scaling "{kind}" is not implemented; without that entry the model is what it was '
+                "trained as, right up to original_max_position_embeddings positions"
+            )
+        found = parameters or found
+    partial = found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor is {partial}; only 1 (the whole head) is implemented")
-    theta = _field(settings, "rope_theta", float, _ROPE_THETA)
-    return _field(parameters, "rope_theta", float, theta)
+    return _field(found, "rope_theta", float, _field(settings, "rope_theta", float, _ROPE_THETA))
 
 
 def _with_layer_types(config: Qwen3Config, types: Any) -> Qwen3Config:

@@ -1,4 +1,4 @@
-"""A folder that is complete or not there."""
+"""Folders that are complete or not there."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchtitan_style.errors import UserError
+from .errors import UserError
 
-__all__ = ["new_folder"]
+__all__ = ["first_missing", "new_folder"]
+
+
+def first_missing(folder: Path) -> Path | None:
+    """The outermost of ``folder`` and its parents that does not exist yet."""
+    missing = None
+    while not folder.exists():
+        missing, folder = folder, folder.parent
+    return missing
 
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` to write into. The caller renames it; what is still there at the end
-    is deleted.
+    """A temporary folder beside ``output`` to write into. The caller renames it; otherwise nothing stays behind.
 
     Raises UserError if ``output`` holds something already, or cannot be written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; name a new folder, or delete it first")
-    temporary = output.parent / f"tmp-{output.name}"
+    temporary = output.parent / f".unfinished-{output.name}"
+    made = first_missing(output.parent)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -30,3 +38,5 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise UserError(f"--output {output}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if made and not output.exists():
+            shutil.rmtree(made, ignore_errors=True)
