@@ -84,7 +84,7 @@ def test_a_tolerance_of_the_users(model: Path) -> None:
     ("arguments", "message"),
     [
         (["--hf", "/nowhere/model"], "there is no folder /nowhere/model"),
-        (["--hf", "train_configs"], "train_configs: has no config.json"),
+        (["--hf", "train_configs"], "train_configs holds neither checkpoints nor a model"),
         (["--config", "nowhere.toml"], "there is no such config file"),
         (["--world-size", "3", "--parallelism.tensor_parallel_degree", "2"], "does not divide the 3 processes"),
         (["--world-size", "0"], "--world-size: must be at least 1"),
