@@ -22,11 +22,10 @@ from .distributed.init import init_weights
 from .distributed.world import World
 from .metrics.log import StepResult
 from .models.registry import MODELS
-from .optim.adamw import step_if_finite
+from .optim.build import Optimizers
 from .optim.clip import clip_grad_norm_
-from .optim.schedule import lr_factor
 
-__all__ = ["DTYPES", "build_model", "mix", "train_step"]
+__all__ = ["DTYPES", "build_model", "build_optimizer", "mix", "train_step"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -52,17 +51,27 @@ def build_model(config: Config, world: World, *, warn: Callable[[str], None]) ->
     model.to_empty(device=world.device)
     model.tie_weights()  # to_empty may have given each module a parameter of its own
     init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+    model.lm_head.z_loss = config.training.z_loss
     model.train()
     return model
 
 
+def build_optimizer(model: nn.Module, config: Config) -> Optimizers:
+    """The optimizer of ``config`` for a model that is laid out already."""
+    return Optimizers(
+        model,
+        config.optimizer,
+        config.lr_scheduler,
+        total_steps=config.training.steps,
+        dtype=DTYPES[config.training.mixed_precision_param],
+    )
+
+
 def train_step(
-    model: nn.Module, optimizer: torch.optim.AdamW, batch: Batch, *, step: int, config: Config, world: World
+    model: nn.Module, optimizer: Optimizers, batch: Batch, *, step: int, config: Config, world: World
 ) -> StepResult:
     """Accumulate gradients over the microbatches, clip, update. ``step`` counts from 1."""
-    lr = config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    learning_rates = optimizer.set_learning_rates(step)
     # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
     torch.manual_seed(mix(config.training.seed, step, world.rank))
 
@@ -79,8 +88,8 @@ def train_step(
         share.backward()
         loss += share.detach()
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm)
-    step_if_finite(optimizer, grad_norm)
-    return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, batch_hash=batch.hash)
+    optimizer.step_if_finite(grad_norm)
+    return StepResult(loss=loss, grad_norm=grad_norm, learning_rates=learning_rates, batch_hash=batch.hash)
 
 
 def mix(*numbers: int) -> int:

@@ -35,8 +35,7 @@ from .metrics.profiler import profile_step
 from .metrics.throughput import Meter
 from .metrics.validation import validate
 from .models.qwen3.config import FLAVORS
-from .optim.adamw import build_optimizer
-from .step import DTYPES, build_model, mix, train_step
+from .step import DTYPES, build_model, build_optimizer, mix, train_step
 
 __all__ = ["Trainer", "train"]
 
@@ -228,7 +227,7 @@ class Trainer:
 
     def _build_model(self) -> None:
         self.model = build_model(self.config, self.world, warn=self.display.warn)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.optimizer = build_optimizer(self.model, self.config)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to go on from."""
@@ -249,6 +248,11 @@ class Trainer:
             self._start_from_weights()
             return
         saved = on_main(lambda: self.checkpointer.folder.train_state(step))
+        before = saved["identity"]["optimizer"]
+        switch = self.config.checkpoint.switch_optimizer and before != self._identity()["optimizer"]
+        if switch:
+            self.display.warn(f"the optimizer was {before['name']}; {self.config.optimizer.name} starts afresh")
+            del saved["identity"]["optimizer"]
         differences = [
             f"{section}.{key} was {value}, is {now.get(key)}"
             for section, now in self._identity().items()
@@ -256,11 +260,12 @@ class Trainer:
             if now.get(key) != value
         ]
         if differences:
+            hint = ", allow it with checkpoint.switch_optimizer" if differences[0].startswith("optimizer.") else ""
             raise UserError(
-                f"{self.checkpointer.folder.path(step)} is of another run: {'; '.join(differences)}; put it back, or "
-                "start a new run with another --job.dump_folder"
+                f"{self.checkpointer.folder.path(step)} is of another run: {'; '.join(differences)}; put it back"
+                f"{hint}, or start a new run with another --job.dump_folder"
             )
-        self.checkpointer.load(step)
+        self.checkpointer.load(step, optimizer=not switch)
         self.state = TrainState(**saved["state"])
 
     def _start_from_weights(self) -> None:

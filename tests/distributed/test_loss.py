@@ -46,6 +46,22 @@ def test_equals_the_textbook_form(group, monkeypatch, rows: int, compiled: bool)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_z_loss_equals_its_definition(group, compiled: bool) -> None:
+    results = []
+    for function in (token_loss, chunked_cross_entropy(group, compiled=compiled)):
+        hidden, weight, labels = inputs(torch.float32)
+        loss, right = function(hidden, weight, labels, 0.3)
+        loss.backward()
+        results.append((loss, right, hidden.grad, weight.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    hidden, weight, labels = inputs(torch.float32)
+    normaliser = (hidden.flatten(0, 1) @ weight.T).exp().sum(-1).log()
+    extra = 0.3 * normaliser[labels.flatten() != -100].square().sum()
+    torch.testing.assert_close(results[0][0], token_loss(hidden, weight, labels)[0] + extra)
+
+
 def test_bf16_gradients_are_as_near_to_fp32_as_autograds(group) -> None:
     exact = [tensor.detach().float().requires_grad_() for tensor in inputs(torch.bfloat16)[:2]]
     token_loss(*exact, inputs(torch.bfloat16)[2])[0].backward()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan_style.config.schema import Optimizer
-from torchtitan_style.optim.adamw import build_optimizer, step_if_finite
+from torchtitan_style.optim.adamw import adamw, step_if_finite
 from torchtitan_style.optim.clip import clip_grad_norm_
 
 CONFIG = Optimizer(lr=3e-2, beta1=0.8, beta2=0.97, eps=1e-6, weight_decay=0.3)
@@ -22,6 +22,10 @@ def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 5)).to(dtype)
     model[3].bias.requires_grad_(False)
     return model
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def give_gradients(model: nn.Module, seed: int) -> None:
@@ -55,7 +59,7 @@ def test_ten_steps_equal_torch_adamw(dtype: torch.dtype, rtol: float) -> None:
         foreach=False,
         fused=False,
     )
-    optimizer = build_optimizer(model, CONFIG)
+    optimizer = adamw(trained(model), CONFIG)
     for step in range(10):
         for group in (*optimizer.param_groups, *plain.param_groups):
             group["lr"] = 3e-2 * (step + 1) / 10
@@ -72,7 +76,7 @@ def test_ten_steps_equal_torch_adamw(dtype: torch.dtype, rtol: float) -> None:
 def test_without_gradient_only_matrices_shrink() -> None:
     model = small_model()
     before = copy.deepcopy(model)
-    optimizer = build_optimizer(model, CONFIG)
+    optimizer = adamw(trained(model), CONFIG)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     step_if_finite(optimizer, torch.tensor(0.0))
@@ -81,12 +85,22 @@ def test_without_gradient_only_matrices_shrink() -> None:
         torch.testing.assert_close(now, old * shrunk, rtol=1e-6, atol=0)  # one rounding or two in fp32
 
 
+def test_what_no_decay_names_does_not_shrink() -> None:
+    model = small_model()
+    before = copy.deepcopy(model)
+    optimizer = adamw(trained(model), CONFIG.model_copy(update={"no_decay": ["0.*", "nothing"]}))
+    for parameter in trained(model).values():
+        parameter.grad = torch.zeros_like(parameter)
+    step_if_finite(optimizer, torch.tensor(0.0))
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[1].weight, before[1].weight)
+
+
 def test_state_is_there_before_the_first_step() -> None:
     model = small_model()
-    optimizer = build_optimizer(model, CONFIG)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert set(optimizer.state) == set(trained)
-    for parameter in trained:
+    optimizer = adamw(trained(model), CONFIG)
+    assert set(optimizer.state) == set(trained(model).values())
+    for parameter in trained(model).values():
         state = optimizer.state[parameter]
         assert {k: v.shape for k, v in state.items()} == {
             "step": torch.Size(),
@@ -99,9 +113,9 @@ def test_state_is_there_before_the_first_step() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_goes_on(bad: float) -> None:
     model = small_model()
-    optimizer = build_optimizer(model, CONFIG)
+    optimizer = adamw(trained(model), CONFIG)
     spared = small_model()  # the same run without the bad step
-    spared_optimizer = build_optimizer(spared, CONFIG)
+    spared_optimizer = adamw(trained(spared), CONFIG)
     for m, o in ((model, optimizer), (spared, spared_optimizer)):
         give_gradients(m, 0)
         step_if_finite(o, torch.tensor(1.0))

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from torchtitan_style.config.schema import Checkpoint
 from torchtitan_style.distributed.world import on_main
 from torchtitan_style.errors import UserError
+from torchtitan_style.optim.build import Optimizers
 
 from .folder import CheckpointFolder
 from .reader import SafeReader, without_warnings
@@ -37,7 +37,7 @@ class Checkpointer:
         folder: Path,
         *,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         settings: str,
         tokenizer: Path,
         say: Callable[[str], None],
@@ -101,15 +101,19 @@ class Checkpointer:
             raise UserError(f"checkpoint.load_step: {self.folder.path(wanted)}: {problem}")
         return wanted
 
-    def load(self, step: int) -> None:
-        """Read weights and optimizer state of ``step`` in place."""
-        dcp.load(self._tensors(), storage_reader=SafeReader(self.folder.path(step)))
+    def load(self, step: int, *, optimizer: bool = True) -> None:
+        """Read weights and, if so wanted, optimizer state of ``step`` in place."""
+        tensors = self._tensors()
+        if not optimizer:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+        dcp.load(tensors, storage_reader=SafeReader(self.folder.path(step)))
 
     def _tensors(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name. DCP writes from them and reads into them."""
         tensors: dict[str, Any] = {}
+        state = self.optimizer.state
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 
 from .layout import plan_batch, plan_layout
-from .schema import Config
+from .schema import Config, Muon
 
 __all__ = ["Problem", "cross_checks"]
 
@@ -115,6 +115,12 @@ def _rest(config: Config) -> Iterator[Problem]:
         )
     if config.validation.enable and config.validation.steps == 0:
         yield Problem(("validation.steps",), "must be -1 or at least 1; validation.enable = false turns it off")
+    if config.optimizer.name != "muon" and config.optimizer.muon != Muon():
+        changed = [key for key, value in config.optimizer.muon if value != getattr(Muon(), key)]
+        yield Problem(
+            (f"optimizer.muon.{changed[0]}", "optimizer.name"),
+            f'is only read with optimizer.name = "muon", not with "{config.optimizer.name}"',
+        )
     option = config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdecimal() and int(option) >= 1):
         yield Problem(

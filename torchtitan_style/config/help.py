@@ -10,29 +10,36 @@ from typing import Any
 from torchtitan_style.errors import UserError
 
 from .load import nearest_section
-from .schema import Config
+from .schema import SECTIONS
 
 __all__ = ["section_help", "section_names"]
 
 
 def section_names() -> list[str]:
-    return list(Config.model_fields)
+    return list(SECTIONS)
 
 
 def section_help(name: str) -> str:
     """All keys of section ``name`` (or the one key of ``section.key``). Raises UserError if there is none."""
-    section, _, key = name.removeprefix("--").strip("[]").partition(".")
-    if section not in Config.model_fields:
+    section, key = name.removeprefix("--").strip("[]"), ""
+    if section not in SECTIONS and "." in section:
+        section, _, key = section.rpartition(".")
+    if section not in SECTIONS:
         raise UserError(f"--help {name}: there is no such section{nearest_section(section)}")
-    model = typing.cast(Any, Config.model_fields[section].annotation)
+    model = SECTIONS[section]
     lines = [f"[{section}]  {model.__doc__}", ""]
     for field_name, field in model.model_fields.items():
         if key and key != field_name:
             continue
+        if f"{section}.{field_name}" in SECTIONS:
+            lines.append(f"[{section}.{field_name}]: a section of its own; --help {section}.{field_name}")
+            continue
         default = "" if field.default is None else f" = {_toml(field.default)}"
         lines.append(f"{section}.{field_name}{default}  ({_type_name(field.annotation)})")
         lines.append(
-            textwrap.fill(" ".join(field.description.split()), 92, initial_indent="    ", subsequent_indent="    ")
+            textwrap.fill(
+                " ".join((field.description or "").split()), 92, initial_indent="    ", subsequent_indent="    "
+            )
         )
     if len(lines) == 2:
         raise UserError(f"--help {name}: there is no such key; --help {section} lists them")

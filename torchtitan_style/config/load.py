@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.errors import UserError
 
 from .checks import Problem, cross_checks
-from .schema import Config, Job
+from .schema import SECTIONS, Config, Job
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,9 +65,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     from_command_line, problems = _parse_overrides(overrides)
     arguments = {*from_command_line, *(problem.keys[0] for problem in problems)}
     for key, value in from_command_line.items():
-        section, name = key.split(".", 1)
-        if isinstance(tree.setdefault(section, {}), dict):
-            tree[section][name] = value
+        *path_to, name = key.split(".")
+        section: Any = tree
+        for part in path_to:
+            section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[name] = value
 
     problems += _take_over(tree)
     try:
@@ -160,7 +163,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
     while rest:
         argument = rest.pop(0)
         key, equals, text = argument.removeprefix("--").partition("=")
-        section, dot, name = key.partition(".")
+        section, dot, name = key.rpartition(".")
         if not argument.startswith("--") or not (section and dot and name):
             problems.append(Problem((f"argument {argument}",), "expected --section.key VALUE" + _did_you_mean(key)))
             if rest and not rest[0].startswith("--"):
@@ -172,7 +175,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
             given.append(rest.pop(0))
             if not _accepts(annotation, list):
                 break
-        if _section(section) is None:
+        if section not in SECTIONS:
             problems.append(Problem((key,), f"unknown section{nearest_section(section)}"))
         elif annotation is None:
             problems.append(Problem((key,), f"unknown key{_did_you_mean(key)}"))
@@ -204,15 +207,10 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
         return text
 
 
-def _section(name: str) -> type[BaseModel] | None:
-    field = Config.model_fields.get(name)
-    return None if field is None else typing.cast(type[BaseModel], field.annotation)
-
-
 def _annotation(section: str, name: str) -> Any:
-    model = _section(section)
-    field = model.model_fields.get(name) if model else None
-    return field.annotation if field else None
+    """The type of a key, or None if there is no such key."""
+    key = f"{section}.{name}"
+    return SECTIONS[section].model_fields[name].annotation if key in _all_keys() else None
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
@@ -225,35 +223,35 @@ def _accepts(annotation: Any, kind: type) -> bool:
 
 
 def _all_keys() -> list[str]:
-    return [f"{name}.{key}" for name in Config.model_fields for key in _section(name).model_fields]  # type: ignore[union-attr]
+    keys = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
+    return [key for key in keys if key not in SECTIONS]
 
 
 def _did_you_mean(key: str) -> str:
     """The nearest right name for ``section`` or ``section.key``, as the tail of a message."""
     if key in _MOVED:
         return f"; here it is {_MOVED[key]}"
-    section, _, name = key.partition(".")
-    if not name:
-        return nearest_section(section)
-    elsewhere = [k for k in _all_keys() if k.partition(".")[2] == name]
+    section, _, name = key.rpartition(".")
+    if not section:
+        return nearest_section(name)
+    elsewhere = [k for k in _all_keys() if k.rpartition(".")[2] == name]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
-    model = _section(section)
-    if model is not None:
-        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
+    if section in SECTIONS:
+        near = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1, cutoff=0.5)
         if near:
             return f"; did you mean {section}.{near[0]}?"
     close = difflib.get_close_matches(key, _all_keys(), n=1)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; --help {section} lists the keys" if model else ""
+    return f"; --help {section} lists the keys" if section in SECTIONS else ""
 
 
 def nearest_section(name: str) -> str:
     """The section that ``name`` was meant to be, as the tail of a message, or else a list of all."""
-    close = difflib.get_close_matches(name, list(Config.model_fields), n=1)
-    close = close or [key for key in _all_keys() if key.partition(".")[2] == name][:1]
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(Config.model_fields)}"
+    close = difflib.get_close_matches(name, list(SECTIONS), n=1)
+    close = close or [key for key in _all_keys() if key.rpartition(".")[2] == name][:1]
+    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
 
 
 _TYPES = {
@@ -271,17 +269,19 @@ _TYPES = {
 def _explain(detail: ErrorDetails) -> Problem:
     """A pydantic error in words for the user."""
     location = [str(part) for part in detail["loc"]]
-    key = ".".join(location[:2])
+    depth = max((n for n in range(1, len(location)) if ".".join(location[:n]) in SECTIONS), default=0)
+    section, key = ".".join(location[:depth]), ".".join(location[: depth + 1])
+    rest = location[depth + 1 :]
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     shown = f"{value!r}" if not isinstance(value, str) else f'"{value}"'
     if kind == "extra_forbidden":
-        what = "section" if len(location) == 1 else "key"
+        what = "key" if section else "section"
         return Problem((key,), f"unknown {what}{_did_you_mean(key)}")
     if kind in _TYPES:
-        entry = f", entry {int(location[2]) + 1}" if len(location) > 2 and location[2].isdecimal() else ""
+        entry = f", entry {int(rest[0]) + 1}" if rest and rest[0].isdecimal() else ""
         return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {shown}")
     if kind == "literal_error":
-        options = [str(o) for o in typing.get_args(_annotation(*location[:2]))]
+        options = [str(o) for o in typing.get_args(_annotation(section, location[depth]))]
         close = difflib.get_close_matches(str(value), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return Problem((key,), f"must be one of {', '.join(options)}, not {shown}{hint}")
@@ -301,11 +301,11 @@ def _explain(detail: ErrorDetails) -> Problem:
 
 def _remove(tree: dict[str, Any], location: tuple[int | str, ...]) -> None:
     """Take the key that an error points at out of ``tree``."""
-    section = tree.get(str(location[0]))
-    if len(location) > 1 and isinstance(section, dict):
-        section.pop(str(location[1]), None)
-    else:
-        tree.pop(str(location[0]), None)
+    for part in map(str, location):
+        if not isinstance(tree.get(part), dict) or part == location[-1]:
+            tree.pop(part, None)
+            return
+        tree = tree[part]
 
 
 def _report(problems: list[Problem], path: str | Path, from_command_line: set[str]) -> str:

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
@@ -18,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 
-__all__ = ["Config", "Section"]
+__all__ = ["SECTIONS", "Config", "Section"]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -134,6 +135,9 @@ class Training(Section):
     """Rows in an optimizer step, over all ranks and accumulation; -1: no accumulation."""
     max_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm when they exceed it; inf for no clipping."""
+    z_loss: FiniteNonNegative = 0.0
+    """Weight of log² of the softmax's normaliser in the training loss, as 1e-4; keeps logits from drifting
+    (PaLM, Chowdhery et al. 2022). Validation is without it."""
     seed: NonNegative = 0
     """Decides initial weights, row order and dropout."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
@@ -143,23 +147,6 @@ class Training(Section):
     gc_freq: Positive = 50
     """Steps between garbage collections. Left to itself Python collects on each rank at another
     moment, and the others wait for it."""
-
-
-class Optimizer(Section):
-    """The optimizer and its step size."""
-
-    name: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019). Norm weights and biases are not decayed."""
-    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Learning rate after warm-up."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the gradient's running mean."""
-    beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the squared gradient's running mean."""
-    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
-    """Added to the root of the squared gradient's mean."""
-    weight_decay: FiniteNonNegative = 0.1
-    """Share of a weight taken off per step and unit of learning rate."""
 
 
 class LRScheduler(Section):
@@ -177,6 +164,59 @@ class LRScheduler(Section):
     total_steps: Positive | None = None
     """Steps that the schedule is laid out for; left out: training.steps. Set it to train the
     first part of a longer run."""
+
+
+class Muon(Section):
+    """For optimizer.name = "muon": the matrices of attention and MLP."""
+
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Learning rate after warm-up; left out: optimizer.lr, which fits "match_rms_adamw"."""
+    weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Left out: optimizer.weight_decay."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    nesterov: bool = True
+    """Look ahead: mix the gradient into the running mean once more before it is made orthogonal."""
+    ns_steps: Positive = 5
+    """Rounds of the Newton-Schulz iteration."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """How the step depends on a matrix's shape. match_rms_adamw: 0.2·sqrt(max(out, in)), an element
+    changes about as much as under AdamW (Liu et al. 2025). original: sqrt(max(1, out/in)) (Jordan 2024)."""
+    warmup_steps: NonNegative | None = None
+    """This and the next three: a schedule of its own; left out: as in [lr_scheduler]."""
+    decay_type: Literal["linear", "cosine", "sqrt"] | None = None
+    """As lr_scheduler.decay_type."""
+    decay_ratio: float | None = Field(None, ge=0, le=1)
+    """As lr_scheduler.decay_ratio."""
+    min_lr_factor: float | None = Field(None, ge=0, le=1)
+    """As lr_scheduler.min_lr_factor."""
+
+    def schedule(self, general: LRScheduler) -> LRScheduler:
+        """``general`` with what is set here instead."""
+        own = ("warmup_steps", "decay_type", "decay_ratio", "min_lr_factor")
+        return general.model_copy(update={k: v for k, v in self if k in own and v is not None})
+
+
+class Optimizer(Section):
+    """The optimizer and its step size."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019). muon (Jordan 2024): for the matrices of attention and MLP, with
+    AdamW for embedding, head, norms and biases; see optimizer.muon."""
+    lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    """Learning rate after warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: FiniteNonNegative = 0.1
+    """Share of a weight taken off per step and unit of learning rate. Norm weights and biases are not
+    decayed."""
+    no_decay: list[str] = []
+    """More parameters that AdamW does not decay, by name; wildcards allowed, as "*embed_tokens*"."""
+    muon: Muon = Muon()
 
 
 class Parallelism(Section):
@@ -229,6 +269,8 @@ class Checkpoint(Section):
     initial_load_path: str = ""
     """Start a new run from the weights of another: its folder, or one of its checkpoints. Dimensions
     and tokenizer are taken over too. Optimizer and data start afresh."""
+    switch_optimizer: bool = False
+    """Allow a resume with another optimizer.name than before: its state then starts afresh."""
     load_step: int = Field(-1, ge=-1)
     """Step to resume from; -1: the newest that verifies. 0: start from scratch, which needs a dump
     folder without checkpoints."""
@@ -322,3 +364,14 @@ class Config(Section):
     def initial_weights(self) -> str:
         """Where a new run's weights come from; empty: drawn at random."""
         return self.model.hf_assets_path or self.checkpoint.initial_load_path
+
+
+def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield prefix + name, field.annotation
+            yield from _sections(field.annotation, f"{prefix}{name}.")
+
+
+SECTIONS = dict(_sections(Config))
+"""Every section by its name in TOML, as "optimizer" and "optimizer.muon"."""

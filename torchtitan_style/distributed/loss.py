@@ -35,22 +35,22 @@ IGNORE = -100
 """Label of a position with nothing to predict."""
 
 
-def chunked_cross_entropy(
-    tp_group: dist.ProcessGroup, *, compiled: bool
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A loss function for ``LMHead``: (hidden [B, T, C], weight [V, C], labels [B, T]) → (sum of the
+def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A loss function for ``LMHead``: (hidden [B, T, C], weight [V, C], labels [B, T], z_loss) → (sum of the
     token losses in fp32, number of labels that are the likeliest token)."""
     group = tp_group if tp_group.size() > 1 else None
     # Without collectives in it, one chunk is one fused kernel when compiled.
     chunk_loss = torch.compile(_chunk_loss, dynamic=False) if compiled and group is None else _chunk_loss
 
-    def loss_function(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_function(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
             # Hidden states are whole on every tp rank, weights a slice: the gradient that a rank
             # finds for the hidden states is the part that comes from its slice.
             hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
         needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), group, chunk_loss, needs_grad)
+        return _ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, labels.flatten(), group, chunk_loss, z_loss, needs_grad
+        )
 
     return loss_function
 
@@ -64,6 +64,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         group: dist.ProcessGroup | None,
         chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        z_loss: float,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = max(MIN_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0])
@@ -73,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for h, y, start in zip(hidden.split(rows), labels.split(rows), range(0, len(hidden), rows), strict=True):
-            loss, correct, logits_grad = chunk_loss(h @ weight.T, y, first, group)
+            loss, correct, logits_grad = chunk_loss(h @ weight.T, y, first, group, z_loss)
             total += loss
             right += correct
             if hidden_grad is not None and weight_grad is not None:
@@ -89,11 +90,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         del ctx.grads
         factor = grad_outputs[0]
         dtype = hidden_grad.dtype
-        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(dtype), None, None, None, None
+        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(dtype), None, None, None, None, None
 
 
 def _chunk_loss(
-    logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
+    logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a chunk, right guesses, and the loss's gradient with respect to the logits.
 
@@ -118,10 +119,16 @@ def _chunk_loss(
         both = torch.stack((label_logit, normaliser))
         dist.all_reduce(both, group=group)
         label_logit, normaliser = both
-    loss = ((normaliser.log() - label_logit) * valid).sum()
+    log_normaliser = normaliser.log()
+    loss = ((log_normaliser - label_logit) * valid).sum()
     correct = ((label_logit >= 0) & valid).sum()  # 0 is the highest now
 
-    # d loss / d logits = softmax - one-hot, and 0 for ignored tokens.
-    grad = exponentials.mul_((valid / normaliser)[:, None])
+    # d loss / d logits = softmax - one-hot, and 0 for ignored tokens. That of z_loss is 2·z_loss·log Z · softmax.
+    of_softmax = valid / normaliser
+    if z_loss:
+        log_z = log_normaliser + maximum[:, 0]
+        loss = loss + z_loss * (log_z.square() * valid).sum()
+        of_softmax = of_softmax * (1 + 2 * z_loss * log_z)
+    grad = exponentials.mul_(of_softmax[:, None])
     grad.scatter_add_(1, index, -(here & valid).to(grad.dtype)[:, None])
     return loss, correct, grad.to(logits.dtype)

@@ -30,7 +30,8 @@ class StepResult:
     """This rank's share of the mean token loss, 0-dim fp32; the shares of the dp ranks add up."""
     grad_norm: Tensor
     """Global, before clipping; 0-dim fp32."""
-    lr: float
+    learning_rates: dict[str, float]
+    """"lr", and "lr_muon" where there is one."""
     batch_hash: int
     """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
 
@@ -85,7 +86,7 @@ class TrainingLog:
         dist.all_reduce(hashes, group=self.world.dp_group)
         speed = self.meter.read()
         records = [
-            {"step": step, "loss": loss, "grad_norm": norm, "lr": result.lr, "tokens_seen": tokens_seen}
+            {"step": step, "loss": loss, "grad_norm": norm, **result.learning_rates, "tokens_seen": tokens_seen}
             | speed
             | {"batch_hash": f"{batch_hash % 2**64:016x}"}
             for (step, tokens_seen, result), loss, norm, batch_hash in zip(

@@ -1,40 +1,47 @@
-"""AdamW with two groups of parameters: matrices are decayed, norm weights and biases are not."""
+"""AdamW with two groups of parameters, decayed and not."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchtitan_style.config.schema import Optimizer
 
-__all__ = ["build_optimizer", "step_if_finite"]
+__all__ = ["adamw", "is_decayed", "step_if_finite"]
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW over ``model``'s parameters (Loshchilov & Hutter 2019), one fused kernel per group.
+def adamw(parameters: Mapping[str, Tensor], config: Optimizer) -> torch.optim.AdamW:
+    """AdamW over ``parameters``, by name (Loshchilov & Hutter 2019), one fused kernel per group.
 
     Its state is made here and not at the first step, so that a checkpoint can be read into it.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
+    decayed = {n: p for n, p in parameters.items() if is_decayed(n, p, config)}
+    others = {n: p for n, p in parameters.items() if n not in decayed}
     optimizer = torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+            {"params": list(others.values()), "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
-    for parameter in parameters:
+    for parameter in parameters.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def is_decayed(name: str, parameter: Tensor, config: Optimizer) -> bool:
+    """Matrices are, norm weights and biases are not, nor what ``optimizer.no_decay`` names."""
+    return parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in config.no_decay)
 
 
 def step_if_finite(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> None:

@@ -27,9 +27,10 @@ from torchtitan_style.data.loader import Batch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.registry import MODELS
-from torchtitan_style.optim.adamw import build_optimizer
+from torchtitan_style.optim.build import is_hidden_matrix
+from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
-from torchtitan_style.step import build_model, train_step
+from torchtitan_style.step import build_model, build_optimizer, train_step
 
 from .report import Check, Difference, gradient_check, gradient_difference
 
@@ -71,14 +72,17 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     """
     model = MODELS[config.model.name].build(config.model.qwen3())
     init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+    model.lm_head.z_loss = config.training.z_loss
     weights = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
     model.to(device)
-    optimizer = _adamw(model, config)
+    hidden = {n: p for n, p in model.named_parameters() if is_hidden_matrix(n, p) and config.optimizer.name == "muon"}
+    momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
+    optimizer = _adamw([p for n, p in model.named_parameters() if n not in hidden], config)
     inputs, labels = (t.to(device) for t in global_batch(config, rows=rows))
     tokens = (labels != -100).sum()
     losses, norms = [], []
     for step in range(1, STEPS + 1):
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for row in range(rows):  # one by one: full logits of many are more than memory holds
             share = model(inputs[row : row + 1], labels[row : row + 1])[0] / tokens
@@ -95,6 +99,8 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
         for group in optimizer.param_groups:
             group["lr"] = _lr(config, step)
         optimizer.step()
+        for name, matrix in hidden.items():
+            _muon(matrix, momenta[name], config, step)
         losses.append(loss.item())
         norms.append(norm.item())
     found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
@@ -123,7 +129,7 @@ def compare(
     tolerances = TOLERANCES[precision] if tolerance is None else dict.fromkeys(TOLERANCES[precision], tolerance)
     torch.compiler.reset()
     model = build_model(config, world, warn=warn)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config)
     checks = [_names(model, expected["weights"]), _initial_weights(model, expected["weights"])]
 
     batch = _batch(config, world)
@@ -176,8 +182,7 @@ def _lr(config: Config, step: int) -> float:
     return config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
 
 
-def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
+def _adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optimizer.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -186,6 +191,20 @@ def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps, foreach=False
     )
+
+
+@torch.no_grad()
+def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int) -> None:
+    """Muon by its definition, on a whole matrix in fp32."""
+    muon = config.optimizer.muon
+    assert matrix.grad is not None
+    momentum.mul_(muon.momentum).add_((1 - muon.momentum) * matrix.grad)
+    direction = (1 - muon.momentum) * matrix.grad + muon.momentum * momentum if muon.nesterov else momentum
+    peak = config.optimizer.lr if muon.lr is None else muon.lr
+    decay = config.optimizer.weight_decay if muon.weight_decay is None else muon.weight_decay
+    lr = peak * lr_factor(step, muon.schedule(config.lr_scheduler), total_steps=config.training.steps)
+    scale = step_scale(matrix.shape, muon.adjust_lr)
+    matrix.copy_((1 - lr * decay) * matrix - lr * scale * orthogonalize(direction, rounds=muon.ns_steps))
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -158,29 +158,34 @@ class Qwen3Model(nn.Module):
         return self.norm(x)
 
 
-def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sum over tokens of -log p(label), fp32, and how many labels are the likeliest token.
 
-    hidden: [B, T, C]; weight: [V, C]; labels: [B, T], -100 where there is nothing to predict. This is
-    the definition; training swaps in one that never holds all logits (``LMHead.loss_function``).
+    hidden: [B, T, C]; weight: [V, C]; labels: [B, T], -100 where there is nothing to predict. z_loss: weight of
+    log² of the softmax's normaliser, which keeps logits from drifting (PaLM, Chowdhery et al. 2022, section 5).
+    This is the definition; training swaps in one that never holds all logits (``LMHead.loss_function``).
     """
     logits = F.linear(hidden, weight).flatten(0, 1).float()  # [B·T, V]
     labels = labels.flatten()
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    if z_loss:
+        loss = loss + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
     return loss, (logits.argmax(-1) == labels).sum()
 
 
 class LMHead(nn.Linear):
     """Hidden states to logits or, given labels, to the loss."""
 
-    loss_function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = staticmethod(token_loss)
+    loss_function: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = staticmethod(token_loss)
+    z_loss: float = 0.0
+    """Weight of the z-loss, while training."""
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None:
             return super().forward(hidden)  # [B, T, V]
-        return self.loss_function(hidden, self.weight, labels)
+        return self.loss_function(hidden, self.weight, labels, self.z_loss if self.training else 0.0)
 
 
 class Qwen3ForCausalLM(nn.Module):

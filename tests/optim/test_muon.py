@@ -1,0 +1,150 @@
+"""Muon in one process: against torch's own, against the definition, and which parameters it takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchtitan_style import Qwen3ForCausalLM
+from torchtitan_style.config.schema import LRScheduler, Muon, Optimizer
+from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.optim.build import Optimizers
+from torchtitan_style.optim.muon import Muon as MuonOptimizer
+from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
+
+SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (1, 9)]
+FINITE = torch.tensor(1.0)
+
+
+def matrices() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(0.1 * torch.randn(shape)) for shape in SHAPES]
+
+
+def give_gradients(parameters: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 96), (5, 5), (1, 8)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    # Smaller ones than a hundredth of the norm need more rounds; a random square matrix has some.
+    kept = s / s.norm() > 0.01
+    values = torch.diag(u.T @ orthogonalize(matrix, rounds=5) @ v.T)
+    assert values[kept].min() > 0.65
+    assert values.max() < 1.25
+    rest = u.T @ orthogonalize(matrix, rounds=5) @ v.T - torch.diag(values)
+    assert rest.abs().max() < 1e-9
+
+
+def test_a_matrix_of_zeros_stays_one() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(4, 6), rounds=5), torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_ten_steps_equal_torch_muon(adjust_lr: Any, nesterov: bool) -> None:
+    ours, theirs = matrices(), matrices()
+    config = Muon(momentum=0.9, nesterov=nesterov, adjust_lr=adjust_lr)
+    optimizer = MuonOptimizer(ours, config, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16)
+    plain = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust_lr, ns_steps=5
+    )
+    for step in range(10):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        optimizer.step_if_finite(FINITE)
+        plain.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_with_match_rms_an_element_moves_about_as_much_as_under_adamw() -> None:
+    for shape in ((256, 256), (1024, 256), (64, 512)):
+        moved = orthogonalize(torch.randn(shape), rounds=5) * step_scale(torch.Size(shape), "match_rms_adamw")
+        assert moved.pow(2).mean().sqrt() == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
+    parameters = matrices()
+    optimizer = MuonOptimizer(parameters, Muon(), lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    give_gradients(parameters, 0)
+    optimizer.step_if_finite(FINITE)
+
+    def everything() -> list[Tensor]:
+        return [p.detach().clone() for p in parameters] + [
+            optimizer.state[p]["momentum_buffer"].clone() for p in parameters
+        ]
+
+    before = everything()
+    give_gradients(parameters, 1)
+    parameters[0].grad[0, 0] = bad
+    optimizer.step_if_finite(torch.tensor(bad))
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    give_gradients(parameters, 2)
+    optimizer.step_if_finite(FINITE)
+    assert not torch.equal(before[0], parameters[0])
+
+
+def build(**settings: Any) -> tuple[Qwen3ForCausalLM, Optimizers]:
+    model = Qwen3ForCausalLM(FLAVORS["debug"])
+    config = Optimizer(name="muon", lr=1e-3, **settings)
+    scheduler = LRScheduler(warmup_steps=4, decay_type="linear")
+    return model, Optimizers(model, config, scheduler, total_steps=10, dtype=torch.float32)
+
+
+def test_muon_takes_the_matrices_of_attention_and_mlp_alone() -> None:
+    model, optimizers = build()
+    assert optimizers.muon is not None
+    names = {p: name for name, p in model.named_parameters()}
+    taken = {names[p].rpartition(".layers.")[2].split(".", 1)[1] for p in optimizers.muon.matrices}
+    projections = {f"self_attn.{x}_proj.weight" for x in "qkvo"} | {
+        f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")
+    }
+    assert taken == projections
+    assert len(optimizers.muon.matrices) == 14
+    others = {names[p] for group in optimizers.adamw.param_groups for p in group["params"]}
+    assert "model.embed_tokens.weight" in others
+    assert len(others) + 14 == len(names)
+    assert {k for s in optimizers.state.values() for k in s} == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+
+
+def test_each_has_its_own_rate_and_schedule() -> None:
+    _, optimizers = build(muon=Muon(lr=0.02, warmup_steps=0, decay_ratio=0.5, min_lr_factor=0.1))
+    assert optimizers.set_learning_rates(2) == {"lr": pytest.approx(1e-3 * 2 / 5), "lr_muon": 0.02}
+    last = optimizers.set_learning_rates(10)
+    assert last["lr_muon"] == pytest.approx(0.02 * (0.1 + 0.9 / 6))
+    assert optimizers.muon is not None
+    assert optimizers.muon.param_groups[0]["lr"] == last["lr_muon"]
+    assert {group["lr"] for group in optimizers.adamw.param_groups} == {last["lr"]}
+
+
+def test_left_out_settings_are_adamws() -> None:
+    _, optimizers = build(weight_decay=0.3)
+    assert optimizers.muon is not None
+    assert optimizers.muon.param_groups[0]["weight_decay"] == 0.3
+    rates = optimizers.set_learning_rates(7)
+    assert rates["lr"] == rates["lr_muon"]
+
+
+def test_one_step_is_the_definition() -> None:
+    """Momentum, Nesterov, U·Vᵀ within the iteration's reach, decay: written out with torch's SVD."""
+    parameter = torch.nn.Parameter(torch.randn(12, 20, generator=torch.Generator().manual_seed(3)))
+    before = copy.deepcopy(parameter.data)
+    optimizer = MuonOptimizer([parameter], Muon(adjust_lr="original"), lr=0.1, weight_decay=0.2, dtype=torch.float32)
+    gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(4))
+    parameter.grad = gradient.clone()
+    optimizer.step_if_finite(FINITE)
+    u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+    step = (before * (1 - 0.1 * 0.2) - parameter.data) / 0.1
+    assert (step - u @ v).norm() / (u @ v).norm() < 0.35  # singular values in 0.7 … 1.2 instead of 1
+    assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97

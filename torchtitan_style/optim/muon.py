@@ -1,0 +1,103 @@
+"""Muon: momentum whose matrices are made orthogonal before they are taken as the step (Jordan 2024).
+
+For the matrices between hidden states, those of attention and MLP; everything else is AdamW's. A sharded
+matrix is orthogonalised whole, by one rank (``exchange.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchtitan_style.config.schema import Muon as MuonConfig
+
+from .exchange import Exchange, Transfer
+from .orthogonalize import orthogonalize, step_scale
+
+__all__ = ["Muon"]
+
+
+class Muon(torch.optim.Optimizer):
+    """All ``matrices`` in one group. Made and stepped by all ranks together.
+
+    dtype: type that matrices are orthogonalised, and sent, in. The state is one fp32 "momentum_buffer" a matrix,
+    sharded as the matrix is, and made here, so that a checkpoint can be read into it.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Tensor], config: MuonConfig, *, lr: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.matrices, self.config, self.dtype = list(matrices), config, dtype
+        for matrix in self.matrices:
+            self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+        self.exchange = Exchange(self.matrices, dtype=dtype) if _world_size() > 1 else None
+
+    @torch.no_grad()
+    def step_if_finite(self, grad_norm: Tensor) -> None:
+        """Update the weights, or leave them and the momentum as they are if ``grad_norm`` is not finite.
+
+        Decided on the device, without waiting for it; ``grad_norm`` is the same on all ranks.
+        """
+        finite = torch.isfinite(grad_norm)
+        if self.exchange is None:
+            for i in range(len(self.matrices)):
+                self._apply(i, orthogonalize(self._direction(i, finite), rounds=self.config.ns_steps), finite)
+            return
+        # While a round is computed, the next one is on its way in and the last one on its way out.
+        rounds = self.exchange.rounds
+        incoming: Transfer | None = self._collect(rounds[0], finite) if rounds else None
+        outgoing: tuple[list[int], Transfer] | None = None
+        for this, following in zip(rounds, [*rounds[1:], None], strict=True):
+            arriving = incoming
+            incoming = self._collect(following, finite) if following else None
+            assert arriving is not None
+            whole = self.exchange.assemble(this, arriving)
+            result = None if whole is None else orthogonalize(whole, rounds=self.config.ns_steps)
+            if outgoing:
+                self._apply_round(*outgoing, finite)
+            outgoing = this, self.exchange.distribute(this, result)
+        if outgoing:
+            self._apply_round(*outgoing, finite)
+
+    def _collect(self, matrices: list[int], finite: Tensor) -> Transfer:
+        assert self.exchange is not None
+        return self.exchange.collect(matrices, {i: self._direction(i, finite) for i in matrices})
+
+    def _apply_round(self, matrices: list[int], transfer: Transfer, finite: Tensor) -> None:
+        assert self.exchange is not None
+        for i, piece in self.exchange.pieces(matrices, transfer).items():
+            self._apply(i, piece, finite)
+
+    def _direction(self, index: int, finite: Tensor) -> Tensor:
+        """Take the gradient into the momentum; this rank's part of what is to be made orthogonal."""
+        matrix = self.matrices[index]
+        momentum, gradient = _local(self.state[matrix]["momentum_buffer"]), _local(matrix.grad)
+        gradient = torch.where(finite, gradient, momentum)
+        momentum.lerp_(gradient, 1 - self.config.momentum)
+        direction = gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
+        return direction.to(self.dtype)
+
+    def _apply(self, index: int, orthogonal: Tensor, finite: Tensor) -> None:
+        """Decay and update this rank's part of a matrix."""
+        group, matrix = self.param_groups[0], self.matrices[index]
+        lr = group["lr"] * finite  # 0 if not
+        weight = _local(matrix)
+        weight.mul_(1 - lr * group["weight_decay"])
+        weight.sub_(orthogonal.to(weight.dtype) * (lr * step_scale(matrix.shape, self.config.adjust_lr)))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise NotImplementedError("step_if_finite is this optimizer's step")
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
