@@ -64,6 +64,7 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizers:
         config.lr_scheduler,
         total_steps=config.training.steps,
         dtype=DTYPES[config.training.mixed_precision_param],
+        head_dim=config.model.qwen3().head_dim,
     )
 
 

@@ -248,16 +248,16 @@ class Trainer:
             self._start_from_weights()
             return
         saved = on_main(lambda: self.checkpointer.folder.train_state(step))
-        before = saved["identity"]["optimizer"]
-        switch = self.config.checkpoint.switch_optimizer and before != self._identity()["optimizer"]
+        now, before = self._identity(), saved["identity"]["optimizer"]
+        switch = self.config.checkpoint.switch_optimizer and before != now["optimizer"]
         if switch:
             self.display.warn(f"the optimizer was {before['name']}; {self.config.optimizer.name} starts afresh")
             del saved["identity"]["optimizer"]
         differences = [
-            f"{section}.{key} was {value}, is {now.get(key)}"
-            for section, now in self._identity().items()
-            for key, value in saved["identity"][section].items()
-            if now.get(key) != value
+            f"{section}.{key} was {value}, is {now[section].get(key)}"
+            for section, values in saved["identity"].items()
+            for key, value in values.items()
+            if now[section].get(key) != value
         ]
         if differences:
             hint = ", allow it with checkpoint.switch_optimizer" if differences[0].startswith("optimizer.") else ""

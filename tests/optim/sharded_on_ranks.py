@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from torchtitan_style.config.schema import Muon, Optimizer
-from torchtitan_style.optim import muon
+from torchtitan_style.ending import ending_at_once
+from torchtitan_style.optim import exchange, muon
 from torchtitan_style.optim.adamw import adamw, step_if_finite
 
 SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (3, 10), (33, 12), (2, 2)]
@@ -59,7 +60,7 @@ def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype) ->
         for a, b, gradient in zip(whole, sharded, gradients(step), strict=True):
             a.grad, b.grad = gradient.clone(), distribute_tensor(gradient, mesh, how)
         dense.step_if_finite(FINITE)
-        with patch.object(muon, "orthogonalize", lambda m, rounds: done.append(m.shape) or real(m, rounds=rounds)):
+        with patch.object(muon, "orthogonalize", lambda m, **how: done.append(m.shape) or real(m, **how)):
             optimizer.step_if_finite(FINITE)
     weights = max((a - b.full_tensor()).abs().max().item() for a, b in zip(whole, sharded, strict=True))
     momenta = max(
@@ -86,15 +87,17 @@ def compare_adamw(start: list[torch.Tensor], mesh: DeviceMesh, how: list[Placeme
 
 def main() -> None:
     dist.init_process_group("gloo")
-    found = {
-        f"{name}, {str(dtype).removeprefix('torch.')}": compare(shape, how, dtype)
-        for name, (shape, how) in placements().items()
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    found = {}
+    for name, (shape, how) in placements().items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for most in (1, 300, 2**24):  # a matrix a rank and round, a few, all
+                with patch.object(exchange, "OWNED_ELEMENTS", most):
+                    found[f"{name}, {dtype}, {most}"] = compare(shape, how, dtype)
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with ending_at_once():
+        main()

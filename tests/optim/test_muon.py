@@ -69,7 +69,7 @@ def test_ten_steps_equal_torch_muon(adjust_lr: Any, nesterov: bool) -> None:
 
 def test_with_match_rms_an_element_moves_about_as_much_as_under_adamw() -> None:
     for shape in ((256, 256), (1024, 256), (64, 512)):
-        moved = orthogonalize(torch.randn(shape), rounds=5) * step_scale(torch.Size(shape), "match_rms_adamw")
+        moved = orthogonalize(torch.randn(shape), rounds=5) * step_scale(*shape, "match_rms_adamw")
         assert moved.pow(2).mean().sqrt() == pytest.approx(0.2, abs=0.05)
 
 
@@ -99,7 +99,7 @@ def build(**settings: Any) -> tuple[Qwen3ForCausalLM, Optimizers]:
     model = Qwen3ForCausalLM(FLAVORS["debug"])
     config = Optimizer(name="muon", lr=1e-3, **settings)
     scheduler = LRScheduler(warmup_steps=4, decay_type="linear")
-    return model, Optimizers(model, config, scheduler, total_steps=10, dtype=torch.float32)
+    return model, Optimizers(model, config, scheduler, total_steps=10, dtype=torch.float32, head_dim=16)
 
 
 def test_muon_takes_the_matrices_of_attention_and_mlp_alone() -> None:
@@ -126,6 +126,23 @@ def test_each_has_its_own_rate_and_schedule() -> None:
     assert optimizers.muon is not None
     assert optimizers.muon.param_groups[0]["lr"] == last["lr_muon"]
     assert {group["lr"] for group in optimizers.adamw.param_groups} == {last["lr"]}
+
+
+def test_heads_by_themselves() -> None:
+    matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(3))
+    whole = orthogonalize(matrix, rounds=5, head_dim=4)
+    apart = torch.cat([orthogonalize(head, rounds=5) for head in matrix.split(4)])
+    torch.testing.assert_close(whole, apart)
+    assert not torch.allclose(whole, orthogonalize(matrix, rounds=5), atol=0.05)
+    tall = orthogonalize(matrix.T.contiguous(), rounds=5, head_dim=10)
+    torch.testing.assert_close(tall[:10], orthogonalize(matrix.T[:10], rounds=5))
+
+    model, optimizers = build(muon=Muon(per_head=True))
+    assert optimizers.muon is not None
+    names = {p: name for name, p in model.named_parameters()}
+    for matrix, head_dim in zip(optimizers.muon.matrices, optimizers.muon.head_dims, strict=True):
+        with_heads = names[matrix].split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+        assert head_dim == (16 if with_heads else None)
 
 
 def test_left_out_settings_are_adamws() -> None:

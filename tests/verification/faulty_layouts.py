@@ -24,6 +24,7 @@ from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed import init
 from torchtitan_style.distributed.world import destroy_world, init_world
+from torchtitan_style.ending import ending_at_once
 from torchtitan_style.models.qwen3 import parallelize
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 from torchtitan_style.optim import clip
@@ -102,4 +103,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with ending_at_once():
+        main(Path(sys.argv[1]))

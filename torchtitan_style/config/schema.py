@@ -179,6 +179,8 @@ class Muon(Section):
     """Look ahead: mix the gradient into the running mean once more before it is made orthogonal."""
     ns_steps: Positive = 5
     """Rounds of the Newton-Schulz iteration."""
+    per_head: bool = False
+    """Make the rows of each head of q, k and v orthogonal by themselves, instead of all heads together."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """How the step depends on a matrix's shape. match_rms_adamw: 0.2·sqrt(max(out, in)), an element
     changes about as much as under AdamW (Liu et al. 2025). original: sqrt(max(1, out/in)) (Jordan 2024)."""

@@ -14,7 +14,7 @@ from .adamw import adamw, step_if_finite
 from .muon import Muon
 from .schedule import lr_factor
 
-__all__ = ["Optimizers", "is_hidden_matrix"]
+__all__ = ["Optimizers", "has_heads", "is_hidden_matrix"]
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -22,15 +22,27 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and ".layers." in f".{name}"
 
 
+def has_heads(name: str) -> bool:
+    """Whether the rows of matrix ``name`` belong to heads, one after the other."""
+    return name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+
+
 class Optimizers:
     """The optimizers of a model, as one. Made by all ranks together.
 
     total_steps: of the run, for the schedules. dtype: what the model computes in, which Muon takes for its
-    matrix multiplications.
+    matrix multiplications. head_dim: the model's, for optimizer.muon.per_head.
     """
 
     def __init__(
-        self, model: nn.Module, config: Optimizer, scheduler: LRScheduler, *, total_steps: int, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        config: Optimizer,
+        scheduler: LRScheduler,
+        *,
+        total_steps: int,
+        dtype: torch.dtype,
+        head_dim: int,
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n: p for n, p in named.items() if config.name == "muon" and is_hidden_matrix(n, p)}
@@ -42,7 +54,14 @@ class Optimizers:
             muon = config.muon
             lr = config.lr if muon.lr is None else muon.lr
             decay = config.weight_decay if muon.weight_decay is None else muon.weight_decay
-            self.muon = Muon(list(hidden.values()), muon, lr=lr, weight_decay=decay, dtype=dtype)
+            self.muon = Muon(
+                list(hidden.values()),
+                muon,
+                lr=lr,
+                weight_decay=decay,
+                dtype=dtype,
+                head_dims=[head_dim if muon.per_head and has_heads(name) else None for name in hidden],
+            )
             self.muon_scheduler = muon.schedule(scheduler)
             self.peaks["lr_muon"] = lr
 

@@ -1,14 +1,14 @@
 """Sharded matrices made whole on one rank each, and back: the communication of Muon.
 
-Every matrix has an owner. Matrices are taken in rounds of as many as there are ranks, those of like size
-together; in one all-to-all each rank sends its pieces of all of them to their owners, and in another each
-owner sends the pieces of its result to all who hold them. A rank holds one whole matrix of a round, and
-at most two rounds are under way.
+Every matrix has an owner. Matrices are taken in rounds, those of like size together and as many for each
+rank; in one all-to-all each rank sends its pieces of all of them to their owners, and in another each owner
+sends the pieces of its results to all who hold them. What a rank owns of a round is one matrix, or several
+small ones, so that memory is bounded and small models need few rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from torchtitan_style.distributed.init import local_part
 __all__ = ["Exchange"]
 
 Slices = tuple[slice, ...]
+
+OWNED_ELEMENTS = 2**24
+"""What a rank owns of a round, at most, unless one matrix alone is more: 32 MiB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -46,75 +49,86 @@ class Exchange:
         self.shapes = [matrix.shape for matrix in matrices]
         self.device = matrices[0].device if matrices else torch.device("cpu")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ranks = range(self.world_size)
         everyone: list[list[Slices]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(everyone, [local_part(matrix)[1] for matrix in matrices])
-        self.places = [[everyone[rank][i] for rank in range(self.world_size)] for i in range(len(matrices))]
+        self.places = [[everyone[rank][i] for rank in self.ranks] for i in range(len(matrices))]
         by_size = sorted(range(len(matrices)), key=lambda i: -matrices[i].numel())
-        self.rounds = [by_size[i : i + self.world_size] for i in range(0, len(by_size), self.world_size)]
-        """Indices of the matrices of each round; the n-th belongs to rank n."""
-        self.senders = [
-            self._senders(places, owner=by_size.index(i) % self.world_size) for i, places in enumerate(self.places)
-        ]
+        self.owners = {i: position % self.world_size for position, i in enumerate(by_size)}
+        self.senders = [self._senders(places, owner=self.owners[i]) for i, places in enumerate(self.places)]
+        self.rounds: list[list[int]] = []
+        """Indices of the matrices of each round."""
+        room = 0
+        for start in range(0, len(by_size), self.world_size):
+            one_each = by_size[start : start + self.world_size]
+            largest = matrices[one_each[0]].numel()
+            if largest > room:
+                self.rounds.append([])
+                room = max(OWNED_ELEMENTS, largest)
+            self.rounds[-1] += one_each
+            room -= largest
 
     def _senders(self, places: list[Slices], *, owner: int) -> set[int]:
         """Of ranks that hold the same piece of a matrix, the one nearest to its owner."""
         nearest: dict[tuple[tuple[int, int], ...], int] = {}
-        for rank in sorted(range(self.world_size), key=lambda rank: abs(rank - owner)):
+        for rank in sorted(self.ranks, key=lambda rank: abs(rank - owner)):
             nearest.setdefault(tuple((part.start, part.stop) for part in places[rank]), rank)
         return set(nearest.values())
 
-    def collect(self, matrices: list[int], pieces: dict[int, Tensor]) -> Transfer:
+    def collect(self, matrices: list[int], pieces: Mapping[int, Tensor]) -> Transfer:
         """Send this rank's ``pieces`` (by index) of the ``matrices`` of a round to their owners."""
-        sends = [pieces[i].reshape(-1) for i in matrices if self.rank in self.senders[i]]
-        send_counts = [self._size(i, self.rank) if self.rank in self.senders[i] else 0 for i in matrices]
-        mine = self._owned(matrices)
-        receive_counts = [
-            self._size(mine, rank) if mine is not None and rank in self.senders[mine] else 0
-            for rank in range(self.world_size)
-        ]
-        return self._start(sends, send_counts, receive_counts)
+        outgoing = [[i for i in self._of(matrices, rank) if self.rank in self.senders[i]] for rank in self.ranks]
+        return self._start(
+            [pieces[i] for to_rank in outgoing for i in to_rank],
+            [sum(self._size(i, self.rank) for i in to_rank) for to_rank in outgoing],
+            [sum(self._size(i, rank) for i in self._sent_by(rank, matrices)) for rank in self.ranks],
+        )
 
-    def assemble(self, matrices: list[int], transfer: Transfer) -> Tensor | None:
-        """The whole matrix of the round that this rank owns, if it owns one."""
-        arrived = transfer.wait()
-        mine = self._owned(matrices)
-        if mine is None:
-            return None
-        whole = torch.empty(self.shapes[mine], dtype=self.dtype, device=self.device)
-        for rank in self.senders[mine]:
-            part = whole[self.places[mine][rank]]
-            part.copy_(arrived[rank].view(part.shape))
+    def assemble(self, matrices: list[int], transfer: Transfer) -> dict[int, Tensor]:
+        """The whole matrices of the round that this rank owns, by index."""
+        whole = {
+            i: torch.empty(self.shapes[i], dtype=self.dtype, device=self.device) for i in self._of(matrices, self.rank)
+        }
+        for rank, arrived in enumerate(transfer.wait()):
+            indices = self._sent_by(rank, matrices)
+            for i, piece in zip(indices, arrived.split([self._size(i, rank) for i in indices]), strict=True):
+                part = whole[i][self.places[i][rank]]
+                part.copy_(piece.view(part.shape))
         return whole
 
-    def distribute(self, matrices: list[int], result: Tensor | None) -> Transfer:
-        """Send every rank its piece of the ``result`` that this rank has for its matrix of the round."""
-        mine = self._owned(matrices)
-        sends, send_counts = [], [0] * self.world_size
-        if mine is not None and result is not None:
-            sends = [result[place].reshape(-1) for place in self.places[mine]]
-            send_counts = [self._size(mine, rank) for rank in range(self.world_size)]
-        receive_counts = [self._size(i, self.rank) for i in matrices]
-        return self._start(sends, send_counts, receive_counts)
+    def distribute(self, matrices: list[int], results: Mapping[int, Tensor]) -> Transfer:
+        """Send every rank its pieces of the ``results`` that this rank has for its matrices of the round."""
+        mine = self._of(matrices, self.rank)
+        return self._start(
+            [results[i][self.places[i][rank]] for rank in self.ranks for i in mine],
+            [sum(self._size(i, rank) for i in mine) for rank in self.ranks],
+            [sum(self._size(i, self.rank) for i in self._of(matrices, rank)) for rank in self.ranks],
+        )
 
     def pieces(self, matrices: list[int], transfer: Transfer) -> dict[int, Tensor]:
         """This rank's pieces of the results of a round, by index."""
-        arrived = transfer.wait()
-        return {
-            i: arrived[owner].view([part.stop - part.start for part in self.places[i][self.rank]])
-            for owner, i in enumerate(matrices)
-        }
+        found = {}
+        for rank, arrived in enumerate(transfer.wait()):
+            indices = self._of(matrices, rank)
+            for i, piece in zip(indices, arrived.split([self._size(i, self.rank) for i in indices]), strict=True):
+                found[i] = piece.view([part.stop - part.start for part in self.places[i][self.rank]])
+        return found
 
-    def _owned(self, matrices: list[int]) -> int | None:
-        return matrices[self.rank] if self.rank < len(matrices) else None
+    def _of(self, matrices: list[int], rank: int) -> list[int]:
+        """Those of ``matrices`` that ``rank`` owns."""
+        return [i for i in matrices if self.owners[i] == rank]
+
+    def _sent_by(self, rank: int, matrices: list[int]) -> list[int]:
+        """Those of this rank's own among ``matrices`` of which ``rank`` sends its piece."""
+        return [i for i in self._of(matrices, self.rank) if rank in self.senders[i]]
 
     def _size(self, matrix: int, rank: int) -> int:
         rows, columns = self.places[matrix][rank]
         return (rows.stop - rows.start) * (columns.stop - columns.start)
 
     def _start(self, sends: list[Tensor], send_counts: list[int], receive_counts: list[int]) -> Transfer:
-        send_counts = send_counts + [0] * (self.world_size - len(send_counts))
-        receive_counts = receive_counts + [0] * (self.world_size - len(receive_counts))
+        """The all-to-all of ``sends``, in the order of the ranks they go to."""
         buffer = torch.empty(sum(receive_counts), dtype=self.dtype, device=self.device)
-        sent = torch.cat(sends).to(self.dtype) if sends else buffer.new_empty(0)
+        sent = torch.cat([tensor.reshape(-1) for tensor in sends]) if sends else buffer.new_empty(0)
         work = dist.all_to_all_single(buffer, sent, receive_counts, send_counts, async_op=True)
         return Transfer(work, buffer, receive_counts, sent)

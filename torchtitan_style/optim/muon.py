@@ -25,15 +25,24 @@ __all__ = ["Muon"]
 class Muon(torch.optim.Optimizer):
     """All ``matrices`` in one group. Made and stepped by all ranks together.
 
+    head_dims: for each matrix, how many rows are a matrix of their own; None: all of them.
     dtype: type that matrices are orthogonalised, and sent, in. The state is one fp32 "momentum_buffer" a matrix,
     sharded as the matrix is, and made here, so that a checkpoint can be read into it.
     """
 
     def __init__(
-        self, matrices: Sequence[Tensor], config: MuonConfig, *, lr: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices: Sequence[Tensor],
+        config: MuonConfig,
+        *,
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        head_dims: Sequence[int | None] | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.matrices, self.config, self.dtype = list(matrices), config, dtype
+        self.head_dims = list(head_dims or [None] * len(self.matrices))
         for matrix in self.matrices:
             self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
         self.exchange = Exchange(self.matrices, dtype=dtype) if _world_size() > 1 else None
@@ -47,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         finite = torch.isfinite(grad_norm)
         if self.exchange is None:
             for i in range(len(self.matrices)):
-                self._apply(i, orthogonalize(self._direction(i, finite), rounds=self.config.ns_steps), finite)
+                self._apply(i, self._orthogonal(i, self._direction(i, finite)), finite)
             return
         # While a round is computed, the next one is on its way in and the last one on its way out.
         rounds = self.exchange.rounds
@@ -58,10 +67,10 @@ class Muon(torch.optim.Optimizer):
             incoming = self._collect(following, finite) if following else None
             assert arriving is not None
             whole = self.exchange.assemble(this, arriving)
-            result = None if whole is None else orthogonalize(whole, rounds=self.config.ns_steps)
+            results = {i: self._orthogonal(i, direction) for i, direction in whole.items()}
             if outgoing:
                 self._apply_round(*outgoing, finite)
-            outgoing = this, self.exchange.distribute(this, result)
+            outgoing = this, self.exchange.distribute(this, results)
         if outgoing:
             self._apply_round(*outgoing, finite)
 
@@ -83,13 +92,20 @@ class Muon(torch.optim.Optimizer):
         direction = gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
         return direction.to(self.dtype)
 
+    def _orthogonal(self, index: int, direction: Tensor) -> Tensor:
+        return orthogonalize(direction, rounds=self.config.ns_steps, head_dim=self.head_dims[index])
+
     def _apply(self, index: int, orthogonal: Tensor, finite: Tensor) -> None:
         """Decay and update this rank's part of a matrix."""
         group, matrix = self.param_groups[0], self.matrices[index]
         lr = group["lr"] * finite  # 0 if not
         weight = _local(matrix)
         weight.mul_(1 - lr * group["weight_decay"])
-        weight.sub_(orthogonal.to(weight.dtype) * (lr * step_scale(matrix.shape, self.config.adjust_lr)))
+        weight.sub_(orthogonal.to(weight.dtype) * (lr * self._scale(index)))
+
+    def _scale(self, index: int) -> float:
+        rows, columns = self.matrices[index].shape
+        return step_scale(self.head_dims[index] or rows, columns, self.config.adjust_lr)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         raise NotImplementedError("step_if_finite is this optimizer's step")

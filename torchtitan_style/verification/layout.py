@@ -27,7 +27,7 @@ from torchtitan_style.data.loader import Batch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.registry import MODELS
-from torchtitan_style.optim.build import is_hidden_matrix
+from torchtitan_style.optim.build import has_heads, is_hidden_matrix
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
 from torchtitan_style.step import build_model, build_optimizer, train_step
@@ -100,7 +100,8 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
             group["lr"] = _lr(config, step)
         optimizer.step()
         for name, matrix in hidden.items():
-            _muon(matrix, momenta[name], config, step)
+            heads = config.model.qwen3().head_dim if config.optimizer.muon.per_head and has_heads(name) else None
+            _muon(matrix, momenta[name], config, step, heads)
         losses.append(loss.item())
         norms.append(norm.item())
     found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
@@ -194,7 +195,7 @@ def _adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int) -> None:
+def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, head_dim: int | None) -> None:
     """Muon by its definition, on a whole matrix in fp32."""
     muon = config.optimizer.muon
     assert matrix.grad is not None
@@ -203,8 +204,9 @@ def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int) -> 
     peak = config.optimizer.lr if muon.lr is None else muon.lr
     decay = config.optimizer.weight_decay if muon.weight_decay is None else muon.weight_decay
     lr = peak * lr_factor(step, muon.schedule(config.lr_scheduler), total_steps=config.training.steps)
-    scale = step_scale(matrix.shape, muon.adjust_lr)
-    matrix.copy_((1 - lr * decay) * matrix - lr * scale * orthogonalize(direction, rounds=muon.ns_steps))
+    scale = step_scale(head_dim or matrix.shape[0], matrix.shape[1], muon.adjust_lr)
+    update = orthogonalize(direction, rounds=muon.ns_steps, head_dim=head_dim)
+    matrix.copy_((1 - lr * decay) * matrix - lr * scale * update)
 
 
 def _whole(tensor: Tensor) -> Tensor:
