@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "bias": {"attention_bias": True},
+    "padding token": {"pad_token_id": 0, "vocab_size": 24},
     "window": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
 }
 
@@ -31,7 +32,6 @@ def folders(tmp_path_factory) -> dict[str, HFFolder]:
     for name, options in MODELS.items():
         torch.manual_seed(0)
         config = transformers.Qwen3Config(
-            vocab_size=512,
             hidden_size=64,
             intermediate_size=160,
             num_hidden_layers=3,
@@ -40,7 +40,7 @@ def folders(tmp_path_factory) -> dict[str, HFFolder]:
             head_dim=16,
             max_position_embeddings=512,
             rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
-            **{"tie_word_embeddings": True, **options},
+            **{"tie_word_embeddings": True, "vocab_size": 512, **options},
         )
         model = transformers.Qwen3ForCausalLM(config)
         for parameter in model.parameters():

@@ -93,7 +93,10 @@ def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[tor
         ends = list(dict.fromkeys((tokenizer.special_id("eos_token"), tokenizer.end_of_text)))
         ends = [i for i in ends if i is not None]
         ids = {"eos_token_id": ends[0], "pad_token_id": tokenizer.special_id("pad_token")}
-    config = transformers.Qwen3Config(**to_hf(source.config), **ids, architectures=["Qwen3ForCausalLM"])
+    # No pad_token_id: Transformers would never train that token's embedding, and here it is end-of-text.
+    config = transformers.Qwen3Config(
+        **to_hf(source.config), eos_token_id=ids.get("eos_token_id"), architectures=["Qwen3ForCausalLM"]
+    )
     config.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     config.save_pretrained(folder)
     # Transformers before version 5, and what is built on it, looks for the base of the rotary embedding

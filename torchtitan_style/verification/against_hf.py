@@ -166,6 +166,9 @@ def _loss_and_gradients(
     generator = torch.Generator().manual_seed(_SEEDS + 1)
     length = min(64, config.max_position_embeddings - 1)
     ids = torch.randint(0, config.vocab_size, (2, length + 1), generator=generator)
+    # Transformers gives the embedding of the padding token no gradient, wherever the token stands.
+    if (padding := theirs.config.pad_token_id) is not None:
+        ids[ids == padding] = (padding + 1) % config.vocab_size
     labels = ids.clone()
     labels[1, length // 2 :] = -100
     ids, labels = ids.to(device), labels.to(device)
