@@ -279,7 +279,10 @@ class Trainer:
         load_weights(found, dict(self.model.named_parameters()))
         self.display.say(f"starting from the weights of {source}")
         if found.tokenizer is None and self.config.data.tokenizer == "train":
-            self.display.warn(f"{source} has no tokenizer; what its token ids meant, the one trained here cannot know")
+            self.display.warn(
+                f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
+                "weights have learnt; data.tokenizer names the right one"
+            )
         flavor = self.config.model.flavor
         if "flavor" in self.config.model.model_fields_set and FLAVORS[flavor] != self.model_config:
             self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
