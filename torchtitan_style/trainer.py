@@ -273,9 +273,13 @@ class Trainer:
         source = self.config.initial_weights
         if not source:
             return
-        path = on_main(lambda: open_model(source, verify=True, say=self.display.warn).path)
-        found = open_model(str(path), verify=False)
-        found.check(self.model_config)
+
+        def verified() -> Path:
+            found = open_model(source, verify=True, say=self.display.warn)
+            found.check(self.model_config)
+            return found.path
+
+        found = open_model(str(on_main(verified)), verify=False)
         load_weights(found, dict(self.model.named_parameters()))
         self.display.say(f"starting from the weights of {source}")
         if found.tokenizer is None and self.config.data.tokenizer == "train":

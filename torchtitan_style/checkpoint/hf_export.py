@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.errors import UserError
 from torchtitan_style.folders import new_folder
-from torchtitan_style.models.hf_folder import TOKENIZER_FILES, HFFolder
+from torchtitan_style.models.hf_folder import HFFolder, copy_assets
 from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
 
 from .saved import SavedModel
@@ -59,8 +58,6 @@ def export_hf(
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         _write_settings(source, temporary, {tensor.dtype for tensor in tensors.values()})
-        if output.is_dir():
-            output.rmdir()
         temporary.rename(output)
 
 
@@ -85,9 +82,7 @@ def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[tor
 
     ids: dict[str, int | None] = {}
     ends: list[int | None] = []
-    for name in TOKENIZER_FILES:
-        if (source.assets / name).is_file():
-            shutil.copyfile(source.assets / name, folder / name)
+    copy_assets(source.assets, folder)
     if source.tokenizer is not None:
         tokenizer = Tokenizer(source.tokenizer)
         ends = list(dict.fromkeys((tokenizer.special_id("eos_token"), tokenizer.end_of_text)))

@@ -57,9 +57,6 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True, single_file_per_rank=False)
         with without_warnings():
             _save(tensors, writer, _ReadWhenWritten(source, advance))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            output.rmdir()
         seal(temporary, output, step=0)
 
 

@@ -220,6 +220,16 @@ class Optimizer(Section):
     """More parameters that AdamW does not decay, by name; wildcards allowed, as "*embed_tokens*"."""
     muon: Muon = Muon()
 
+    @property
+    def muon_lr(self) -> float:
+        """Muon's learning rate after warm-up."""
+        return self.lr if self.muon.lr is None else self.muon.lr
+
+    @property
+    def muon_weight_decay(self) -> float:
+        """Muon's weight decay."""
+        return self.weight_decay if self.muon.weight_decay is None else self.muon.weight_decay
+
 
 class Parallelism(Section):
     """How many ranks share the data and the model. Their product is the number of processes."""

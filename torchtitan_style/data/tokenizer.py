@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from torchtitan_style.errors import UserError
 from torchtitan_style.hub import fetch
-from torchtitan_style.models.hf_folder import TOKENIZER_FILES
+from torchtitan_style.models.hf_folder import copy_assets
 
 __all__ = ["END_OF_TEXT", "Tokenizer", "copy_pretrained", "train"]
 
@@ -107,9 +106,7 @@ def copy_pretrained(source: str, folder: Path) -> None:
     if (found / "tokenizer.json").is_file():
         Tokenizer(found)  # raises if it cannot be used
         folder.mkdir(parents=True)
-        for name in TOKENIZER_FILES:
-            if (found / name).is_file():
-                shutil.copyfile(found / name, folder / name)
+        copy_assets(found, folder)
         return
     if not any((found / name).is_file() for name in ("vocab.json", "tokenizer.model")):
         raise UserError(f'no tokenizer in "{source}": there is no tokenizer.json')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from .qwen3.hf import from_hf, parameter_shapes
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder"]
+__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder", "copy_assets"]
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -42,6 +43,13 @@ _SINGLE = "model.safetensors"
 _DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 """The types that are read: safetensors' name, torch's, and bytes per number."""
 _COMPARED_AT_ONCE = 2**24
+
+
+def copy_assets(source: Path, folder: Path) -> None:
+    """Copy those of ``TOKENIZER_FILES`` that ``source`` has, byte for byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan_style.config.schema import LRScheduler, Optimizer
+from torchtitan_style.config.schema import Muon as MuonConfig
 
 from .adamw import adamw, step_if_finite
 from .muon import Muon
 from .schedule import lr_factor
 
-__all__ = ["Optimizers", "has_heads", "is_hidden_matrix"]
+__all__ = ["Optimizers", "is_hidden_matrix", "rows_together"]
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -22,9 +23,10 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and ".layers." in f".{name}"
 
 
-def has_heads(name: str) -> bool:
-    """Whether the rows of matrix ``name`` belong to heads, one after the other."""
-    return name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+def rows_together(name: str, config: MuonConfig, *, head_dim: int) -> int | None:
+    """How many rows of matrix ``name`` Muon takes as a matrix of their own: a head's, or None for all."""
+    has_heads = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    return head_dim if config.per_head and has_heads else None
 
 
 class Optimizers:
@@ -51,19 +53,16 @@ class Optimizers:
         self.muon: Muon | None = None
         self.peaks = {"lr": config.lr}
         if hidden:
-            muon = config.muon
-            lr = config.lr if muon.lr is None else muon.lr
-            decay = config.weight_decay if muon.weight_decay is None else muon.weight_decay
             self.muon = Muon(
                 list(hidden.values()),
-                muon,
-                lr=lr,
-                weight_decay=decay,
+                config.muon,
+                lr=config.muon_lr,
+                weight_decay=config.muon_weight_decay,
                 dtype=dtype,
-                head_dims=[head_dim if muon.per_head and has_heads(name) else None for name in hidden],
+                head_dims=[rows_together(name, config.muon, head_dim=head_dim) for name in hidden],
             )
-            self.muon_scheduler = muon.schedule(scheduler)
-            self.peaks["lr_muon"] = lr
+            self.muon_scheduler = config.muon.schedule(scheduler)
+            self.peaks["lr_muon"] = config.muon_lr
 
     @property
     def state(self) -> Mapping[Tensor, dict[str, Any]]:

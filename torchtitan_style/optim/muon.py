@@ -107,9 +107,6 @@ class Muon(torch.optim.Optimizer):
         rows, columns = self.matrices[index].shape
         return step_scale(self.head_dims[index] or rows, columns, self.config.adjust_lr)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        raise NotImplementedError("step_if_finite is this optimizer's step")
-
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

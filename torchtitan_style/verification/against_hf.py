@@ -21,7 +21,7 @@ from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 
-from .report import Check, gradient_check, gradient_difference
+from .report import SMALLEST, Check, gradient_check, gradient_difference
 
 __all__ = ["TOLERANCES", "compare_with_transformers"]
 
@@ -33,10 +33,6 @@ TOLERANCES = {
     torch.bfloat16: {"logits": 5e-2, "loss": 5e-3, "gradients": 1e-1},
 }
 """Largest differences, relative to the largest logit, to the loss and to the norm of a gradient."""
-
-SMALLEST = {torch.float32: 0.0, torch.bfloat16: 1e-2}
-"""Gradients whose norm is a smaller share of the largest one's are measured as if it were this: in bf16
-the gradients of q and k can be small differences of large numbers, with nothing right left."""
 
 _SEEDS = 3
 _NEW_TOKENS = 32

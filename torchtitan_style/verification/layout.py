@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from torchtitan_style.data.loader import Batch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.registry import MODELS
-from torchtitan_style.optim.build import has_heads, is_hidden_matrix
+from torchtitan_style.optim.adamw import is_decayed
+from torchtitan_style.optim.build import is_hidden_matrix, rows_together
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
-from torchtitan_style.step import build_model, build_optimizer, train_step
+from torchtitan_style.step import DTYPES, build_model, build_optimizer, train_step
 
-from .report import Check, Difference, gradient_check, gradient_difference
+from .report import SMALLEST, Check, Difference, gradient_check, gradient_difference
 
 __all__ = ["STEPS", "TOLERANCES", "compare", "reference"]
 
@@ -46,10 +46,6 @@ TOLERANCES = {
     "bfloat16": {"loss": 1e-3, "gradients": 1e-1, "norm": 5e-2, "later losses": 1e-2},
 }
 """Largest relative differences from the plain fp32 model, by the type that the layout computes in."""
-
-
-SMALLEST = {"float32": 0.0, "bfloat16": 1e-2}
-"""Gradients whose norm is a smaller share of the largest one's are measured as if it were this."""
 
 
 def global_batch(config: Config, *, rows: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +73,7 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     model.to(device)
     hidden = {n: p for n, p in model.named_parameters() if is_hidden_matrix(n, p) and config.optimizer.name == "muon"}
     momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
-    optimizer = _adamw([p for n, p in model.named_parameters() if n not in hidden], config)
+    optimizer = _adamw({n: p for n, p in model.named_parameters() if n not in hidden}, config)
     inputs, labels = (t.to(device) for t in global_batch(config, rows=rows))
     tokens = (labels != -100).sum()
     losses, norms = [], []
@@ -100,8 +96,8 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
             group["lr"] = _lr(config, step)
         optimizer.step()
         for name, matrix in hidden.items():
-            heads = config.model.qwen3().head_dim if config.optimizer.muon.per_head and has_heads(name) else None
-            _muon(matrix, momenta[name], config, step, heads)
+            together = rows_together(name, config.optimizer.muon, head_dim=config.model.qwen3().head_dim)
+            _muon(matrix, momenta[name], config, step, together)
         losses.append(loss.item())
         norms.append(norm.item())
     found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
@@ -146,7 +142,7 @@ def compare(
             world=world,
         )
         if step == 1:
-            smallest = SMALLEST[precision] * expected["largest_gradient"]
+            smallest = SMALLEST[DTYPES[precision]] * expected["largest_gradient"]
             gradients = _gradients(model, folder / "gradients.safetensors", world.device, smallest=smallest)
         loss = result.loss.double()
         dist.all_reduce(loss, group=world.dp_group)
@@ -183,12 +179,12 @@ def _lr(config: Config, step: int) -> float:
     return config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
 
 
-def _adamw(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.AdamW:
     optimizer = config.optimizer
+    groups = [
+        {"params": [p], "weight_decay": optimizer.weight_decay if is_decayed(name, p, optimizer) else 0.0}
+        for name, p in parameters.items()
+    ]
     return torch.optim.AdamW(
         groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps, foreach=False
     )
@@ -201,9 +197,10 @@ def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, hea
     assert matrix.grad is not None
     momentum.mul_(muon.momentum).add_((1 - muon.momentum) * matrix.grad)
     direction = (1 - muon.momentum) * matrix.grad + muon.momentum * momentum if muon.nesterov else momentum
-    peak = config.optimizer.lr if muon.lr is None else muon.lr
-    decay = config.optimizer.weight_decay if muon.weight_decay is None else muon.weight_decay
-    lr = peak * lr_factor(step, muon.schedule(config.lr_scheduler), total_steps=config.training.steps)
+    decay = config.optimizer.muon_weight_decay
+    lr = config.optimizer.muon_lr * lr_factor(
+        step, muon.schedule(config.lr_scheduler), total_steps=config.training.steps
+    )
     scale = step_scale(head_dim or matrix.shape[0], matrix.shape[1], muon.adjust_lr)
     update = orthogonalize(direction, rounds=muon.ns_steps, head_dim=head_dim)
     matrix.copy_((1 - lr * decay) * matrix - lr * scale * update)
@@ -245,7 +242,7 @@ def _gradients(model: nn.Module, right: Path, device: torch.device, *, smallest:
                 gradient = parameters[name].grad
                 whole = None if gradient is None else _whole(gradient)
                 mine = gradient_difference(name, whole, file.get_tensor(name), smallest=smallest)
-                found.append(max(_gathered(mine), key=lambda d: d.relative if d.relative == d.relative else math.inf))
+                found.append(max(_gathered(mine), key=lambda d: d.severity))
     return found
 
 
