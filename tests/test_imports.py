@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "folders", "hub"],
     ["models.qwen3.config", "models.qwen3.hf"],  # plain data
-    ["models.qwen3.model"],  # plain PyTorch, of use without the rest
+    ["models.qwen3.model", "models.qwen3.attention"],  # plain PyTorch, of use without the rest
     ["models.hf_folder", "checkpoint.folder", "checkpoint.saved"],  # files: what a model's folder says of itself
     ["config"],
     ["distributed"],
     ["models"],  # what makes models parallel, and the registry of all
     ["optim", "data", "checkpoint", "metrics", "inference"],
-    ["ending", "step", "trainer"],
+    ["ending", "step", "preparation", "run_data", "trainer"],
     ["verification"],
     ["commands"],
     ["launch", "__main__", "train", "__init__"],  # what is started, and what `import torchtitan_style` offers
@@ -72,7 +72,7 @@ def test_every_module_and_every_layer_is_looked_at() -> None:
     assert "errors" in imports_of_ours("config.load")  # by its full name
     assert "config.schema" in imports_of_ours("config.load")  # by a relative one
     assert "commands.train" in imports_of_ours("launch")  # a module out of its package
-    assert "data.prepare" in imports_of_ours("launch")  # inside of a function
+    assert "preparation" in imports_of_ours("launch")  # inside of a function
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -83,12 +83,13 @@ def test_a_module_imports_from_its_own_layer_and_below(name: str) -> None:
 
 def test_the_model_needs_torch_and_its_configuration_alone() -> None:
     assert imports_of_ours("models.qwen3.config") == set()
-    assert imports_of_ours("models.qwen3.model") == {"models.qwen3.config"}
+    assert imports_of_ours("models.qwen3.model") == {"models.qwen3.config", "models.qwen3.attention"}
     assert imports_of_ours("errors") == set()
     for name, allowed in (
         ("models.qwen3.config", set()),
         ("models.qwen3.hf", set()),
         ("models.qwen3.model", {"torch"}),
+        ("models.qwen3.attention", {"torch"}),
     ):
         outside = {full.partition(".")[0] for full in imports(name)} - {PACKAGE}
         assert outside - set(sys.stdlib_module_names) == allowed
@@ -101,7 +102,7 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
         (f"{PACKAGE}.__main__", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.launch", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.train", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
-        (f"{PACKAGE}.data.prepare", {"torch", "transformers", "pyarrow"}),
+        (f"{PACKAGE}.preparation", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: set[str]) -> None:

@@ -250,7 +250,7 @@ def test_going_back_to_an_older_step_leaves_the_newer_course_aside(launch, confi
 RESUME_MISTAKES = {
     "other model": (["--model.num_hidden_layers", "3"], "model.num_hidden_layers was 2, is 3"),
     "other seed": (["--training.seed", "1"], "training.seed was 0, is 1"),
-    "other rows": (["--training.seq_len", "32"], "training.seq_len changed"),
+    "other rows": (["--training.seq_len", "32"], "training.seq_len was 64, is 32"),
     "from scratch": (["--checkpoint.load_step", "0"], "holds checkpoints"),
     "no such step": (["--checkpoint.load_step", "7"], "there is no checkpoint of step 7 (there are: "),
 }

@@ -11,6 +11,12 @@ class UserError(Exception):
     Commands print it without a traceback and exit with status 2.
     """
 
+    everywhere = True
+    """Whether all ranks raise it, so that one is enough to print it."""
+
 
 class RunError(Exception):
     """A run that could not go on, though nobody made a mistake: exit status 1, no traceback."""
+
+    everywhere = True
+    """As for UserError."""

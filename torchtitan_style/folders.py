@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["first_missing", "new_folder"]
+__all__ = ["first_missing", "locked", "new_folder"]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One process of this machine at a time; the others wait. ``folder`` need not exist."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"torchtitan_style-{name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that works on {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def first_missing(folder: Path) -> Path | None:

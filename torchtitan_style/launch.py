@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
@@ -45,6 +44,7 @@ def main(arguments: list[str]) -> None:
             return
 
         from .config import load_config
+        from .config.layout import plan_layout
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
@@ -60,15 +60,9 @@ def main(arguments: list[str]) -> None:
         if nnodes > 1 and "RDZV_ENDPOINT" not in os.environ:
             raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
         if node_rank == "0":
-            from .data.prepare import prepare
+            from .preparation import prepare_data
 
-            prepare(
-                config.data,
-                Path(config.job.dump_folder),
-                vocab_size=config.model.qwen3().vocab_size,
-                seq_len=config.training.seq_len,
-                say=print,
-            )
+            prepare_data(config, dp=plan_layout(config.parallelism, nproc * nnodes).dp, say=print)
     rendezvous = ["--standalone"]
     if nnodes > 1:
         endpoint = os.environ["RDZV_ENDPOINT"]

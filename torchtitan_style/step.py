@@ -78,19 +78,27 @@ def train_step(
 
     optimizer.zero_grad()
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
-    tokens = torch.stack([(labels != -100).sum() for _, labels in batch.microbatches]).sum()
+    tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.dp_group)
     loss = torch.zeros((), device=world.device)
-    for i, (inputs, labels) in enumerate(batch.microbatches, start=1):
+    for i, microbatch in enumerate(batch.microbatches, start=1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(batch.microbatches))
-        loss_sum, _ = model(inputs, labels)
+        loss_sum, _ = model(*microbatch)
         share = loss_sum / tokens
         share.backward()
         loss += share.detach()
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm)
     optimizer.step_if_finite(grad_norm)
-    return StepResult(loss=loss, grad_norm=grad_norm, learning_rates=learning_rates, batch_hash=batch.hash)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rates=learning_rates,
+        batch_hash=batch.hash,
+        padding=batch.padding,
+        corpus_rows=batch.corpus_rows,
+        problems=batch.problems,
+    )
 
 
 def mix(*numbers: int) -> int:

@@ -19,9 +19,7 @@ from .checkpoint.saved import open_model
 from .checkpoint.weights import load_weights
 from .config import Config, to_toml
 from .config.layout import plan_batch, plan_layout
-from .data.loader import Batch, Loader, validation_batches
-from .data.prepare import prepare
-from .data.rows import TokenFile
+from .data.loader import Batch
 from .data.tokenizer import Tokenizer
 from .distributed import device as devices
 from .distributed.garbage import GarbageCollector
@@ -35,6 +33,7 @@ from .metrics.profiler import profile_step
 from .metrics.throughput import Meter
 from .metrics.validation import validate
 from .models.qwen3.config import FLAVORS
+from .run_data import REPLACEABLE, RunData
 from .step import DTYPES, build_model, build_optimizer, mix, train_step
 
 __all__ = ["Trainer", "train"]
@@ -47,6 +46,8 @@ class TrainState:
     step: int = 0
     rows_seen: int = 0
     best_val_loss: float | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Where the data is: what ``Loader.start`` takes."""
 
 
 def train(config: Config, *, world_size: int) -> None:
@@ -101,6 +102,7 @@ class Trainer:
             return
         if state.step:
             on_main(lambda: self.checkpointer.folder.set_aside_after(state.step, self.display.warn))
+        self.data.loader.start(state.data)
         self._open_log()
         try:
             if state.step == 0 and self.config.validation.enable:
@@ -119,12 +121,13 @@ class Trainer:
                     )
                 self._after_step(result)
         finally:
+            self.data.loader.close()
             self.log.close()
         self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
 
     def _next_batch(self) -> Batch:
         with self.meter.waiting_for_data():
-            batch = self.loader.batch(self.state.rows_seen)
+            batch = self.data.loader.next()
         self.state.rows_seen += self.batch_plan.global_batch_size
         return batch
 
@@ -154,7 +157,7 @@ class Trainer:
     def _validate(self) -> bool:
         """Loss on the held-out rows. Whether it is the lowest so far."""
         with self._evaluation():
-            figures = validate(self.model, self.validation_batches, self.world.dp_group)
+            figures = validate(self.model, self.data.validation_batches, self.world.dp_group)
         best = self.state.best_val_loss is None or figures["val_loss"] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = figures["val_loss"]
@@ -197,33 +200,8 @@ class Trainer:
     def _build_data(self) -> None:
         config, world = self.config, self.world
         self.model_config = config.model.qwen3()
-        self.prepared = on_main(
-            lambda: prepare(
-                config.data,
-                self.dump_folder,
-                vocab_size=self.model_config.vocab_size,
-                seq_len=config.training.seq_len,
-                say=self.display.say,
-            )
-        )
-        self.tokens = self._token_file("train")
-        self.tokenizer = Tokenizer(self.dump_folder / "tokenizer")
-        self.loader = Loader(
-            self.tokens, self.batch_plan, dp_rank=world.dp_rank, seed=config.training.seed, device=world.device
-        )
-        if config.validation.enable:
-            self.validation_batches = validation_batches(
-                self._token_file("validation"),
-                self.batch_plan,
-                dp=world.layout.dp,
-                dp_rank=world.dp_rank,
-                steps=config.validation.steps,
-                device=world.device,
-            )
-
-    def _token_file(self, part: str) -> TokenFile:
-        path = self.dump_folder / "data" / f"{part}.bin"
-        return TokenFile(path, dtype=self.prepared.dtype, seq_len=self.config.training.seq_len)
+        self.data = RunData(config, world, self.display)
+        self.tokenizer = Tokenizer(self.data.prepared.tokenizer)
 
     def _build_model(self) -> None:
         self.model = build_model(self.config, self.world, warn=self.display.warn)
@@ -239,7 +217,7 @@ class Trainer:
             "model": shape,
             "training": training,
             "optimizer": {"name": self.config.optimizer.name},
-            "data": {"fingerprint": self.prepared.fingerprint},
+            "data": self.data.identity(),
         }
 
     def _resume(self) -> None:
@@ -253,6 +231,12 @@ class Trainer:
         if switch:
             self.display.warn(f"the optimizer was {before['name']}; {self.config.optimizer.name} starts afresh")
             del saved["identity"]["optimizer"]
+        if self.config.checkpoint.allow_changed_data:
+            changed = [key for key in REPLACEABLE if saved["identity"]["data"][key] != now["data"][key]]
+            for key in changed:
+                del saved["identity"]["data"][key]
+            if changed:
+                self.display.warn(f"{' and '.join(changed)} of the data changed; going on at the same place of the new")
         differences = [
             f"{section}.{key} was {value}, is {now[section].get(key)}"
             for section, values in saved["identity"].items()
@@ -261,6 +245,8 @@ class Trainer:
         ]
         if differences:
             hint = ", allow it with checkpoint.switch_optimizer" if differences[0].startswith("optimizer.") else ""
+            if all(difference.startswith(tuple(f"data.{key} " for key in REPLACEABLE)) for difference in differences):
+                hint = ", go on at the same place of the new data with --checkpoint.allow_changed_data"
             raise UserError(
                 f"{self.checkpointer.folder.path(step)} is of another run: {'; '.join(differences)}; put it back"
                 f"{hint}, or start a new run with another --job.dump_folder"
@@ -292,6 +278,7 @@ class Trainer:
             self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
 
     def _save(self, *, best: bool) -> None:
+        self.state.data = self.data.loader.gather_state(self.world.dp_group)
         train_state = {
             "state": dataclasses.asdict(self.state),
             "identity": self._identity(),
@@ -315,10 +302,9 @@ class Trainer:
             + (f" ({layout})" if processes else "")
         )
         microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
-        epochs = total * plan.global_batch_size / self.tokens.num_rows
         self.display.say(
             f"{total} steps of {plan.global_batch_size} rows of {seq_len} tokens{microbatches}, "
-            f"{epochs:.2f} epochs of {self.prepared.train_tokens:,} tokens, into {self.dump_folder}"
+            f"{self.data.describe()}, into {self.dump_folder}"
         )
         if self.state.step:
             self.display.say(f"resuming after step {self.state.step}")
@@ -332,6 +318,9 @@ class Trainer:
             tokens_per_step=plan.global_batch_size * seq_len,
             meter=self.meter,
             settings=config.model_dump(),
+            corpora=self.data.mixture,
+            report_padding=config.data.packing == "best_fit",
+            on_problems=self.data.report_problems,
         )
 
     def _interrupted(self) -> str:

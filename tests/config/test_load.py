@@ -65,7 +65,7 @@ MISTAKES = {
     "no layers": ("[model]\nnum_hidden_layers = 0", "model.num_hidden_layers", ["at least 1"]),
     "certain dropout": ("[model]\ndropout = 1.0", "model.dropout", ["[0, 1)", "1.0"]),
     "row too long": ("[training]\nseq_len = 4096", "training.seq_len", ["4096", "max_position_embeddings = 2048"]),
-    "vocabulary below bytes": ("[model]\nvocab_size = 200", "model.vocab_size", ["258", "200"]),
+    "vocabulary below bytes": ("[model]\nvocab_size = 200", "model.vocab_size", ["283", "200"]),
     "files without paths": ('[data]\ndataset = "files"', "data.paths", ["needs the files"]),
     "paths without files": ('[data]\npaths = ["a.txt"]', "data.dataset", ['dataset = "files"', '"stdlib"']),
     "nothing to validate on": ("[data]\nvalidation_fraction = 0.0", "data.validation_fraction", ["holds nothing out"]),

@@ -1,163 +1,224 @@
-"""Documents from files: which ones, in which order, and what is wrong with a file that cannot be used."""
+"""Which files a corpus is made of, and what is wrong with one that cannot be used."""
 
 from __future__ import annotations
 
-import json
+import gzip
+import os
+import sysconfig
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchtitan_style.config.schema import Data
-from torchtitan_style.data.corpus import read_documents
+from torchtitan_style.config.schema import Corpus
+from torchtitan_style.data.corpus import source_files
+from torchtitan_style.data.documents import read_records
 from torchtitan_style.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """An empty current folder, and no network."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
 
 
-def read(*paths: str, text_key: str = "text") -> list[str]:
-    return list(read_documents(Data(dataset="files", paths=list(paths), text_key=text_key)))
-
-
-def write(path: str, content: str | bytes) -> None:
+def write(path: str, content: str | bytes = "text") -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def test_any_file_is_a_document() -> None:
-    write("notes.md", "first line\n\nlast line, 日本語 🙂\n")
-    assert read("notes.md") == ["first line\n\nlast line, 日本語 🙂\n"]
-
-
-def test_lines_of_jsonl_are_documents() -> None:
-    texts = ["one", "two\nlines", "日本語 🙂"]
-    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)]
-    write("a.jsonl", "\n\n".join(lines))  # blank lines between, none at the end
-    assert read("a.jsonl") == texts
-
-
-def test_rows_of_parquet_are_documents() -> None:
-    texts = [f"text {i}" for i in range(3000)]  # more than are read at once
-    pq.write_table(pa.table({"id": range(3000), "text": texts}), "a.parquet", row_group_size=700)
-    assert read("a.parquet") == texts
-
-
-def test_the_field_with_the_text_can_be_named() -> None:
-    write("a.jsonl", json.dumps({"text": "no", "body": "yes"}))
-    pq.write_table(pa.table({"text": ["no"], "body": ["yes"]}), "a.parquet")
-    assert read("a.jsonl", "a.parquet", text_key="body") == ["yes", "yes"]
-
-
-def test_empty_documents_are_left_out() -> None:
-    write("a.txt", "")
-    write("b.jsonl", '{"text": ""}\n{"text": "b"}\n')
-    pq.write_table(pa.table({"text": ["", None, "c"]}), "c.parquet")
-    assert read("a.txt", "b.jsonl", "c.parquet") == ["b", "c"]
+def names(*paths: str, root: Path | None = None) -> list[str]:
+    base = (root or Path.cwd()).resolve()
+    files = source_files(Corpus(dataset="files", paths=list(paths)))
+    return [Path(file.url).relative_to(base).as_posix() for file in files]
 
 
 def test_patterns_are_read_in_their_order_and_matches_sorted() -> None:
     for name in ("z", "b", "a", "c"):
-        write(f"{name}.txt", name)
-        write(f"{name}.md", name.upper())
-    assert read("c.md", "*.txt", "a.md") == ["C", "a", "b", "c", "z", "A"]
+        write(f"{name}.txt")
+        write(f"{name}.md")
+    assert names("c.md", "*.txt", "a.md") == ["c.md", "a.txt", "b.txt", "c.txt", "z.txt", "a.md"]
 
 
 def test_two_stars_match_any_depth() -> None:
     for path in ("top.txt", "x/one.txt", "x/y/z/deep.txt", "x/other.md"):
-        write(path, path)
-    assert read("**/*.txt") == ["top.txt", "x/one.txt", "x/y/z/deep.txt"]
-    assert read("x/**") == ["x/one.txt", "x/other.md", "x/y/z/deep.txt"]  # folders among the matches are no files
+        write(path)
+    assert names("**/*.txt") == ["top.txt", "x/one.txt", "x/y/z/deep.txt"]
+    assert names("x/**") == ["x/one.txt", "x/other.md", "x/y/z/deep.txt"]  # folders among the matches are no files
 
 
-def test_a_file_that_several_patterns_match_is_read_once() -> None:
-    write("a.txt", "a")
-    write("b.txt", "b")
-    assert read("b.txt", "*.txt", "./a.txt", "b.txt") == ["b", "a"]
-
-
-def test_a_file_that_is_named_in_two_ways_is_read_once(folder: Path) -> None:
-    write("a.txt", "a")
-    (folder / "x").mkdir()
-    assert read("a.txt", f"{folder}/a.txt", "x/../a.txt") == ["a"]
+def test_a_file_that_is_named_in_several_ways_is_there_once(folder: Path) -> None:
+    for path in ("a.txt", "b.txt", "x/c.md"):
+        write(path)
+    assert names("b.txt", "*.txt", "./a.txt", "b.txt", f"{folder}/a.txt", "x/../a.txt") == ["b.txt", "a.txt"]
 
 
 def test_a_name_with_wildcard_characters_and_one_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
-    write("home/h.txt", "h")
-    write("a[1].txt", "a")
-    assert read("a[1].txt", "~/h.txt") == ["a", "h"]
+    write("home/h.txt")
+    write("a[1].txt")
+    assert names("a[1].txt", "~/h.txt") == ["a[1].txt", "home/h.txt"]
 
 
-def test_standard_library_is_the_default_and_always_the_same() -> None:
-    import abc
-
-    first, again = (list(islice(read_documents(Data()), 40)) for _ in range(2))
-    assert first == again
-    assert Path(abc.__file__).read_text(encoding="utf-8") in first
-
-
-def truncated_parquet() -> None:
-    pq.write_table(pa.table({"text": ["text"] * 100}), "a.parquet")
-    whole = Path("a.parquet").read_bytes()
-    write("a.parquet", whole[: len(whole) // 2])
-
-
-ERRORS: dict[str, tuple[Callable[[], object], str, list[str]]] = {
-    "missing file": (lambda: None, "a.txt", ["data.paths: ", 'no file matches "a.txt"', "looked in /"]),
-    "pattern without match": (lambda: write("a.md", "a"), "*.txt", ["data.paths: ", '"*.txt"']),
-    "folder": (lambda: write("a/b.txt", "b"), "a", ["data.paths: ", '"a" (a folder; add /**/*.txt']),
-    "not UTF-8": (lambda: write("a.txt", b"caf\xe9"), "a.txt", ["data.paths: a.txt: ", "UTF-8"]),
-    "jsonl not UTF-8": (lambda: write("a.jsonl", b'{"text": "\xe9"}'), "a.jsonl", ["data.paths: a.jsonl: ", "UTF-8"]),
-    "not JSON": (
-        lambda: write("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n'),
-        "a.jsonl",
-        ["data.paths: a.jsonl, line 3: not JSON"],
-    ),
-    "half a surrogate pair": (  # JSON can spell what is no Unicode text, and no tokenizer takes
-        lambda: write("a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n'),
-        "a.jsonl",
-        ["data.paths: a.jsonl, line 2"],
-    ),
-    "no such field": (
-        lambda: write("a.jsonl", '{"text": "a"}\n{"txt": "b", "id": 1}\n'),
-        "a.jsonl",
-        ["data.text_key: a.jsonl, line 2", 'no text under "text"', "txt, id"],
-    ),
-    "field without text": (lambda: write("a.jsonl", '{"text": 3}'), "a.jsonl", ["data.text_key: a.jsonl, line 1"]),
-    "line without fields": (lambda: write("a.jsonl", '["text"]'), "a.jsonl", ["data.text_key: a.jsonl, line 1"]),
-    "no such column": (
-        lambda: pq.write_table(pa.table({"txt": ["a"], "id": [1]}), "a.parquet"),
-        "a.parquet",
-        ["data.text_key: a.parquet: ", 'no column "text"', "txt, id"],
-    ),
-    "column without text": (
-        lambda: pq.write_table(pa.table({"text": [1, 2]}), "a.parquet"),
-        "a.parquet",
-        ["data.text_key: a.parquet: ", "does not hold text"],
-    ),
-    "truncated parquet": (truncated_parquet, "a.parquet", ["data.paths: a.parquet: ", "parquet"]),
-    "no parquet": (lambda: write("a.parquet", "text"), "a.parquet", ["data.paths: a.parquet: ", "parquet"]),
+KINDS = {
+    "a.jsonl": ("jsonl", ""),
+    "a.json": ("jsonl", ""),
+    "a.ndjson": ("jsonl", ""),
+    "A.JSONL.GZ": ("jsonl", ".gz"),
+    "a.b.jsonl.zst": ("jsonl", ".zst"),
+    "a.json.xz": ("jsonl", ".xz"),
+    "a.txt.bz2": ("text", ".bz2"),
+    "a.parquet": ("parquet", ""),
+    "a.md": ("text", ""),
+    "README": ("text", ""),
+    ".gz": ("text", ""),
+    "jsonl": ("text", ""),
 }
 
 
-@pytest.mark.parametrize(("make", "path", "parts"), ERRORS.values(), ids=ERRORS)
-def test_what_is_wrong_with_a_file(make: Callable[[], object], path: str, parts: list[str]) -> None:
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_a_name_says_what_a_file_is(name: str, kind: tuple[str, str]) -> None:
+    write(name, "x" * 77)
+    [file] = source_files(Corpus(dataset="files", paths=[name]))
+    assert (file.format, file.compression) == kind
+    assert (file.url, file.size, file.is_remote) == (str(Path(name).resolve()), 77, False)
+
+
+def test_a_version_changes_with_the_file() -> None:
+    write("a.txt")
+    corpus = Corpus(dataset="files", paths=["a.txt"])
+    before = source_files(corpus)
+    assert source_files(corpus) == before
+    os.utime("a.txt", ns=(0, 12345))
+    assert source_files(corpus)[0].version != before[0].version
+
+
+def test_the_standard_library_is_the_default_and_always_the_same() -> None:
+    files = source_files(Corpus())
+    assert files == source_files(Corpus())
+    root = Path(sysconfig.get_path("stdlib"))
+    relative = [Path(file.url).relative_to(root.resolve()).as_posix() for file in files]
+    assert relative == sorted(relative)
+    assert {"abc.py", "json/decoder.py", "collections/__init__.py"} <= set(relative)
+    parts = {part for name in relative for part in name.split("/")}
+    assert not parts & {"test", "tests", "site-packages", "encodings"}
+    assert {file.format for file in files} == {"source"}
+
+
+ERRORS: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
+    "missing file": (lambda: None, ["a.txt"], ["data.paths: ", 'no file matches "a.txt"', "looked in /"]),
+    "pattern without match": (lambda: write("a.md"), ["*.txt"], ["data.paths: ", '"*.txt"']),
+    "folder": (lambda: write("a/b.txt"), ["a"], ["data.paths: ", '"a" (a folder; add /**/*.txt']),
+    "several": (lambda: write("b.txt"), ["a.txt", "b.txt", "c.txt"], ['no file matches "a.txt", "c.txt" (looked']),
+    "unknown protocol": (lambda: None, ["gopher://a/b.txt"], ["data.paths: gopher://a/b.txt: ", "gopher"]),
+    "no match of a URL": (lambda: None, ["memory://x/*.jsonl"], ['data.paths: no file matches "memory://x/*.jsonl"']),
+    "no such URL": (lambda: None, ["memory://x/a.jsonl"], ["data.paths: there is no memory://x/a.jsonl"]),
+}
+
+
+@pytest.mark.parametrize(("make", "paths", "parts"), ERRORS.values(), ids=ERRORS)
+def test_what_is_wrong_with_paths(make: Callable[[], object], paths: list[str], parts: list[str]) -> None:
     make()
     with pytest.raises(UserError) as caught:
-        read(path)
+        names(*paths)
     for part in parts:
         assert part in str(caught.value)
 
 
-def test_all_missing_files_are_named_at_once() -> None:
-    write("b.txt", "b")
-    with pytest.raises(UserError, match=r'"a\.txt", "c\.txt"'):
-        read("a.txt", "b.txt", "c.txt")
+def test_wildcards_in_a_url() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        memory.pipe(f"/corpus/{name}", b'{"text": "' + name.encode() + b'"}\n')
+    files = source_files(Corpus(dataset="files", paths=["memory://corpus/*.jsonl"]))
+    assert [file.url for file in files] == ["memory:///corpus/a.jsonl", "memory:///corpus/b.jsonl"]
+    assert all(file.is_remote and file.size and file.format == "jsonl" for file in files)
+    texts = [record.text for file in files for record in read_records(file, text_key="text", max_bytes=100)]
+    assert texts == ["a.jsonl", "b.jsonl"]
+    memory.rm("/corpus", recursive=True)
+
+
+README = """\
+---
+configs:
+- config_name: small
+  data_files:
+  - split: train
+    path: small/*.parquet
+  - split: test
+    path: held/*.parquet
+- config_name: lines
+  data_files: "lines/*.jsonl.gz"
+---
+# A corpus
+"""
+
+
+@pytest.fixture
+def hub_folder() -> str:
+    """A dataset as the Hub has them."""
+    for name in ("small/1.parquet", "small/0.parquet", "held/0.parquet"):
+        Path("corpus", name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": [name]}), Path("corpus", name))
+    write("corpus/lines/a.jsonl.gz", gzip.compress(b'{"text": "a"}\n'))
+    write("corpus/README.md", README)
+    return str(Path("corpus").absolute())
+
+
+def relative(corpus: Corpus) -> list[str]:
+    return [Path(file.url).relative_to(Path(corpus.dataset).resolve()).as_posix() for file in source_files(corpus)]
+
+
+def test_subsets_and_splits_of_a_dataset(hub_folder: str) -> None:
+    assert relative(Corpus(dataset=hub_folder, subset="small")) == ["small/0.parquet", "small/1.parquet"]
+    assert relative(Corpus(dataset=hub_folder, subset="small", split="test")) == ["held/0.parquet"]
+    lines = Corpus(dataset=hub_folder, subset="lines")
+    assert relative(lines) == ["lines/a.jsonl.gz"]
+    assert (source_files(lines)[0].format, source_files(lines)[0].compression) == ("jsonl", ".gz")
+
+
+def test_a_dataset_without_a_readme_is_known_by_its_file_names() -> None:
+    for name in ("train-00001.parquet", "train-00000.parquet", "validation-00000.parquet"):
+        Path("corpus/data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": [name]}), Path("corpus/data", name))
+    dataset = str(Path("corpus").absolute())
+    assert relative(Corpus(dataset=dataset)) == ["data/train-00000.parquet", "data/train-00001.parquet"]
+    assert relative(Corpus(dataset=dataset, split="validation")) == ["data/validation-00000.parquet"]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.txt.gz"])
+def test_a_dataset_of_text(name: str) -> None:
+    write(f"corpus/{name}", gzip.compress(b"text") if name.endswith("gz") else b"text")
+    assert relative(Corpus(dataset=str(Path("corpus").absolute()))) == [name]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"subset": "smal"}, ["data.dataset: ", "smal", "small", "lines"]),
+        ({}, ["data.dataset: ", "small", "lines"]),  # which one?
+        ({"subset": "small", "split": "dev"}, ["data.split: ", 'no split "dev"; it has train, test']),
+    ],
+)
+def test_an_unknown_subset_or_split(hub_folder: str, options: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        source_files(Corpus(dataset=hub_folder, **options))
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_that_is_not_there_or_not_of_text(folder: Path) -> None:
+    with pytest.raises(UserError, match=r'data\.dataset: "nobody/nothing": '):
+        source_files(Corpus(dataset="nobody/nothing"))
+    with pytest.raises(UserError, match=r"data\.dataset: "):
+        source_files(Corpus(dataset=str(folder / "missing")))
+    write("corpus/train.csv", "text\na\n")
+    with pytest.raises(UserError, match=r"is made of \.csv files; what can be read is parquet, JSON lines and text"):
+        source_files(Corpus(dataset=str(folder / "corpus")))

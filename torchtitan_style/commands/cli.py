@@ -134,12 +134,12 @@ def check_initial_weights(config: Config) -> None:
 def reported_errors() -> Iterator[None]:
     """Print expected errors as a message and exit: with status 2 if a person can put it right, else 1.
 
-    With several ranks all have the same error, and the first prints it.
+    With several ranks mostly all have the same error, and the first prints it.
     """
     try:
         yield
     except (UserError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:  # before training, which has a way of its own

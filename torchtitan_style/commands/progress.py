@@ -1,14 +1,15 @@
-"""A progress bar over bytes, for what takes long."""
+"""Progress bars over bytes, for what takes long."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-__all__ = ["progress_bar"]
+__all__ = ["progress_bar", "tokenizing_bar"]
 
 
 @contextlib.contextmanager
@@ -19,3 +20,30 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def tokenizing_bar() -> Iterator[tuple[Callable[[int, int, int], None], Callable[[str], None]]]:
+    """Yields a function to call with bytes read, bytes in all and tokens made, and one that prints a line above
+    the bar. Without a terminal there is a line of progress every ten seconds."""
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[speed]}"))
+    console = Console(highlight=False, soft_wrap=True)
+    begin = last = time.monotonic()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        bar.disable = not console.is_terminal
+        task = bar.add_task("", total=None, speed="", visible=console.is_terminal)
+
+        def say(line: str) -> None:
+            console.print(line, markup=False)
+
+        def progress(done: int, total: int, tokens: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            speed = f"{tokens / max(now - begin, 1e-9):,.0f} tokens/s"
+            bar.update(task, completed=done, total=total, speed=speed)
+            if not console.is_terminal and now - last >= 10:
+                last = now
+                left = (now - begin) * (total - done) / max(done, 1)
+                say(f"tokenized {done / max(total, 1):.0%}: {speed}, about {left:,.0f} s left")
+
+        yield progress, say

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 
-from .layout import plan_batch, plan_layout
-from .schema import Config, Muon
+from .layout import plan_batch, plan_layout, plan_streams
+from .schema import Config, Corpus, Data, Muon, Validation
 
 __all__ = ["Problem", "cross_checks"]
+
+_TAKEN_NAMES = ("tokenizer", "manifest", "plan", "data_errors")
+"""What else is in a prepared folder, beside a folder for each corpus."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ def _model(config: Config) -> Iterator[Problem]:
             f"{seq_len} is longer than the model is meant for "
             f"(model.max_position_embeddings = {values['max_position_embeddings']})",
         )
-    # 256 bytes, the end-of-text token, and one merge, so that there is something to train.
-    if config.data.tokenizer == "train" and 0 < values["vocab_size"] < 258:
+    # 256 bytes, Qwen3's 26 special tokens, and one merge, so that there is something to train.
+    if config.data.tokenizer == "train" and 0 < values["vocab_size"] < 283:
         yield Problem(
             (*keys("vocab_size"), "data.tokenizer"),
-            f"a byte-level tokenizer needs at least 258 tokens, not {values['vocab_size']}",
+            f"a byte-level tokenizer with Qwen3's special tokens needs at least 283 tokens, not {values['vocab_size']}",
         )
 
 
@@ -86,32 +90,23 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem(degrees, str(error))
         return
     try:
-        plan_batch(config.training, layout.dp)
+        batch = plan_batch(config.training, layout.dp)
     except ValueError as error:
         yield Problem(("training.global_batch_size", "training.local_batch_size", *degrees), str(error))
+        return
+    if config.data.streaming:
+        try:
+            plan_streams(config.data, batch.global_batch_size, layout.dp)
+        except ValueError as error:
+            yield Problem(("data.num_streams", "training.global_batch_size", *degrees), str(error))
 
 
 def _rest(config: Config) -> Iterator[Problem]:
-    data = config.data
+    yield from _data(config.data, config.validation)
     if config.model.hf_assets_path and config.checkpoint.initial_load_path:
         yield Problem(
             ("checkpoint.initial_load_path", "model.hf_assets_path"),
             "a run starts from this or from model.hf_assets_path, not from both",
-        )
-    if data.dataset == "files" and not data.paths:
-        yield Problem(
-            ("data.paths", "data.dataset"),
-            'dataset = "files" needs the files: data.paths = ["my/*.txt", "more.jsonl"]',
-        )
-    if data.dataset != "files" and data.paths:
-        yield Problem(
-            ("data.dataset", "data.paths"),
-            f'data.paths is only read with dataset = "files", not with "{data.dataset}"',
-        )
-    if config.validation.enable and data.validation_fraction == 0:
-        yield Problem(
-            ("data.validation_fraction", "validation.enable"),
-            "0 holds nothing out to validate on: raise it, or set validation.enable = false",
         )
     if config.validation.enable and config.validation.steps == 0:
         yield Problem(("validation.steps",), "must be -1 or at least 1; validation.enable = false turns it off")
@@ -140,3 +135,66 @@ def _rest(config: Config) -> Iterator[Problem]:
             ("checkpoint.load_step", "training.steps"),
             f"step {config.checkpoint.load_step} is past the {config.training.steps} training steps",
         )
+
+
+def _data(data: Data, validation: Validation) -> Iterator[Problem]:
+    yield from _corpus(data, "data.")
+    if data.dataset == "mixture" and not data.mixture:
+        yield Problem(
+            ("data.mixture", "data.dataset"), 'dataset = "mixture" needs corpora: [[data.mixture]] with name and weight'
+        )
+    if data.dataset != "mixture" and data.mixture:
+        yield Problem(
+            ("data.dataset", "data.mixture"),
+            f'[[data.mixture]] is only read with dataset = "mixture", not with "{data.dataset}"',
+        )
+    for number, corpus in enumerate(data.mixture, start=1):
+        if corpus.name in [other.name for other in data.mixture[: number - 1]]:
+            yield Problem(("data.mixture",), f'two corpora have the name "{corpus.name}"')
+        if corpus.name.partition(".")[0] in _TAKEN_NAMES:
+            yield Problem(("data.mixture",), f'the name "{corpus.name}" is taken; call the corpus something else')
+        if corpus.dataset == "mixture":
+            yield Problem(("data.mixture",), f"{corpus.name}: a mixture cannot be part of a mixture")
+        for problem in _corpus(corpus, ""):
+            yield Problem(("data.mixture",), f"{corpus.name}: {problem.keys[0]}: {problem.text}")
+    if not data.streaming and data.num_streams != -1:
+        yield Problem(("data.num_streams", "data.streaming"), "is only read with data.streaming = true")
+    if data.streaming and data.prepared_folder:
+        yield Problem(("data.prepared_folder", "data.streaming"), "is not used with data.streaming = true")
+    if validation.enable and data.validation_fraction == 0:
+        yield Problem(
+            ("data.validation_fraction", "validation.enable"),
+            "0 holds nothing out to validate on: raise it, or set validation.enable = false",
+        )
+    if validation.enable and data.streaming and validation.steps == -1:
+        yield Problem(
+            ("validation.steps", "data.streaming"),
+            "-1 would read a whole stream for its held-out rows: say how many batches, as 20",
+        )
+
+
+def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
+    """What is wrong with one corpus; its keys begin with ``prefix``."""
+    name = corpus.dataset
+    if name == "files" and not corpus.paths:
+        yield Problem(
+            (f"{prefix}paths", f"{prefix}dataset"),
+            'dataset = "files" needs the files: paths = ["my/*.txt", "more.jsonl"]',
+        )
+    if name != "files" and corpus.paths:
+        yield Problem(
+            (f"{prefix}dataset", f"{prefix}paths"), f'paths is only read with dataset = "files", not with "{name}"'
+        )
+    if name not in ("stdlib", "files", "mixture") and "/" not in name:
+        near = difflib.get_close_matches(name, ("stdlib", "files", "mixture"), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield Problem(
+            (f"{prefix}dataset",),
+            f'must be "stdlib", "files", "mixture" or a dataset of the Hub as "owner/name", not "{name}"{hint}',
+        )
+    if name in ("stdlib", "files", "mixture"):
+        for key, default in (("subset", ""), ("split", "train")):
+            if getattr(corpus, key) != default:
+                yield Problem(
+                    (f"{prefix}{key}", f"{prefix}dataset"), f'is only read with a dataset of the Hub, not "{name}"'
+                )

@@ -60,6 +60,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(_type_name(a) for a in arguments if a is not type(None)) + ", optional"
     if origin is typing.Annotated:
         return _type_name(arguments[0])
+    if origin is list and arguments[0] not in (str, int, float):
+        return "list of tables"
     if origin is list:
         return f"list of {_type_name(arguments[0])}s"
     return {int: "whole number", float: "number", bool: "true | false", str: "string"}.get(annotation, str(annotation))

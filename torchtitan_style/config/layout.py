@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .schema import Parallelism, Training
+from .schema import Data, Parallelism, Training
 
-__all__ = ["BatchPlan", "Layout", "plan_batch", "plan_layout"]
+__all__ = ["BatchPlan", "Layout", "plan_batch", "plan_layout", "plan_streams"]
+
+_MOST_STREAMS = 64
+"""A stream keeps a file open."""
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,29 @@ def plan_batch(training: Training, dp: int) -> BatchPlan:
             f"{local * dp}; local_batch_size = -1 takes a rank's whole share at once"
         )
     return BatchPlan(total, local, total // (local * dp))
+
+
+def plan_streams(data: Data, global_batch: int, dp: int) -> int:
+    """How many streams fill the global batch on ``dp`` data-parallel ranks.
+
+    Raises ValueError if rows, streams and ranks cannot be shared out evenly.
+    """
+    number = data.num_streams
+    if number == -1:
+        number = max(n for n in range(1, min(global_batch, _MOST_STREAMS) + 1) if global_batch % n == 0)
+    if global_batch % number:
+        fitting = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        raise ValueError(
+            f"{number} streams cannot fill {global_batch} rows evenly; these numbers can: {_list(fitting)}"
+        )
+    if number % dp:
+        fitting = [n for n in range(1, number + 1) if number % n == 0]
+        raise ValueError(
+            f"{number} streams cannot be shared out evenly over {dp} data-parallel ranks; these numbers of ranks fit: "
+            f"{_list(fitting)}"
+        )
+    return number
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

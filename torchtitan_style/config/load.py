@@ -274,6 +274,16 @@ def _explain(detail: ErrorDetails) -> Problem:
     rest = location[depth + 1 :]
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     shown = f"{value!r}" if not isinstance(value, str) else f'"{value}"'
+    if len(rest) == 2 and rest[0].isdecimal():  # a key of an entry of a list of sections, as data.mixture
+        name = rest[1]
+        options = [*typing.get_args(_annotation(section, location[depth]))[0].model_fields]
+        near = difflib.get_close_matches(name, options, n=1)
+        text = {
+            "extra_forbidden": f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""),
+            "missing": f"{name} is missing",
+            "string_pattern_mismatch": f"{name} must be letters, digits, _, . and - only, not {shown}",
+        }.get(kind, f"{name}: {detail['msg']}, not {shown}")
+        return Problem((key,), f"entry {int(rest[0]) + 1}: {text}")
     if kind == "extra_forbidden":
         what = "key" if section else "section"
         return Problem((key,), f"unknown {what}{_did_you_mean(key)}")

@@ -103,22 +103,74 @@ else:
     Model = create_model("Model", __base__=_Model, __doc__=_Model.__doc__, **_override_fields())
 
 
-class Data(Section):
-    """The corpus and its tokenizer."""
+class Corpus(Section):
+    """Where documents come from."""
 
-    dataset: Literal["stdlib", "files"] = "stdlib"
-    """"stdlib": the source files of Python's standard library, present on every machine.
-    "files": your own files, named by data.paths."""
+    dataset: str = Field("stdlib", min_length=1)
+    """"stdlib": the source files of Python's standard library, present on every machine. "files": your own
+    files, named by paths. "mixture": several corpora, each an entry of [[data.mixture]]. Or a dataset of the
+    Hub by its name, as "HuggingFaceFW/fineweb", or a folder laid out like one."""
+    subset: str = ""
+    """Configuration of a Hub dataset, as "sample-10BT"; empty: its default."""
+    split: str = Field("train", min_length=1)
+    """Split of a Hub dataset."""
     paths: list[str] = []
-    """Files for dataset = "files"; wildcards allowed, ** for any depth. A .jsonl line or .parquet
-    row is a document; any other file is one document of UTF-8 text."""
+    """Files for dataset = "files": wildcards allowed, ** for any depth; https:// and hf:// too. A line of
+    .jsonl or .json and a row of .parquet are a document each (.jsonl also compressed: .gz, .zst, .bz2, .xz);
+    any other file is UTF-8 text, in documents of at most about a megabyte."""
     text_key: str = Field("text", min_length=1)
-    """Field of a .jsonl line, or column of a .parquet file, that holds the text."""
+    """Field of a JSON line, or column of a parquet file, that holds the text."""
+
+
+class MixtureCorpus(Corpus):
+    """One corpus of a mixture: an entry of [[data.mixture]]."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """What to call it, in the metrics and on disk."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its part of all rows, relative to the other weights."""
+
+
+class Data(Corpus):
+    """The corpus, its tokenizer, and how documents become rows."""
+
+    mixture: list[MixtureCorpus] = []
+    """For dataset = "mixture": one [[data.mixture]] entry per corpus, with name, weight, and dataset, subset,
+    split, paths and text_key as in this section."""
     tokenizer: str = Field("train", min_length=1)
     """"train": train a byte-level BPE of model.vocab_size tokens on the corpus. Otherwise a
     folder or Hub name with a Hugging Face tokenizer."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the documents held out for validation; a document's text decides whether it is."""
+    prepared_folder: str = ""
+    """Where the tokenized corpus is kept; empty: in the dump folder. Runs that name the same folder share it."""
+    streaming: bool = False
+    """Read and tokenize while training instead of once beforehand. Needs no disk space and starts at once."""
+    num_streams: PositiveOrRest = -1
+    """For streaming: independent readers that each fill fixed rows of every batch. The data-parallel ranks
+    share them out, so their number must divide it, and it must divide the global batch. -1: the largest
+    divisor of the global batch up to 64."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How rows are filled. concat: documents one after another, cut at the row's end. best_fit: documents
+    that fit a row stay whole, each put where the least room is left over; what stays empty is padding."""
+    document_mask: bool = False
+    """Let tokens attend to their own document only, and count positions from its start."""
+    num_workers: NonNegative = 0
+    """Processes per rank that read ahead; 0: read between steps."""
+    max_bad_documents: NonNegative = 100
+    """Documents that may be unreadable before the run stops. They are left out, and listed with file and
+    position in data_errors.jsonl."""
+    max_document_bytes: Positive = 5_000_000
+    """A longer JSON line's or parquet row's text counts as unreadable."""
+
+    def corpora(self) -> dict[str, Corpus]:
+        """Each corpus by its name: "" for the only one."""
+        return {corpus.name: corpus for corpus in self.mixture} if self.dataset == "mixture" else {"": self}
+
+    def weights(self) -> list[float]:
+        """Each corpus's share of the rows."""
+        weights = [corpus.weight for corpus in self.mixture] or [1.0]
+        return [weight / sum(weights) for weight in weights]
 
 
 class Training(Section):
@@ -283,6 +335,9 @@ class Checkpoint(Section):
     and tokenizer are taken over too. Optimizer and data start afresh."""
     switch_optimizer: bool = False
     """Allow a resume with another optimizer.name than before: its state then starts afresh."""
+    allow_changed_data: bool = False
+    """Allow a resume although the corpus, its tokens, the tokenizer or the mixture have changed: the run goes on
+    at the same place of the new data, so rows may come twice or not at all."""
     load_step: int = Field(-1, ge=-1)
     """Step to resume from; -1: the newest that verifies. 0: start from scratch, which needs a dump
     folder without checkpoints."""
@@ -296,7 +351,8 @@ class Validation(Section):
     freq: Positive = 500
     """Steps between validations."""
     steps: int = Field(-1, ge=-1)
-    """Batches of global_batch_size rows per validation; -1: all held-out rows."""
+    """Batches of global_batch_size rows per validation; -1: all held-out rows (with data.streaming a
+    number is needed: so many are collected from the beginning of the stream, once)."""
 
 
 class Metrics(Section):

@@ -1,56 +1,91 @@
-"""Documents, one text at a time, in a fixed order.
-
-A document is a .jsonl line, a .parquet row, or any other file as a whole.
-"""
+"""Which files a corpus is made of: the standard library's, your own, or those of a dataset on the Hub."""
 
 from __future__ import annotations
 
 import glob
-import json
+import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torchtitan_style.config.schema import Data
+from torchtitan_style.config.schema import Corpus
 from torchtitan_style.errors import UserError
 
-__all__ = ["corpus_files", "read_documents"]
+from .network import patiently
+
+__all__ = ["SourceFile", "source_files"]
 
 # Its tests, what pip puts beside it, and generated tables: no code to learn from.
 _SKIPPED = re.compile(
     r"(^|/)(test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|_sysconfigdata\w*\.py)(/|$)"
 )
+_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
+_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_VERSION_FIELDS = ("ETag", "etag", "blob_id", "xet_hash", "generation", "LastModified", "mtime")
+"""What file systems call that which changes with a file's content."""
 
 
-def corpus_files(config: Data) -> list[Path]:
-    """The files of the corpus that ``config`` names, in order. Raises UserError if some are missing."""
-    return _standard_library() if config.dataset == "stdlib" else _expand(config.paths)
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus."""
+
+    url: str
+    """A local path, or scheme://…"""
+    size: int
+    """Bytes; 0 if the server does not tell."""
+    version: str
+    """Changes when the file does: its time of change, or what its server calls its version."""
+    format: str
+    """"jsonl", "parquet", "text", or "source": text whose odd bytes become U+FFFD."""
+    compression: str
+    """"", or ".gz", ".zst", ".bz2" or ".xz"."""
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.url
 
 
-def read_documents(config: Data) -> Iterator[str]:
-    """The texts of the corpus that ``config`` names. Empty documents are left out.
+def source_files(corpus: Corpus) -> list[SourceFile]:
+    """The files of ``corpus``, in order. Raises UserError if some are missing."""
+    if corpus.dataset == "stdlib":
+        return [_local(path, format="source") for path in _standard_library()]
+    if corpus.dataset == "files":
+        return [_remote(match) if isinstance(match, str) else _local(match) for match in _expand(corpus.paths)]
+    return [_remote(url) if "://" in url else _local(Path(url)) for url in _dataset_files(corpus)]
 
-    Raises UserError for files that are missing, cannot be read, or do not hold what they should.
-    """
-    for path in corpus_files(config):
-        try:
-            if path.suffix == ".jsonl":
-                texts = _read_jsonl(path, config.text_key)
-            elif path.suffix == ".parquet":
-                texts = _read_parquet(path, config.text_key)
-            elif config.dataset == "stdlib":
-                # A source file may declare another encoding; its odd bytes become U+FFFD.
-                texts = iter([path.read_text(encoding="utf-8", errors="replace")])
-            else:
-                texts = iter([path.read_text(encoding="utf-8-sig")])  # a byte order mark is no text
-            for text in texts:
-                if text:
-                    yield text
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.paths: {path}: not UTF-8 text: {error}") from None
-        except OSError as error:
-            raise UserError(f"data.paths: {path}: cannot be read: {error.strerror or error}") from None
+
+def _local(path: Path, format: str | None = None) -> SourceFile:
+    stat = path.stat()
+    own_format, compression = _kind(path.name)
+    url = str(path.resolve())
+    return SourceFile(url, stat.st_size, str(stat.st_mtime_ns), format or own_format, compression)
+
+
+def _remote(url: str) -> SourceFile:
+    import fsspec
+
+    def ask() -> dict[str, Any]:
+        file_system, path = fsspec.core.url_to_fs(url)
+        return file_system.info(path)
+
+    try:
+        info = patiently(ask, url)
+    except FileNotFoundError:
+        raise UserError(f"data.paths: there is no {url}") from None
+    except (ImportError, ValueError) as error:  # a protocol that needs another package, or none at all
+        raise UserError(f"data.paths: {url}: {error}") from None
+    version = next((str(info[field]) for field in _VERSION_FIELDS if info.get(field)), "")
+    return SourceFile(url, info.get("size") or 0, version, *_kind(url.partition("?")[0]))
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """Format and compression, by the name's endings."""
+    stem, suffix = os.path.splitext(name.lower())
+    compression = suffix if suffix in _COMPRESSIONS else ""
+    suffix = os.path.splitext(stem)[1] if compression else suffix
+    return _FORMATS.get(suffix, "text"), compression
 
 
 def _standard_library() -> list[Path]:
@@ -68,11 +103,14 @@ def _standard_library() -> list[Path]:
     return [path for _, path in sorted(files)]
 
 
-def _expand(patterns: list[str]) -> list[Path]:
+def _expand(patterns: list[str]) -> list[Path | str]:
     """The files that ``patterns`` match, each once: patterns in the order given, matches sorted."""
-    found: dict[Path, Path] = {}
+    found: dict[Path | str, Path | str] = {}
     missing = []
     for pattern in patterns:
+        if "://" in pattern:
+            found |= {url: url for url in _expand_url(pattern)}
+            continue
         expanded = str(Path(pattern).expanduser())
         matches = [p for p in map(Path, sorted(glob.glob(expanded, recursive=True))) if p.is_file()]
         if not matches and Path(expanded).is_file():  # a name with wildcard characters in it
@@ -87,38 +125,48 @@ def _expand(patterns: list[str]) -> list[Path]:
     return list(found.values())
 
 
-def _read_jsonl(path: Path, key: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"data.paths: {path}, line {number}: not JSON: {error}") from None
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                keys = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
-                raise UserError(f'data.text_key: {path}, line {number}: no text under "{key}"{keys}; set data.text_key')
-            try:
-                record[key].encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"data.paths: {path}, line {number}: not Unicode text: {error}") from None
-            yield record[key]
+def _expand_url(pattern: str) -> list[str]:
+    """Wildcards in a URL. A web server cannot list its files, and there a ? begins a query."""
+    if "*" not in pattern or pattern.startswith(("http://", "https://")):
+        return [pattern]
+
+    import fsspec
+
+    def find() -> list[str]:
+        file_system, path = fsspec.core.url_to_fs(pattern)
+        return [file_system.unstrip_protocol(match) for match in file_system.glob(path)]
+
+    matches = sorted(patiently(find, pattern))
+    if not matches:
+        raise UserError(f'data.paths: no file matches "{pattern}"')
+    return matches
 
 
-def _read_parquet(path: Path, key: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _dataset_files(corpus: Corpus) -> list[str]:
+    """The files of a dataset on the Hub, or in a folder laid out like one, as its README or its file names have it."""
+    import datasets
 
+    source = os.path.expanduser(corpus.dataset)
+    named = f'data.dataset: "{corpus.dataset}"'
     try:
-        with pq.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise UserError(f'data.text_key: {path}: no column "{key}"; it has {names}; set data.text_key')
-            for batch in file.iter_batches(batch_size=1024, columns=[key]):
-                for value in batch.column(0).to_pylist():
-                    if value is not None and not isinstance(value, str):
-                        raise UserError(f'data.text_key: {path}: column "{key}" does not hold text')
-                    yield value or ""
-    except pa.ArrowException as error:
-        raise UserError(f"data.paths: {path}: not a readable parquet file: {error}") from None
+        builder = datasets.load_dataset_builder(source, corpus.subset or None)
+    except Exception as error:  # not found, no such subset, no network, offline mode: many kinds
+        raise UserError(f"{named}: {_reason(error)}") from None
+    splits = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    if corpus.split not in splits:
+        raise UserError(f'data.split: {named} has no split "{corpus.split}"; it has {", ".join(splits) or "none"}')
+    # Those with their revision in the name stay the same, whatever is uploaded later.
+    files = [str(file) for file in splits[corpus.split]]
+    plain = {Path(file).name.removesuffix(_kind(file)[1]) for file in files if _kind(file)[0] == "text"}
+    unread = sorted({Path(name).suffix for name in plain} - {".txt", ".md"})
+    if unread:
+        raise UserError(
+            f"{named} is made of {', '.join(unread)} files; what can be read is parquet, JSON lines and text"
+        )
+    return files
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of an error, which are what concerns a person."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -1,65 +1,45 @@
-"""The corpus as one file of token ids for training and one for validation, made once per run.
+"""Making a run's data, once: the tokenizer, and the corpora as shards of token ids (see prepared.py).
 
-    <dump folder>/tokenizer/           the tokenizer
-    <dump folder>/data/train.bin       token ids, document after document, each with end-of-text
-    <dump folder>/data/validation.bin  the same for the held-out documents
-    <dump folder>/data/manifest.json   what they were made from
-
-Needs no torch: the launcher prepares before it starts the ranks, so that a mistake in the corpus is
-found at once, and with nothing written.
+Needs no torch: the launcher prepares before it starts the ranks, so that a mistake in the corpus is found at once,
+and with nothing written. Killed half-way it goes on where it was: until all is there, everything is in a folder
+beside the final one, with .tmp behind its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from torchtitan_style.config.schema import Data
+from torchtitan_style.config.schema import Corpus, Data
 from torchtitan_style.errors import UserError
-from torchtitan_style.folders import first_missing
+from torchtitan_style.folders import first_missing, locked
 
-from .corpus import corpus_files, read_documents
+from .corpus import SourceFile, source_files
+from .documents import EMPTY, read_records
+from .prepared import FORMAT, Prepared, copy_folder, read_prepared
+from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments
+from .streams import StreamedCorpus
+from .tokenize import PARTS, Progress, Recipe, file_entry, is_held_out, sha256, tokenize
 from .tokenizer import Tokenizer, copy_pretrained, train
 
-__all__ = ["PreparedData", "prepare"]
+__all__ = ["prepare", "streamed_corpora"]
 
-_FORMAT = 1
-_BATCH = 64
-"""Documents tokenized at once."""
+Complete = Callable[[Prepared, Callable[[str], None]], None]
+
 _TOKENIZER_TRAINING_CHARACTERS = 2**28
 """Text that a tokenizer is trained on at most: more does not change a small vocabulary much."""
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What is in a run's ``data/`` folder."""
-
-    format: int
-    settings: dict[str, Any]
-    """The settings that decide the content."""
-    sources: list[list[Any]]
-    """Name, size and time of change of the corpus's files: while these are the same, so is the content."""
-    corpus_sha256: str
-    tokenizer_sha256: str
-    dtype: str
-    documents: int
-    train_tokens: int
-    validation_tokens: int
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the tokens do."""
-        content = asdict(self)
-        del content["sources"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+_SAMPLE, _SAMPLES = 2**16, 16
+"""Bytes and number of the pieces of a streamed file that stand for the whole of it."""
 
 
 def prepare(
@@ -67,182 +47,454 @@ def prepare(
     dump_folder: Path,
     *,
     vocab_size: int,
-    seq_len: int,
+    validation_tokens: int,
     say: Callable[[str], None],
-) -> PreparedData:
-    """Make ``tokenizer/`` and ``data/`` in ``dump_folder``, or see that they are there and still right.
+    complete: Complete = lambda prepared, say: None,
+    progress: Progress | None = None,
+    processes: int | None = None,
+    allow_changed_data: bool = False,
+) -> Prepared:
+    """Make the tokenizer and the prepared folder of a run, or see that they are there and still right.
 
-    say: called with a line of progress.
+    validation_tokens: how many a streamed corpus needs held out. say: called with a line of progress. complete:
+    called with what there is and with ``say``, to add to its folder, or to refuse it with a UserError. progress:
+    called now and then while tokenizing; left out: a line every ten seconds. processes: left out: one per CPU.
+    allow_changed_data: take a corpus that has changed though the run has checkpoints.
 
-    Raises UserError, with nothing left behind, if the corpus cannot be used.
+    Raises UserError, with nothing left behind but the list of bad documents, if the corpus cannot be used.
     """
-    settings = config.model_dump(exclude={"paths", "text_key"}) | {"vocab_size": vocab_size, "seq_len": seq_len}
-    present = _read_manifest(dump_folder / "data")
-    if present and present.settings == settings and present.sources == _sources(config):
+    folder = Path(os.path.expanduser(config.prepared_folder)) if config.prepared_folder else dump_folder / "data"
+    with locked(folder, say) if config.prepared_folder else contextlib.nullcontext():  # other runs may share it
+        settings = _settings(config, vocab_size)
+        present = read_prepared(folder)
+        change = present and _change(present, config, settings)
+        is_running = any(dump_folder.glob("checkpoint/step-*"))
+        if present and change and is_running and not allow_changed_data:
+            raise UserError(
+                f"{dump_folder}: {change} since this run began, so it cannot go on with the next batch; put it back, "
+                "start a new run with another --job.dump_folder, or go on at the same place of the new data with "
+                "--checkpoint.allow_changed_data"
+            )
+        if present and change and config.prepared_folder:
+            raise UserError(
+                f"data.prepared_folder: {folder}: {change} since it was prepared; name another folder, or delete "
+                "this one"
+            )
+        if present is None and not (folder / "manifest.json").exists() and _holds_something(folder):
+            raise UserError(
+                f"{folder} holds something else, and would be replaced by the prepared corpus; name another folder "
+                f"with {'data.prepared_folder' if config.prepared_folder else 'job.dump_folder'}"
+            )
+        if present is None or change or _lacks_held_out(present, config, validation_tokens):
+            present = _make(
+                config,
+                folder,
+                dump_folder,
+                settings=settings,
+                validation_tokens=validation_tokens,
+                say=say,
+                complete=complete,
+                progress=progress or _lines(say),
+                processes=processes or _cpus(),
+            )
+            if not config.streaming:
+                (dump_folder / FILE_NAME).unlink(missing_ok=True)  # of an attempt before this one
+        else:
+            complete(present, lambda line: None)  # it was said when it was made
+        _hand_out(present, dump_folder, is_running=is_running and not allow_changed_data)
         return present
-    if present and present.settings == settings and present.corpus_sha256 == _hash_corpus(config):
-        return present
-    if present and any(dump_folder.glob("checkpoint/step-*")):
-        names = {"vocab_size": "model.vocab_size (or model.flavor)", "seq_len": "training.seq_len"}
-        changed = [names.get(key, f"data.{key}") for key, new in settings.items() if present.settings.get(key) != new]
-        what = f"{', '.join(changed)} changed" if changed else "the corpus's files changed"
-        raise UserError(
-            f"{dump_folder}: {what} since this run began, so it cannot go on with the next batch; "
-            "put it back, or start a new run with another --job.dump_folder"
-        )
 
-    made = first_missing(dump_folder)
-    temporary = dump_folder / "data.tmp"
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _settings(config: Data, vocab_size: int) -> dict[str, Any]:
+    """What decides the content of a prepared folder, beside the corpus's files."""
+    return {
+        "tokenizer": config.tokenizer,
+        "vocab_size": vocab_size,
+        "validation_fraction": config.validation_fraction,
+        "max_document_bytes": config.max_document_bytes,
+        "streaming": config.streaming,
+        "corpora": {
+            name: corpus.model_dump(include={"dataset", "subset", "split", "text_key"})
+            for name, corpus in config.corpora().items()
+        },
+    }
+
+
+def _change(present: Prepared, config: Data, settings: dict[str, Any]) -> str | None:
+    """What has changed since ``present`` was made, or None."""
+    names = {"vocab_size": "model.vocab_size (or model.flavor)", "corpora": "data.dataset (or what belongs to it)"}
+    before = present.manifest["settings"]
+    if changed := [names.get(key, f"data.{key}") for key, new in settings.items() if before.get(key) != new]:
+        return f"{', '.join(changed)} changed"
+    if problem := present.problem():
+        return problem
+    if _tokenizer_in_folder(config) not in (None, present.manifest["tokenizer_sha256"]):
+        return f"the tokenizer {config.tokenizer} changed"
+    sources = json.dumps(present.manifest["corpora"])
+    for name, corpus in config.corpora().items():
+        entry = present.manifest["corpora"][name]
+        if _sources_changed(entry["sources"], corpus, streaming=config.streaming):
+            return "the corpus's files changed"
+    if json.dumps(present.manifest["corpora"]) != sources:
+        with contextlib.suppress(OSError):  # files that were only touched need not be read again next time
+            present.save()
+    return None
+
+
+def _tokenizer_in_folder(config: Data) -> str | None:
+    """Fingerprint of the tokenizer that is taken from a folder; None if it is not, or cannot be read."""
+    source = Path(os.path.expanduser(config.tokenizer))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tokenizer = _make_tokenizer(config, temporary / "tokenizer", vocab_size, say)
-        _check_vocabulary(config, tokenizer, vocab_size)
-        prepared = _tokenize(config, temporary, tokenizer, settings=settings, say=say)
-        manifest = json.dumps(asdict(prepared), indent=2) + "\n"
-        (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-        for name in ("tokenizer", "data"):
-            shutil.rmtree(dump_folder / name, ignore_errors=True)
-        (temporary / "tokenizer").rename(dump_folder / "tokenizer")
-        temporary.rename(dump_folder / "data")
-    except OSError as error:
-        shutil.rmtree(made or temporary, ignore_errors=True)
-        raise UserError(f"job.dump_folder: cannot write to {dump_folder}: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(made or temporary, ignore_errors=True)
-        raise
-    return prepared
-
-
-def _read_manifest(folder: Path) -> PreparedData | None:
-    """What ``folder`` holds, or None if it holds nothing whole."""
-    try:
-        found = PreparedData(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-        width = np.dtype(found.dtype).itemsize
-        sizes = [(folder / f"{part}.bin").stat().st_size for part in ("train", "validation")]
-        if found.format != _FORMAT or sizes != [width * found.train_tokens, width * found.validation_tokens]:
-            return None
-        whole = Tokenizer(folder.parent / "tokenizer").fingerprint == found.tokenizer_sha256
-        return found if whole else None
-    except Exception:  # missing, cut short or of another version: it is made anew
+        return Tokenizer(source).fingerprint if (source / "tokenizer.json").is_file() else None
+    except UserError:
         return None
 
 
-def _sources(config: Data) -> list[list[Any]]:
-    stats = [(path, path.stat()) for path in corpus_files(config)]
-    files = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    return [[config.text_key], *files]
+def _share(tokens: int, weight: float) -> int:
+    """Held-out tokens that a corpus of this weight has to have."""
+    return -int(-tokens * weight // 1)
 
 
-def _hash_corpus(config: Data) -> str:
+def _lacks_held_out(present: Prepared, config: Data, wanted: int) -> bool:
+    """Whether validation has been turned on or made longer since a streamed corpus's held-out tokens were collected."""
+    return config.streaming and any(
+        corpus["tokens"]["validation"] < _share(wanted, weight) and not corpus["exhausted"]
+        for corpus, weight in zip(present.manifest["corpora"].values(), config.weights(), strict=True)
+    )
+
+
+def _sources_changed(before: list[dict[str, Any]], corpus: Corpus, *, streaming: bool) -> bool:
+    """Whether the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more."""
+    if not streaming and all("://" in source["url"] for source in before):
+        return False  # no reason to ask a server
+    try:
+        files = source_files(corpus)
+    except UserError:
+        if streaming:
+            raise
+        return False
+    if [[file.url, file.size, file.version] for file in files] == [
+        [source["url"], source["size"], source["version"]] for source in before
+    ]:
+        return False
+    digest = _sample if streaming else sha256
+    now = [_source(file, "" if file.is_remote else digest(Path(file.url))) for file in files]
+
+    def content(sources: list[dict[str, Any]]) -> list[Any]:
+        return [[source["size"], source["digest"] or source["version"]] for source in sources]
+
+    if content(now) != content(before):
+        return True
+    before[:] = now
+    return False
+
+
+def _sample(path: Path) -> str:
+    """Hash of pieces all over a file: a streamed corpus is not read whole to see whether it has changed."""
     digest = hashlib.sha256()
-    for text in read_documents(config):
-        _add_document(digest, text)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(max(size - _SAMPLE, 0) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
 
 
-def _make_tokenizer(config: Data, folder: Path, vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
-    if config.tokenizer == "train":
-        say(f"training a tokenizer of {vocab_size} tokens on the corpus")
-        train(_up_to(read_documents(config), _TOKENIZER_TRAINING_CHARACTERS), folder, vocab_size=vocab_size)
-        return Tokenizer(folder)
+def _make(
+    config: Data,
+    folder: Path,
+    dump_folder: Path,
+    *,
+    settings: dict[str, Any],
+    validation_tokens: int,
+    say: Callable[[str], None],
+    complete: Complete,
+    progress: Progress,
+    processes: int,
+) -> Prepared:
+    """Make everything in a folder beside ``folder``, and put it there when it is complete."""
+    sources = {name: source_files(corpus) for name, corpus in config.corpora().items()}
+    staging = folder.parent / f"{folder.name}.tmp"
+    made = [first_missing(dump_folder), first_missing(folder)]
     try:
-        copy_pretrained(config.tokenizer, folder)
-        return Tokenizer(folder)
+        plan = {
+            "settings": settings,
+            "tokenizer": _tokenizer_in_folder(config),
+            "sources": {name: [asdict(file) for file in files] for name, files in sources.items()},
+        }
+        _begin(staging, plan, say)
+        tokenizer = _make_tokenizer(config, sources, staging, settings["vocab_size"], say)
+        recipe = {
+            "tokenizer": str(staging / "tokenizer"),
+            "max_document_bytes": config.max_document_bytes,
+            "validation_fraction": config.validation_fraction,
+            "vocab_size": settings["vocab_size"],
+            "dtype": "<u2" if settings["vocab_size"] <= 2**16 else "<u4",
+        }
+        corpora, problems = {}, []
+        for (name, corpus), weight in zip(config.corpora().items(), config.weights(), strict=True):
+            place = staging / name if name else staging
+            place.mkdir(exist_ok=True)
+            own = Recipe(**recipe, text_key=corpus.text_key)
+            if config.streaming:
+                corpora[name], bad = _hold_out(sources[name], place, own, _share(validation_tokens, weight), say)
+            else:
+                corpora[name], bad = _tokenize(
+                    sources[name], place, own, processes, progress, max_bad=config.max_bad_documents
+                )
+            problems += bad
+            _list_problems(problems, staging, dump_folder, config.max_bad_documents)
+            if not config.streaming:
+                _report(name, corpora[name], say)
+        _report_problems(problems, dump_folder, say)
+        if not config.streaming and (empty := [n for n, c in corpora.items() if not sum(c["documents"].values())]):
+            what = "no text"
+            if any(problem["problem"] != EMPTY for problem in problems):
+                what = f"{len(problems):,} documents cannot be read, see {dump_folder / FILE_NAME}"
+                BadDocuments(dump_folder / FILE_NAME, limit=len(problems)).add(problems)
+            raise UserError(
+                f"data.paths: the corpus{f' {empty[0]}' if empty[0] else ''} is empty: its files hold {what}"
+            )
+        manifest = {
+            "format": FORMAT,
+            "settings": settings,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "end_of_text": tokenizer.end_of_text,
+            "dtype": recipe["dtype"],
+            "corpora": corpora,
+        }
+        complete(Prepared(staging, manifest), say)
+        Prepared(staging, manifest).save()
+        for leftover in (*staging.rglob("unit-*.json"), staging / "plan.json"):
+            leftover.unlink()
+        for path in (*staging.rglob("*"), staging):
+            _fsync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    except OSError as error:
+        raise UserError(f"{staging}: cannot be written: {error.strerror or error}") from None
+    except TooManyBadDocuments:
+        raise  # with the limit raised, it goes on from here
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        listed = dump_folder / FILE_NAME
+        for new in made:
+            if new and not (listed.exists() and listed.is_relative_to(new)):
+                shutil.rmtree(new, ignore_errors=True)
+        raise
+    return Prepared(folder, manifest)
+
+
+def _begin(staging: Path, plan: dict[str, Any], say: Callable[[str], None]) -> None:
+    """An empty folder to prepare in, or the one of an earlier attempt at the same."""
+    file = staging / "plan.json"
+    try:
+        if json.loads(file.read_text(encoding="utf-8")) == plan:
+            say(f"going on with {staging}, {len(list(staging.rglob('unit-*.json')))} units of which are done")
+            return
+    except (OSError, ValueError):
+        pass
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    temporary = staging / "plan.tmp"
+    temporary.write_text(json.dumps(plan), encoding="utf-8")
+    temporary.rename(file)
+
+
+def _make_tokenizer(
+    config: Data, sources: dict[str, list[SourceFile]], staging: Path, vocab_size: int, say: Callable[[str], None]
+) -> Tokenizer:
+    folder = staging / "tokenizer"
+    if not folder.exists():
+        temporary = staging / "tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        if config.tokenizer == "train":
+            say(f"training a tokenizer of {vocab_size} tokens on the corpus")
+            train(_training_texts(config, sources), temporary, vocab_size=vocab_size)
+        else:
+            try:
+                copy_pretrained(config.tokenizer, temporary)
+            except UserError as error:
+                raise UserError(f"data.tokenizer: {error}") from None
+        temporary.rename(folder)
+    try:
+        tokenizer = Tokenizer(folder)
     except UserError as error:
         raise UserError(f"data.tokenizer: {error}") from None
-
-
-def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
-    for text in texts:
-        yield text[:characters]
-        characters -= len(text)
-        if characters <= 0:
-            return
-
-
-def _check_vocabulary(config: Data, tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.num_ids > vocab_size:
         raise UserError(
             f'model.vocab_size: {vocab_size} is too small for the tokenizer "{config.tokenizer}", whose ids go up '
             f"to {tokenizer.num_ids - 1}; set model.vocab_size to {-(-tokenizer.num_ids // 128) * 128}, or, if "
             "weights are loaded, data.tokenizer to theirs"
         )
+    return tokenizer
+
+
+def _training_texts(config: Data, sources: dict[str, list[SourceFile]]) -> Iterator[str]:
+    """The beginning of every corpus, as much of each as its weight says."""
+    for (name, corpus), weight in zip(config.corpora().items(), config.weights(), strict=True):
+        room = int(_TOKENIZER_TRAINING_CHARACTERS * weight)
+        for text in _texts(sources[name], corpus.text_key, config.max_document_bytes):
+            yield text[:room]
+            room -= len(text)
+            if room <= 0:
+                break
+
+
+def _texts(files: list[SourceFile], text_key: str, max_bytes: int) -> Iterator[str]:
+    for file in files:
+        for record in read_records(file, text_key=text_key, max_bytes=max_bytes):
+            if not record.problem:
+                yield record.text
 
 
 def _tokenize(
-    config: Data, folder: Path, tokenizer: Tokenizer, *, settings: dict[str, Any], say: Callable[[str], None]
-) -> PreparedData:
-    """Write ``train.bin`` and ``validation.bin`` into ``folder``."""
-    dtype = np.dtype("<u2" if settings["vocab_size"] <= 2**16 else "<u4")
-    digest = hashlib.sha256()
-    documents = 0
-    with (folder / "train.bin").open("w+b") as train_file, (folder / "validation.bin").open("w+b") as held_file:
-        texts = read_documents(config)
-        while batch := list(islice(texts, _BATCH)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                file = held_file if _is_held_out(text, config.validation_fraction) else train_file
-                file.write(np.array([*ids, tokenizer.end_of_text], dtype=dtype).tobytes())
-                _add_document(digest, text)
-            if (documents + len(batch)) // 100_000 > documents // 100_000:
-                say(f"tokenized {documents + len(batch):,} documents")
-            documents += len(batch)
-        if not documents:
-            raise UserError("data.paths: the corpus is empty: its files hold no text")
-        row_bytes = (settings["seq_len"] + 1) * dtype.itemsize
-        _ensure_rows(train_file, held_file, row_bytes, config.validation_fraction, dtype.itemsize, say)
-        sizes = [file.seek(0, 2) // dtype.itemsize for file in (train_file, held_file)]
-    say(f"tokenized {documents:,} documents: {sizes[0]:,} tokens to train on, {sizes[1]:,} held out")
-    return PreparedData(
-        format=_FORMAT,
-        settings=settings,
-        sources=_sources(config),
-        corpus_sha256=digest.hexdigest(),
-        tokenizer_sha256=tokenizer.fingerprint,
-        dtype=dtype.str,
-        documents=documents,
-        train_tokens=sizes[0],
-        validation_tokens=sizes[1],
+    files: list[SourceFile], place: Path, recipe: Recipe, processes: int, progress: Progress, *, max_bad: int
+) -> tuple[dict[str, Any], list[Problem]]:
+    units, problems, hashes = tokenize(files, place, recipe, processes=processes, progress=progress, max_bad=max_bad)
+    entry = {
+        "documents": {part: sum(unit["documents"][part] for unit in units) for part in PARTS},
+        "tokens": {part: sum(unit["tokens"][part] for unit in units) for part in PARTS},
+        "sources": [_source(file, digest) for file, digest in zip(files, hashes, strict=True)],
+        "files": {name: content for unit in units for name, content in unit["files"].items()},
+    }
+    return entry, problems
+
+
+def _hold_out(
+    files: list[SourceFile], place: Path, recipe: Recipe, wanted: int, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The first held-out documents of a streamed corpus, until there are ``wanted`` tokens."""
+    entry: dict[str, Any] = {
+        "documents": dict.fromkeys(PARTS, 0),
+        "tokens": dict.fromkeys(PARTS, 0),
+        "sources": [_source(file, "" if file.is_remote else _sample(Path(file.url))) for file in files],
+        "files": {},
+        "exhausted": False,
+    }
+    if not wanted:
+        return entry, []
+    say("collecting held-out documents from the beginning of the stream")
+    tokenizer = Tokenizer(Path(recipe.tokenizer))
+    lengths: list[int] = []
+    path = place / "validation-00000.bin"
+    with path.open("wb") as shard:
+        shard.write(np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes())
+        for text in _texts(files, recipe.text_key, recipe.max_document_bytes):
+            if is_held_out(text, recipe.validation_fraction):
+                ids = [*tokenizer.encode(text), tokenizer.end_of_text]
+                shard.write(np.array(ids, dtype=recipe.dtype).tobytes())
+                lengths.append(len(ids))
+            if sum(lengths) >= wanted:
+                break
+        else:
+            entry["exhausted"] = True
+    path.with_suffix(".index").write_bytes(np.array(lengths, dtype="<u4").tobytes())
+    entry["documents"]["validation"] = len(lengths)
+    entry["tokens"]["validation"] = sum(lengths) + 1
+    entry["files"] = {file.name: file_entry(file) for file in (path, path.with_suffix(".index"))}
+    return entry, []
+
+
+def _source(file: SourceFile, digest: str) -> dict[str, Any]:
+    return {"url": file.url, "size": file.size, "version": file.version, "digest": digest}
+
+
+def _report(name: str, corpus: dict[str, Any], say: Callable[[str], None]) -> None:
+    tokens = corpus["tokens"]
+    say(
+        f"tokenized {sum(corpus['documents'].values()):,} documents{f' of {name}' if name else ''}: "
+        f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} held out"
     )
 
 
-def _add_document(digest: hashlib._Hash, text: str) -> None:
-    raw = text.encode("utf-8", errors="surrogatepass")
-    digest.update(len(raw).to_bytes(8, "little"))
-    digest.update(raw)
+def _list_problems(problems: list[Problem], staging: Path, dump_folder: Path, limit: int) -> None:
+    """Leave the list of bad documents in the prepared folder; if there are too many, where it can be found."""
+    (staging / FILE_NAME).unlink(missing_ok=True)
+    bad = BadDocuments(staging / FILE_NAME, limit=len(problems))
+    bad.add(problems)
+    if bad.count > limit:
+        (dump_folder / FILE_NAME).unlink(missing_ok=True)
+        BadDocuments(dump_folder / FILE_NAME, limit=limit).add(problems)
 
 
-def _is_held_out(text: str, fraction: float) -> bool:
-    """By the text itself: the same document is always on the same side, and so are its copies."""
-    raw = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(raw, "little") < fraction * 2**64
-
-
-def _ensure_rows(
-    train_file: BinaryIO, held_file: BinaryIO, row: int, fraction: float, width: int, say: Callable[[str], None]
-) -> None:
-    """See to it that both files hold at least one row (in bytes), or raise UserError.
-
-    With too few documents to hold out whole ones, the end of the corpus is held out instead.
-    """
-    train_size, held_size = train_file.seek(0, 2), held_file.seek(0, 2)
-    if train_size >= row and (fraction == 0 or held_size >= row):
-        return
-    total = train_size + held_size
-    end = max(row, int(total * fraction) // width * width) if fraction else 0
-    if total - end < row:
-        needed = row // width
-        also = f", and as many again to hold out (data.validation_fraction = {fraction})" if fraction else ""
-        raise UserError(
-            f"training.seq_len: the corpus has only {total // width} tokens, but a row takes {needed}{also}; "
-            "bring more text, or lower training.seq_len"
+def _report_problems(problems: list[Problem], dump_folder: Path, say: Callable[[str], None]) -> None:
+    empty = sum(problem["problem"] == EMPTY for problem in problems)
+    if len(problems) > empty:
+        say(
+            f"warning: {len(problems) - empty:,} documents cannot be read and are left out; "
+            f"{dump_folder / FILE_NAME} lists them"
         )
-    held_file.seek(0)
-    shutil.copyfileobj(held_file, train_file)
-    held_file.truncate(0)
-    held_file.seek(0)
-    train_file.seek(total - end)
-    shutil.copyfileobj(train_file, held_file)
-    train_file.truncate(total - end)
-    if fraction:
-        say(f"too few documents to hold out whole ones: the last {end // width:,} tokens of the corpus are held out")
+
+
+def _hand_out(prepared: Prepared, dump_folder: Path, *, is_running: bool) -> None:
+    """Put copies of the tokenizer and of the list of bad documents into the dump folder."""
+    own = dump_folder / "tokenizer"
+    try:
+        same = Tokenizer(own).fingerprint == prepared.manifest["tokenizer_sha256"]
+    except UserError:
+        same = False
+    if not same:
+        if is_running and (own / "tokenizer.json").exists():
+            raise UserError(
+                f"{own}: the tokenizer has changed since this run began; put it back, or take that of the prepared "
+                "data with --checkpoint.allow_changed_data"
+            )
+        dump_folder.mkdir(parents=True, exist_ok=True)
+        copy_folder(prepared.tokenizer, own)
+    listed = prepared.folder / FILE_NAME
+    if listed.exists() and not (dump_folder / FILE_NAME).exists():
+        shutil.copyfile(listed, dump_folder / FILE_NAME)
+
+
+def streamed_corpora(config: Data, prepared: Prepared, *, vocab_size: int) -> list[StreamedCorpus]:
+    """What the streams read, for data.streaming."""
+    return [
+        StreamedCorpus(
+            name=name,
+            files=tuple(source_files(corpus)),
+            recipe=Recipe(
+                tokenizer=str(prepared.tokenizer),
+                text_key=corpus.text_key,
+                max_document_bytes=config.max_document_bytes,
+                validation_fraction=config.validation_fraction,
+                vocab_size=vocab_size,
+                dtype=prepared.manifest["dtype"],
+            ),
+            max_bad_documents=config.max_bad_documents,
+        )
+        for name, corpus in config.corpora().items()
+    ]
+
+
+def _lines(say: Callable[[str], None]) -> Progress:
+    """Progress as a line every ten seconds."""
+    begin = last = time.monotonic()
+
+    def progress(done: int, total: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 10 or not done:
+            return
+        last = now
+        left = (now - begin) * (total - done) / done
+        say(f"tokenized {done / total:.0%}: {tokens / (now - begin):,.0f} tokens/s, about {left:,.0f} s left")
+
+    return progress
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,50 +1,146 @@
-"""Which rows make up a step: a function of the seed and the step alone.
+"""Rows of a prepared corpus, and which of them make up a step: a function of the seed and the step alone.
 
-The token file is cut into rows of seq_len + 1 tokens (each row's last token is the next row's
-first, so that every token is predicted once). Rows are numbered on without end: global row g is in
-epoch g // R, and each epoch visits the R rows in another order. A step takes the next
-global_batch_size rows. How many ranks there are decides only who computes what.
+Rows are numbered on without end: global row g is in epoch g // R, and each epoch visits the R rows in another
+order. A step takes the next global_batch_size rows. How many ranks there are decides only who computes what.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TokenFile", "batch_hash", "row_order"]
+from .shards import TokenShards
+
+__all__ = ["BestFitRows", "ConcatRows", "RowSource", "Rows", "batch_hash", "permute", "row_order"]
 
 _U64 = np.uint64
+NO_LABEL = -100
+"""The label of a position that has nothing to predict: padding."""
 
 
-class TokenFile:
-    """Rows of a file of token ids, mapped into memory."""
+@dataclass(frozen=True)
+class Rows:
+    """Some rows, each array [n, seq_len] of int64."""
 
-    def __init__(self, path: Path, *, dtype: str, seq_len: int) -> None:
-        self.ids = np.memmap(path, dtype=dtype, mode="r")
-        self.seq_len = seq_len
-        self.num_rows = (len(self.ids) - 1) // seq_len
+    inputs: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    """The token after each input; NO_LABEL at padding."""
+    documents: NDArray[np.int64]
+    """Which document of its row each position belongs to, counted up from the left."""
 
-    def rows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows by index in the file: [n] → [n, seq_len + 1]."""
-        starts = indices[:, None] * self.seq_len
-        return self.ids[starts + np.arange(self.seq_len + 1)].astype(np.int64)
+    @classmethod
+    def join(cls, parts: list[Rows]) -> Rows:
+        """All rows of ``parts``, in order."""
+        fields = ("inputs", "labels", "documents")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+
+    @classmethod
+    def packed(
+        cls, pieces: list[tuple[NDArray[np.int64], NDArray[np.int64]]], *, seq_len: int, end_of_text: int
+    ) -> Rows:
+        """One row of ``pieces``, the inputs and labels of a document each, and padding behind them."""
+        inputs, labels = np.full((1, seq_len), end_of_text), np.full((1, seq_len), NO_LABEL)
+        documents = np.full((1, seq_len), len(pieces))
+        at = 0
+        for number, (piece_inputs, piece_labels) in enumerate(pieces):
+            end = at + len(piece_inputs)
+            inputs[0, at:end], labels[0, at:end], documents[0, at:end] = piece_inputs, piece_labels, number
+            at = end
+        return cls(inputs, labels, documents)
+
+    @classmethod
+    def cut(cls, ids: NDArray[np.int64], *, seq_len: int, end_of_text: int) -> Rows:
+        """One row of up to seq_len + 1 consecutive tokens. An end-of-text begins a document: from it the next
+        document's first token is predicted."""
+        row = cls.packed([(ids[:-1], ids[1:])], seq_len=seq_len, end_of_text=end_of_text)
+        return cls(row.inputs, row.labels, np.cumsum(row.inputs == end_of_text, axis=1))
+
+    def take(self, indices: NDArray[np.integer]) -> Rows:
+        """These of the rows, in this order."""
+        return Rows(self.inputs[indices], self.labels[indices], self.documents[indices])
+
+    @property
+    def padding(self) -> int:
+        """Positions that are padding."""
+        return int((self.labels == NO_LABEL).sum())
 
 
-def row_order(first: int, count: int, *, num_rows: int, seed: int) -> NDArray[np.int64]:
-    """Rows in the file for the global rows first … first + count - 1."""
-    global_rows = np.arange(first, first + count, dtype=np.int64)
+class RowSource(Protocol):
+    """A corpus's rows by number."""
+
+    num_rows: int
+
+    def rows(self, indices: NDArray[np.int64]) -> Rows:
+        """The rows of these numbers, 0 … num_rows - 1."""
+        ...
+
+
+class ConcatRows:
+    """The corpus cut into rows of seq_len + 1 tokens, each row's last token being the next one's first, so that
+    every token is predicted once. The last row may have padding."""
+
+    def __init__(self, tokens: TokenShards, *, seq_len: int, end_of_text: int) -> None:
+        self.tokens, self.seq_len, self.end_of_text = tokens, seq_len, end_of_text
+        self.num_rows = -(-(len(tokens) - 1) // seq_len)
+
+    def rows(self, indices: NDArray[np.int64]) -> Rows:
+        size = self.seq_len
+        parts = [self.tokens.read(int(index) * size, size + 1) for index in indices]
+        return Rows.join([Rows.cut(ids, seq_len=size, end_of_text=self.end_of_text) for ids in parts])
+
+
+class BestFitRows:
+    """Rows of whole documents, as ``packing.best_fit`` has put them together.
+
+    folder: with ``<part>.pieces``, start and count of every piece as two int64, and ``<part>.rows``, the number of
+    pieces up to the end of every row as int64.
+    """
+
+    def __init__(self, tokens: TokenShards, folder: Path, part: str, *, seq_len: int, end_of_text: int) -> None:
+        self.tokens, self.folder, self.part = tokens, folder, part
+        self.seq_len, self.end_of_text = seq_len, end_of_text
+        self._open()
+        self.num_rows = len(self._ends)
+
+    def _open(self) -> None:
+        self._pieces = np.memmap(self.folder / f"{self.part}.pieces", dtype="<i8", mode="r").reshape(-1, 2)
+        self._ends = np.memmap(self.folder / f"{self.part}.rows", dtype="<i8", mode="r")
+
+    def rows(self, indices: NDArray[np.int64]) -> Rows:
+        parts = []
+        for index in indices:
+            first = int(self._ends[index - 1]) if index else 0
+            pairs = []
+            for start, count in self._pieces[first : int(self._ends[index])].tolist():
+                ids = self.tokens.read(start, count + 1)
+                pairs.append((ids[:-1], ids[1:]))
+            parts.append(Rows.packed(pairs, seq_len=self.seq_len, end_of_text=self.end_of_text))
+        return Rows.join(parts)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pieces", "_ends")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def row_order(global_rows: NDArray[np.int64], *, num_rows: int, key: str) -> NDArray[np.int64]:
+    """The corpus's rows for these global rows. ``key``: seed and name of the corpus; another one, another order."""
     epochs, positions = np.divmod(global_rows, num_rows)
     rows = np.empty_like(positions)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        rows[chosen] = _permute(positions[chosen], size=num_rows, key=f"{seed}/{epoch}")
+        rows[chosen] = permute(positions[chosen], size=num_rows, key=f"{key}/{epoch}")
     return rows
 
 
-def _permute(positions: NDArray[np.int64], *, size: int, key: str) -> NDArray[np.int64]:
+def permute(positions: NDArray[np.int64], *, size: int, key: str) -> NDArray[np.int64]:
     """A permutation of 0 … size - 1, picked by ``key``, applied to ``positions``. Needs no table.
 
     A Feistel network permutes the numbers of an even number of bits (Luby & Rackoff 1988); results
@@ -74,14 +170,15 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> _U64(31))
 
 
-def batch_hash(rows: NDArray[np.int64], positions: NDArray[np.int64]) -> int:
+def batch_hash(rows: Rows, positions: NDArray[np.int64]) -> int:
     """Hash of some rows of a global batch; the hash of the whole is the sum of its parts' modulo 2⁶⁴.
 
-    rows: [n, seq_len + 1]; positions: [n], each row's place in the global batch. Each row is hashed
+    positions: [n], each row's place in the global batch. Inputs and labels of each row are hashed
     together with its place, so that the sum depends on the order of rows but not on who has which.
     """
     total = 0
-    for row, position in zip(np.ascontiguousarray(rows, dtype="<i8"), positions, strict=True):
+    pairs = np.ascontiguousarray(np.concatenate((rows.inputs, rows.labels), axis=1), dtype="<i8")
+    for row, position in zip(pairs, positions, strict=True):
         digest = hashlib.blake2b(row.tobytes(), digest_size=8, salt=int(position).to_bytes(8, "little"))
         total += int.from_bytes(digest.digest(), "little")
     return total % 2**64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_style.config.schema import Metrics
+from torchtitan_style.data.problems import Problem
 from torchtitan_style.distributed.world import World
 from torchtitan_style.errors import RunError
 
@@ -34,6 +36,12 @@ class StepResult:
     """"lr", and "lr_muon" where there is one."""
     batch_hash: int
     """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
+    padding: int = 0
+    """Positions of this rank's rows that are padding."""
+    corpus_rows: tuple[int, ...] = ()
+    """This rank's rows from each corpus."""
+    problems: tuple[Problem, ...] = ()
+    """Documents that this rank could not read."""
 
 
 class TrainingLog:
@@ -51,8 +59,14 @@ class TrainingLog:
         tokens_per_step: int,
         meter: Meter,
         settings: dict[str, Any],
+        corpora: Sequence[str],
+        report_padding: bool,
+        on_problems: Callable[[list[Problem]], None],
     ) -> None:
+        """corpora: names of the corpora of a mixture. on_problems: called by all ranks with their own documents
+        that could not be read, if some rank has any."""
         self.config, self.world, self.display, self.meter = config, world, display, meter
+        self.corpora, self.report_padding, self.on_problems = corpora, report_padding, on_problems
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
         self._pending: list[tuple[int, int, StepResult]] = []
         self._is_first = True
@@ -81,19 +95,26 @@ class TrainingLog:
             return
         losses = torch.stack([result.loss for _, _, result in self._pending])
         norms = torch.stack([result.grad_norm for _, _, result in self._pending])
-        hashes = torch.tensor([result.batch_hash for _, _, result in self._pending], device=losses.device)
+        problems = [problem for _, _, result in self._pending for problem in result.problems]
+        counts = torch.tensor(
+            [[r.batch_hash, len(r.problems), r.padding, *r.corpus_rows] for _, _, r in self._pending],
+            device=losses.device,
+        )
         dist.all_reduce(losses, group=self.world.dp_group)
-        dist.all_reduce(hashes, group=self.world.dp_group)
+        dist.all_reduce(counts, group=self.world.dp_group)  # hashes wrap around, as they should
         speed = self.meter.read()
         records = [
             {"step": step, "loss": loss, "grad_norm": norm, **result.learning_rates, "tokens_seen": tokens_seen}
             | speed
             | {"batch_hash": f"{batch_hash % 2**64:016x}"}
-            for (step, tokens_seen, result), loss, norm, batch_hash in zip(
-                self._pending, losses.tolist(), norms.tolist(), hashes.tolist(), strict=True
+            | self._data_figures(padding, corpus_rows)
+            for (step, tokens_seen, result), loss, norm, (batch_hash, _, padding, *corpus_rows) in zip(
+                self._pending, losses.tolist(), norms.tolist(), counts.tolist(), strict=True
             )
         ]
         self._pending.clear()
+        if any(count for _, count, *_ in counts.tolist()):
+            self.on_problems(problems)
         if self._recorder:
             self._recorder.write(records)
         step = records[-1]["step"]
@@ -106,6 +127,15 @@ class TrainingLog:
                     "the weights were not changed by it. A lower optimizer.lr or training.max_norm, or a longer "
                     "lr_scheduler.warmup_steps, may help"
                 )
+
+    def _data_figures(self, padding: int, corpus_rows: list[int]) -> dict[str, float]:
+        """What the rows of a step were made of, where that is not the same at every step."""
+        figures = {}
+        if self.corpora:
+            figures = {f"share_{n}": r / sum(corpus_rows) for n, r in zip(self.corpora, corpus_rows, strict=True)}
+        if self.report_padding:
+            figures["padding_share"] = padding / self.tokens_per_step
+        return figures
 
     def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:
         """Record and print the figures of a validation."""

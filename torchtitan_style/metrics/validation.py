@@ -14,17 +14,17 @@ __all__ = ["validate"]
 
 @torch.no_grad()
 def validate(
-    model: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    model: Callable[..., tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     dp_group: dist.ProcessGroup,
 ) -> dict[str, float]:
-    """Mean over all tokens of all ranks' ``batches`` (inputs and labels [B, T], -100 for none).
+    """Mean over all tokens of all ranks' ``batches`` (inputs, labels, -100 for none, and documents or None; [B, T]).
 
-    model: (inputs, labels) → sum of the token losses, number of right guesses.
+    model: (inputs, labels, documents) → sum of the token losses, number of right guesses.
     """
     sums = None
-    for inputs, labels in batches:
-        loss, right = model(inputs, labels)
+    for inputs, labels, documents in batches:
+        loss, right = model(inputs, labels, documents)
         part = torch.stack((loss.double(), right.double(), (labels != -100).sum().double()))
         sums = part if sums is None else sums + part
     assert sums is not None, "there is at least one row"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
-from torchtitan_style.data.loader import Batch
+from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.registry import MODELS
@@ -48,8 +48,8 @@ TOLERANCES = {
 """Largest relative differences from the plain fp32 model, by the type that the layout computes in."""
 
 
-def global_batch(config: Config, *, rows: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels [rows, T], the same at every step, so that the loss falls fast and shows what the
+def global_batch(config: Config, *, rows: int) -> Microbatch:
+    """Rows [rows, T], the same at every step, so that the loss falls fast and shows what the
     updates have done. More labels are missing in later rows than in earlier ones, so that a mean over the
     wrong tokens is another number."""
     generator = torch.Generator().manual_seed(config.training.seed)
@@ -58,7 +58,19 @@ def global_batch(config: Config, *, rows: int) -> tuple[Tensor, Tensor]:
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     missing = torch.linspace(0.1, 0.6, rows)[:, None]
     labels[torch.rand(labels.shape, generator=generator) < missing] = -100
-    return inputs, labels
+    documents = None
+    if config.data.document_mask:
+        documents = (torch.rand(labels.shape, generator=generator) < 4 / config.training.seq_len).cumsum(dim=1)
+    return Microbatch(inputs, labels, documents)
+
+
+def _documents(batch: Microbatch, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and labels [1, n] of what makes up one row: each document by itself, or the row as a whole."""
+    if batch.documents is None:
+        yield batch.inputs[row : row + 1], batch.labels[row : row + 1]
+        return
+    lengths = batch.documents[row].unique_consecutive(return_counts=True)[1].tolist()
+    yield from zip(batch.inputs[row, None].split(lengths, 1), batch.labels[row, None].split(lengths, 1), strict=True)
 
 
 def reference(config: Config, folder: Path, *, device: torch.device, rows: int) -> None:
@@ -74,16 +86,17 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     hidden = {n: p for n, p in model.named_parameters() if is_hidden_matrix(n, p) and config.optimizer.name == "muon"}
     momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
     optimizer = _adamw({n: p for n, p in model.named_parameters() if n not in hidden}, config)
-    inputs, labels = (t.to(device) for t in global_batch(config, rows=rows))
-    tokens = (labels != -100).sum()
+    batch = global_batch(config, rows=rows)
+    tokens = (batch.labels != -100).sum().to(device)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         model.zero_grad()
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for row in range(rows):  # one by one: full logits of many are more than memory holds
-            share = model(inputs[row : row + 1], labels[row : row + 1])[0] / tokens
-            share.backward()
-            loss += share.detach()
+            for inputs, labels in _documents(batch, row):
+                share = model(inputs.to(device), labels.to(device))[0] / tokens
+                share.backward()
+                loss += share.detach()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         norm = torch.stack([g.double().pow(2).sum() for g in gradients.values()]).sum().sqrt()
         if step == 1:
@@ -163,11 +176,14 @@ def _batch(config: Config, world: World) -> Batch:
     """This rank's share of the batch, as ``Loader`` would deal it out."""
     plan = plan_batch(config.training, world.layout.dp)
     mine = plan.local_batch_size * plan.accumulation_steps
-    parts = []
+    parts: list[Any] = []
     for whole in global_batch(config, rows=plan.global_batch_size):
+        if whole is None:
+            parts.append([None] * plan.accumulation_steps)
+            continue
         rows = whole[world.dp_rank * mine : (world.dp_rank + 1) * mine].to(world.device)
         parts.append(rows.split(plan.local_batch_size))
-    return Batch(list(zip(*parts, strict=True)), 0)
+    return Batch([Microbatch(*part) for part in zip(*parts, strict=True)], 0)
 
 
 def _max_norm(config: Config, step: int) -> float:

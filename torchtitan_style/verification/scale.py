@@ -6,6 +6,7 @@ import dataclasses
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch
+from torchtitan_style.config.schema import Data
 from torchtitan_style.models.qwen3.config import Qwen3Config
 
 from .layout import STEPS
@@ -64,7 +65,11 @@ def for_verification(config: Config, layout: Layout, *, memory: int, flops: floa
             update={"warmup_steps": min(config.lr_scheduler.warmup_steps, STEPS)}
         ),
         # No corpus is read.
-        "data": config.data.model_copy(update={"dataset": "stdlib", "paths": [], "tokenizer": "none"}),
+        "data": Data(
+            tokenizer="none",
+            validation_fraction=config.data.validation_fraction,
+            document_mask=config.data.document_mask,
+        ),
         "checkpoint": config.checkpoint.model_copy(update={"initial_load_path": "", "load_step": -1}),
     }
     return config.model_copy(update=update), notes

@@ -23,7 +23,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from .attention import attend, attention_mask, document_positions
 from .config import Qwen3Config
 
 __all__ = ["Qwen3ForCausalLM", "Qwen3Model"]
@@ -66,12 +68,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK-norm and an optional sliding window."""
+    """Causal grouped-query attention with QK-norm."""
 
-    def __init__(self, config: Qwen3Config, layer: int) -> None:
+    def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.window = config.window(layer)
         self.attention_dropout = config.attention_dropout
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
@@ -83,25 +84,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         b, t, _ = x.shape  # x: [B, T, C]
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))  # [B, T, H, D]
         k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))  # [B, T, K, D]
         v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B, T, K, D]
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
 
-        mask = None
-        if self.window is not None and self.window < t:
-            back = torch.arange(t, device=x.device)[:, None] - torch.arange(t, device=x.device)
-            mask = (back >= 0) & (back < self.window)  # [T, T]
-        y = F.scaled_dot_product_attention(
+        y = attend(
             q.transpose(1, 2),  # [B, H, T, D]
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            enable_gqa=True,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B, T, C]
 
@@ -122,16 +117,16 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer block: attention and MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: Qwen3Config, layer: int) -> None:
+    def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -142,19 +137,27 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """input_ids, positions: [B, T] integers; positions default to 0 … T-1."""
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """input_ids: [B, T]. documents: [B, T] integers, or None; tokens attend to those of the same number only,
+        and their positions count from where it begins."""
+        t = input_ids.shape[1]
         x = self.dropout(self.embed_tokens(input_ids))
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if documents is None:
+            positions = torch.arange(t, device=input_ids.device)[None]
+        else:
+            positions = document_positions(documents)
         cos, sin = rotary_cos_sin(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        # FlexAttention has no backward pass on CPU, and no dropout.
+        flex = input_ids.is_cuda and not (self.training and self.config.attention_dropout)
+        windows = [self.config.window(i) for i in range(len(self.layers))]
+        masks = {window: attention_mask(documents, t, window, flex=flex, device=x.device) for window in set(windows)}
+        for layer, window in zip(self.layers, windows, strict=True):
+            x = layer(x, cos, sin, masks[window])
         return self.norm(x)
 
 
@@ -238,10 +241,13 @@ class Qwen3ForCausalLM(nn.Module):
             return self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
         return self.config.initializer_range
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V] or, given labels, the sum of the token losses and the number of right guesses.
 
         input_ids: [B, T]. labels: [B, T], the token that follows each input (already shifted),
-        -100 where there is none to predict.
+        -100 where there is none to predict. documents: [B, T], which document of its row each token belongs to,
+        if each is to be by itself.
         """
-        return self.lm_head(self.model(input_ids), labels)
+        return self.lm_head(self.model(input_ids, documents), labels)

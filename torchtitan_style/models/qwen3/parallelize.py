@@ -92,7 +92,7 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
     block_plan: dict[str, ParallelStyle] = {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
         "self_attn.q_proj": ColwiseParallel(use_local_output=False),
         "self_attn.k_proj": ColwiseParallel(use_local_output=False),

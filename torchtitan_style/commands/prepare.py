@@ -1,0 +1,54 @@
+"""The ``prepare`` command: tokenize the corpus of a configuration, once, for all runs that use it.
+
+python -m torchtitan_style prepare --config train_configs/qwen3.toml
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from torchtitan_style.config import load_config
+from torchtitan_style.config.load import DEFAULT_CONFIG
+from torchtitan_style.ending import interruptible
+from torchtitan_style.errors import UserError
+
+from .cli import Arguments, reported_errors
+from .progress import tokenizing_bar
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--section.key VALUE ...]
+
+Tokenizes the corpus into memory-mapped shards, in the dump folder or in data.prepared_folder, where runs of
+the same configuration find them. Killed half-way, it goes on where it was.
+
+  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --processes N         processes that tokenize; one per CPU if left out
+  --section.key VALUE   override a key of it, as in --data.prepared_folder corpora/fineweb
+  --help data           what a corpus can be
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    with reported_errors(), interruptible():
+        parser = Arguments(USAGE)
+        parser.add_argument("--config", default=os.path.relpath(DEFAULT_CONFIG))
+        parser.add_argument("--processes", type=int)
+        options, overrides = parser.parse_known(arguments)
+        if options.processes is not None and options.processes < 1:
+            raise UserError(f"--processes: must be at least 1, not {options.processes}")
+        # Whatever the number of ranks: the corpus is the same.
+        config = load_config(options.config, overrides, world_size=None)
+        if config.data.streaming:
+            raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
+
+        from torchtitan_style.preparation import prepare_data
+
+        begin = time.monotonic()
+        with tokenizing_bar() as (progress, say):
+            prepared = prepare_data(config, say=say, progress=progress, processes=options.processes)
+        tokens = prepared.tokens("train") + prepared.tokens("validation")
+        print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")

@@ -1,0 +1,301 @@
+"""The documents of one file, in its order: JSON lines, parquet rows, or pieces of text.
+
+What cannot be read becomes a record with a problem instead of a text, and reading goes on behind it, so
+that the same file always gives the same records.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from torchtitan_style.errors import UserError
+
+from .corpus import SourceFile
+from .network import is_permanent, wait_before
+
+__all__ = ["EMPTY", "PLACE_NAMES", "Record", "parquet_groups", "read_records"]
+
+EMPTY = "empty"
+"""The problem of a document that is well but holds no text."""
+PLACE_NAMES = {"jsonl": "line", "parquet": "row", "text": "byte", "source": "byte"}
+"""What ``Record.place`` counts in each format."""
+PIECE = 2**20
+"""Bytes of text in a document at most, about: a longer file is cut at line ends."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document, or the place of one that cannot be read."""
+
+    index: int
+    """Its number in the file, from 0."""
+    place: int
+    """Where it is, for a person: line (from 1), row (from 0) or byte."""
+    consumed: int
+    """Bytes of the file read up to its end, about."""
+    text: str = ""
+    problem: str = ""
+
+
+def read_records(
+    file: SourceFile,
+    *,
+    text_key: str,
+    max_bytes: int,
+    start: int = 0,
+    span: tuple[int, int] | None = None,
+) -> Iterator[Record]:
+    """Records of ``file`` from number ``start`` on.
+
+    text_key: field or column with the text. max_bytes: a longer JSON line's or parquet row's text is a problem.
+    span: only the lines that begin at these bytes (numbered from the first of them), or these row groups.
+
+    A network that fails is tried again where it failed. Raises UserError for a local file that cannot be
+    opened, RunError for a remote one that cannot be reached for long.
+    """
+    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet}.get(file.format, _read_text)
+    failures = 0
+    while True:
+        try:
+            for record in reader(file, text_key, max_bytes, start, span):
+                yield record
+                start, failures = record.index + 1, 0
+            return
+        except (UserError, ImportError):
+            raise
+        except Exception as error:
+            if file.is_remote and not is_permanent(error):
+                failures += 1
+                wait_before(failures + 1, file.url, error)
+            elif isinstance(error, OSError) or file.is_remote:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"data.paths: {file.url}: cannot be read: {reason}") from None
+            else:
+                raise
+
+
+@contextlib.contextmanager
+def _open(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file as it is, to see how far reading has come, and its content."""
+    with contextlib.ExitStack() as stack:
+        if file.is_remote:
+            import fsspec
+
+            raw: Any = stack.enter_context(fsspec.open(file.url, "rb").open())
+            stored: Any = io.BufferedReader(raw, PIECE)  # some servers' files give less than was asked for
+        else:
+            raw = stored = stack.enter_context(Path(file.url).open("rb"))
+        if file.compression == ".zst":
+            import pyarrow as pa
+
+            yield raw, io.BufferedReader(pa.CompressedInputStream(stored, "zstd"))
+        else:
+            openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+            yield raw, openers[file.compression](stored) if file.compression else stored
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether ``error`` is about a file's content, not about reading it: cut short, or changed."""
+    if isinstance(error, EOFError | zlib.error | lzma.LZMAError | gzip.BadGzipFile):
+        return True
+    return type(error) is OSError and error.errno is None  # what bz2 and pyarrow say
+
+
+def _damaged(index: int, place: int, consumed: int, error: Exception) -> Record:
+    return Record(index, place, consumed, problem=f"the file is damaged or cut short from here on: {error}")
+
+
+def _read_jsonl(
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None
+) -> Iterator[Record]:
+    longest = 6 * max_bytes + 2**16  # a byte of text takes six as \uXXXX
+    begin, end = span or (0, None)
+    with _open(file) as (raw, content):
+        offset = begin
+        if begin:  # the line that the span begins in belongs to the one before
+            content.seek(begin - 1)
+            offset += len(content.readline()) - 1
+        index = 0
+        while end is None or offset < end:
+            try:
+                line = content.readline(longest)
+                skipped = len(line)
+                while len(line) == longest and not line.endswith(b"\n") and (more := content.readline(longest)):
+                    skipped += len(more)
+                    if more.endswith(b"\n"):
+                        break
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                yield _damaged(index, index + 1, raw.tell(), error)
+                return
+            if not line:
+                return
+            offset += skipped
+            if index >= start:
+                consumed = raw.tell() if file.compression else offset
+                text, problem = _parse_line(
+                    line if skipped == len(line) else None, text_key, max_bytes, first=not index
+                )
+                if text or problem:
+                    yield Record(index, index + 1, consumed, text, problem)
+            index += 1
+
+
+def _parse_line(line: bytes | None, text_key: str, max_bytes: int, *, first: bool) -> tuple[str, str]:
+    """Text and problem of one line (None: too long to be read); neither if it is blank."""
+    if line is None:
+        return "", f"longer than data.max_document_bytes = {max_bytes:,}"
+    try:
+        decoded = line.decode("utf-8-sig" if first else "utf-8").strip()  # a byte order mark is no text
+        if not decoded:
+            return "", ""
+        record = json.loads(decoded)
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 text: {error}"
+    except (json.JSONDecodeError, RecursionError) as error:
+        return "", f"not JSON: {error}"
+    if isinstance(record, dict) and text_key in record and record[text_key] is None:
+        return "", EMPTY
+    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+        keys = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
+        return "", f'no text under "{text_key}"{keys}; data.text_key names the right field'
+    return _checked(record[text_key], max_bytes)
+
+
+def _checked(text: str, max_bytes: int) -> tuple[str, str]:
+    """A text and what is wrong with it."""
+    if not text:
+        return "", EMPTY
+    try:
+        size = len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError as error:
+        return "", f"not Unicode text: {error}"
+    if size > max_bytes:
+        return "", f"{size:,} bytes of text, more than data.max_document_bytes = {max_bytes:,}"
+    return text, ""
+
+
+def _read_parquet(
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None
+) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _open(file) as (raw, _):
+        try:
+            parquet = pq.ParquetFile(raw)
+            schema = parquet.schema_arrow
+        except (pa.ArrowInvalid, OSError) as error:
+            if not isinstance(error, pa.ArrowInvalid) and not _is_damage(error):
+                raise
+            yield Record(0, 0, file.size, problem=f"not a readable parquet file: {_one_line(error)}")
+            return
+        if text_key not in schema.names:
+            problem = f'no column "{text_key}"; it has {", ".join(schema.names)}; data.text_key names the right one'
+            yield Record(0, 0, file.size, problem=problem)
+            return
+        kind = schema.types[schema.names.index(text_key)]
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            yield Record(0, 0, file.size, problem=f'column "{text_key}" does not hold text but {kind}')
+            return
+        first_row = consumed = 0
+        for group in range(parquet.num_row_groups):
+            metadata = parquet.metadata.row_group(group)
+            count, first_row = metadata.num_rows, first_row + metadata.num_rows
+            if (span and not span[0] <= group < span[1]) or first_row <= start:
+                continue
+            index = first_row - count
+            try:
+                for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=[text_key]):
+                    # As bytes: one value that is no UTF-8 must not take the others with it.
+                    values = batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist()
+                    for value in values:
+                        if index >= start:
+                            text, problem = _decode(value, max_bytes)
+                            done = consumed + metadata.total_byte_size * (index + 1 - first_row + count) // count
+                            yield Record(index, index, done, text, problem)
+                        index += 1
+            except (pa.ArrowException, OSError) as error:
+                if not isinstance(error, pa.ArrowException) and not _is_damage(error):
+                    raise
+                problem = f"rows up to {first_row - 1} are damaged: {_one_line(error)}"
+                yield Record(index, index, consumed, problem=problem)
+            consumed += metadata.total_byte_size
+
+
+def _decode(value: bytes | None, max_bytes: int) -> tuple[str, str]:
+    try:
+        return _checked((value or b"").decode(), max_bytes)
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 text: {error}"
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def parquet_groups(file: SourceFile) -> list[int]:
+    """Bytes of each row group of a local file; none if it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(file.url)
+    except (pa.ArrowException, OSError):
+        return []
+    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+
+
+def _read_text(
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None
+) -> Iterator[Record]:
+    errors = "replace" if file.format == "source" else "strict"
+    with _open(file) as (raw, content):
+        index = offset = 0
+        rest = b""
+        while True:
+            try:
+                block = rest + content.read(PIECE - len(rest))
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                yield _damaged(index, offset, raw.tell(), error)
+                return
+            if not block:
+                if not index and file.format == "text":  # an empty source file only marks a package
+                    yield Record(0, 0, raw.tell(), problem=EMPTY)
+                return
+            cut = _cut(block)
+            piece, rest = block[:cut], block[cut:]
+            if index >= start:
+                try:
+                    text, problem = piece.decode("utf-8" if index else "utf-8-sig", errors), ""
+                except UnicodeDecodeError as error:
+                    text, problem = "", f"not UTF-8 text: {error}"
+                yield Record(index, offset, raw.tell(), text, problem or ("" if text else EMPTY))
+            offset += cut
+            index += 1
+
+
+def _cut(block: bytes) -> int:
+    """Where to cut a block of text: after its last line, or else between two characters. A short one stays whole."""
+    if len(block) < PIECE:
+        return len(block)
+    if line_end := block.rfind(b"\n") + 1:
+        return line_end
+    cut = len(block)
+    while cut > len(block) - 4 and block[cut - 1] & 0xC0 == 0x80:
+        cut -= 1
+    return cut - 1 if block[cut - 1] >= 0xC0 else len(block)

@@ -1,0 +1,372 @@
+"""A corpus to shards of token ids, in parallel processes, and restartable.
+
+The files are cut into units of about equal size, always in the same way; each unit becomes one shard, by
+itself, so that neither the number of processes nor a restart changes what comes out.
+
+    train-00007.bin, validation-00007.bin     token ids of unit 7, each document followed by end-of-text
+    train-00007.index, validation-00007.index tokens of each document, as uint32
+    unit-00007.json                           what is in them; written last: the unit is done
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from torchtitan_style.errors import RunError, UserError
+
+from .corpus import SourceFile
+from .documents import EMPTY, Record, parquet_groups, read_records
+from .problems import Problem, problem_of
+from .tokenizer import Tokenizer
+
+__all__ = ["PARTS", "Progress", "Recipe", "Unit", "is_held_out", "plan_units", "sha256", "tokenize"]
+
+PARTS = ("train", "validation")
+_BATCH_BYTES = 2**19
+"""Text that is tokenized at once, about."""
+_ALONE = 2**24
+"""Bytes of a corpus that is tokenized without starting processes for it."""
+_REPORT_SECONDS = 0.5
+
+Unit = list[tuple[int, tuple[int, int] | None]]
+"""Files by their number, each whole or a span of it."""
+Progress = Callable[[int, int, int], None]
+"""Called now and then with bytes read, bytes in all, and tokens made."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How documents become tokens: all that a process needs to know."""
+
+    tokenizer: str
+    """Its folder."""
+    text_key: str
+    max_document_bytes: int
+    validation_fraction: float
+    vocab_size: int
+    dtype: str
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """By the text itself: the same document is always on the same side, and so are its copies."""
+    raw = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(raw, "little") < fraction * 2**64
+
+
+def plan_units(files: Sequence[SourceFile]) -> list[Unit]:
+    """Cut a corpus into units: small files together, large ones in spans where their format can be cut."""
+    size = min(max(sum(file.size for file in files) // 64, 2**20), 2**26)
+    units: list[Unit] = []
+    room = 0
+    for number, file in enumerate(files):
+        for span, length in _spans(file, size):
+            if room <= 0:
+                units.append([])
+                room = size
+            units[-1].append((number, span))
+            room -= max(length, 1)
+    return units
+
+
+def _spans(file: SourceFile, size: int) -> Iterator[tuple[tuple[int, int] | None, int]]:
+    """Parts of ``file`` of about ``size`` bytes: byte ranges or row groups, and their lengths."""
+    if file.size < 2 * size or file.is_remote or file.compression or file.format in ("text", "source"):
+        yield None, file.size
+    elif file.format == "jsonl":
+        cuts = range(0, file.size, size)
+        yield from (((start, min(start + size, file.size)), min(size, file.size - start)) for start in cuts)
+    else:
+        groups = parquet_groups(file)
+        start = length = 0
+        for number, group in enumerate(groups):
+            length += group
+            if length >= size or number == len(groups) - 1:
+                yield (start, number + 1), length
+                start, length = number + 1, 0
+        if not groups:
+            yield None, file.size
+
+
+def tokenize(
+    files: Sequence[SourceFile], folder: Path, recipe: Recipe, *, processes: int, progress: Progress, max_bad: int
+) -> tuple[list[dict[str, Any]], list[Problem], list[str]]:
+    """Write the shards of ``files`` into ``folder``, but for units that are there already.
+
+    Returns what is in each unit, the documents that cannot be read, and the SHA-256 of each local file. Stops early,
+    with the units done so far, when more than ``max_bad`` documents cannot be read.
+    """
+    units = plan_units(files)
+    total = sum(file.size for file in files)
+    todo = [number for number in range(len(units)) if _done(folder, number) is None]
+    hashes: list[str] = [""] * len(files)
+    local = [number for number, file in enumerate(files) if not file.is_remote]
+    if processes == 1 or total < _ALONE or len(units) == 1:
+        counter = _Counter()
+        tokenizer = Tokenizer(Path(recipe.tokenizer))
+        for number in todo:
+            _tokenize_unit(number, units[number], files, folder, recipe, tokenizer, counter)
+            progress(counter.read, total, counter.made)
+            if counter.bad > max_bad:
+                break
+        for number in local:
+            hashes[number] = sha256(Path(files[number].url))
+    else:
+        skipped = total * (len(units) - len(todo)) // len(units)
+        _in_processes(
+            units,
+            todo,
+            files,
+            folder,
+            recipe,
+            hashes,
+            local,
+            processes,
+            lambda read, made: progress(read + skipped, total, made),
+            max_bad,
+        )
+    found = [(unit, content) for number, unit in enumerate(units) if (content := _done(folder, number))]
+    problems = _problems(files, found)
+    assert len(found) == len(units) or len(problems) > max_bad, "every unit is done"
+    return [content for _, content in found], problems, hashes
+
+
+def _in_processes(
+    units: list[Unit],
+    todo: list[int],
+    files: Sequence[SourceFile],
+    folder: Path,
+    recipe: Recipe,
+    hashes: list[str],
+    local: list[int],
+    processes: int,
+    progress: Callable[[int, int], None],
+    max_bad: int,
+) -> None:
+    """Tokenize the units ``todo`` and fill in ``hashes`` of the ``local`` files, by several processes."""
+    # Not forked: threads of this process, torch's or the tokenizer's, may hold locks at that moment.
+    context = multiprocessing.get_context("spawn")
+    counter = _Counter(context)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(todo) + len(local)) or 1,
+        mp_context=context,
+        initializer=_start_process,
+        initargs=(os.getpid(), list(files), folder, recipe, counter),
+    )
+    try:
+        tokenized = [pool.submit(_unit_of_process, number, units[number]) for number in todo]
+        hashed = {number: pool.submit(sha256, Path(files[number].url)) for number in local}
+        waiting: set[concurrent.futures.Future[Any]] = {*tokenized, *hashed.values()}
+        while waiting and counter.bad <= max_bad:
+            finished, waiting = concurrent.futures.wait(
+                waiting, timeout=_REPORT_SECONDS, return_when=concurrent.futures.FIRST_EXCEPTION
+            )
+            for future in finished:
+                future.result()
+            progress(counter.read, counter.made)
+        for number, digest in hashed.items():
+            hashes[number] = digest.result() if digest.done() else ""
+    except concurrent.futures.process.BrokenProcessPool:
+        raise RunError(
+            "a process that tokenizes was killed, perhaps for want of memory; the same command goes on where it was"
+        ) from None
+    finally:
+        counter.stop.value = 1
+        pool.shutdown(cancel_futures=True)
+
+
+class _Counter:
+    """How far all processes have come together. To look takes no lock: one that was killed may have had it."""
+
+    def __init__(self, context: Any = None) -> None:
+        context = context or multiprocessing
+        self._bytes, self._tokens, self._bad = (context.Value("q", 0) for _ in range(3))
+        self.stop = context.RawValue("b", 0)
+
+    def add(self, read: int, tokens: int, bad: int) -> None:
+        with self._bytes.get_lock():
+            self._bytes.get_obj().value += read
+            self._tokens.get_obj().value += tokens
+            self._bad.get_obj().value += bad
+
+    @property
+    def read(self) -> int:
+        return self._bytes.get_obj().value
+
+    @property
+    def made(self) -> int:
+        return self._tokens.get_obj().value
+
+    @property
+    def bad(self) -> int:
+        return self._bad.get_obj().value
+
+
+_process: dict[str, Any] = {}
+"""In a process of the pool: what its jobs have in common."""
+
+
+def _start_process(parent: int, files: list[SourceFile], folder: Path, recipe: Recipe, counter: _Counter) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread each
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    tokenizer = Tokenizer(Path(recipe.tokenizer))
+    _process.update(files=files, folder=folder, recipe=recipe, tokenizer=tokenizer, counter=counter)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: a pool's processes wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _unit_of_process(number: int, unit: Unit) -> None:
+    _tokenize_unit(number, unit, **_process)
+
+
+def _tokenize_unit(
+    number: int,
+    unit: Unit,
+    files: Sequence[SourceFile],
+    folder: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    counter: _Counter,
+) -> None:
+    """Write one unit's shard."""
+    documents = {"train": 0, "validation": 0}
+    tokens = {"train": 0, "validation": 0}
+    bad: list[tuple[int, int, str]] = []  # part of the unit, place, problem
+    paths = {part: folder / f"{part}-{number:05d}.bin" for part in PARTS}
+    end_of_text = np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes()
+    with paths["train"].open("wb") as train, paths["validation"].open("wb") as validation:
+        shards: dict[str, BinaryIO] = {"train": train, "validation": validation}
+        lengths: dict[str, list[int]] = {part: [] for part in PARTS}
+        if number == 0:  # so that each document, the first too, has an end-of-text in front of it
+            for part, shard in shards.items():
+                shard.write(end_of_text)
+                tokens[part] = 1
+        for place, (file_number, span) in enumerate(unit):
+            file = files[file_number]
+            read = read_records(file, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes, span=span)
+            before = span[0] if span and file.format == "jsonl" else 0
+            for batch in _batches(read):
+                unread = len(bad)
+                good = []
+                for record in batch:
+                    if record.problem:
+                        bad.append((place, record.place, record.problem))
+                    else:
+                        good.append(record)
+                encoded = tokenizer.encode_batch([record.text for record in good])
+                made = 0
+                for record, ids in zip(good, encoded, strict=True):
+                    if len(ids) and ids.max() >= recipe.vocab_size:
+                        bad.append((place, record.place, f"token {ids.max()} is past model.vocab_size"))
+                        continue
+                    part = PARTS[is_held_out(record.text, recipe.validation_fraction)]
+                    shards[part].write(ids.astype(recipe.dtype).tobytes() + end_of_text)
+                    lengths[part].append(len(ids) + 1)
+                    documents[part] += 1
+                    tokens[part] += len(ids) + 1
+                    made += len(ids) + 1
+                harmful = sum(problem != EMPTY for _, _, problem in bad[unread:])
+                counter.add(max(batch[-1].consumed - before, 0), made, harmful)
+                before = batch[-1].consumed
+                if counter.stop.value:
+                    raise KeyboardInterrupt
+        for part in PARTS:
+            (folder / f"{part}-{number:05d}.index").write_bytes(np.array(lengths[part], dtype="<u4").tobytes())
+    made_files = sorted(path for part in PARTS for path in folder.glob(f"{part}-{number:05d}.*"))
+    content = {
+        "documents": documents,
+        "tokens": tokens,
+        "bad": sorted(bad),
+        "files": {path.name: file_entry(path) for path in made_files},
+    }
+    temporary = folder / f"unit-{number:05d}.tmp"
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.rename(folder / f"unit-{number:05d}.json")
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """``records`` in lists of about ``_BATCH_BYTES`` of text."""
+    batch: list[Record] = []
+    room = _BATCH_BYTES
+    for record in records:
+        batch.append(record)
+        room -= len(record.text) + 64
+        if room <= 0:
+            yield batch
+            batch, room = [], _BATCH_BYTES
+    if batch:
+        yield batch
+
+
+def _done(folder: Path, number: int) -> dict[str, Any] | None:
+    """What a finished unit has, or None if it is not finished."""
+    try:
+        return json.loads((folder / f"unit-{number:05d}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _problems(files: Sequence[SourceFile], done: list[tuple[Unit, dict[str, Any]]]) -> list[Problem]:
+    """The bad documents of units in the corpus's order, lines counted from the beginning of their file."""
+    problems = []
+    counted: dict[int, tuple[int, int]] = {}  # of each file: up to where, and the lines there
+    for unit, content in done:
+        for place, (number, span) in enumerate(unit):
+            bad = [(where, problem) for at, where, problem in content["bad"] if at == place]
+            base = 0
+            if bad and span and files[number].format == "jsonl":
+                start, lines = counted.get(number, (0, 0))
+                base = lines + _lines_that_begin(Path(files[number].url), start, span[0])
+                counted[number] = span[0], base
+            problems += [
+                problem_of(files[number], Record(0, where + base, 0, problem=problem)) for where, problem in bad
+            ]
+    return problems
+
+
+def _lines_that_begin(path: Path, start: int, stop: int) -> int:
+    """How many lines of a file begin at its bytes start … stop - 1."""
+    count = int(start == 0 < stop)
+    with path.open("rb") as file:
+        at = max(start - 1, 0)
+        file.seek(at)
+        while at < stop - 1 and (block := file.read(min(2**20, stop - 1 - at))):
+            count += block.count(b"\n")
+            at += len(block)
+    return count
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file. Raises UserError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()

@@ -1,0 +1,50 @@
+"""The data of a run, as its configuration asks for it. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import Config
+from .config.layout import plan_batch
+from .data.prepare import prepare
+from .data.prepared import Prepared
+from .data.tokenize import Progress
+
+__all__ = ["prepare_data"]
+
+
+def prepare_data(
+    config: Config,
+    *,
+    dp: int = 1,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+    processes: int | None = None,
+) -> Prepared:
+    """Tokenizer, prepared corpora and tables of rows of ``config``; what is there already is only checked.
+
+    dp: data-parallel ranks; only matters to what is streamed. The others as in ``data.prepare.prepare``.
+    Raises UserError if the corpus cannot be used.
+    """
+    training, validation = config.training, config.validation
+    needs_held_out = config.data.streaming and validation.enable
+    rows = validation.steps * plan_batch(training, dp).global_batch_size if needs_held_out else 0
+
+    def lay_out_rows(prepared: Prepared, say: Callable[[str], None]) -> None:
+        """See that there are rows, and have them packed."""
+        for part in (*(() if config.data.streaming else ("train",)), *(("validation",) if validation.enable else ())):
+            for name in prepared.names:
+                prepared.rows(name, part, seq_len=training.seq_len, packing=config.data.packing, say=say)
+
+    return prepare(
+        config.data,
+        Path(config.job.dump_folder),
+        vocab_size=config.model.qwen3().vocab_size,
+        validation_tokens=rows * training.seq_len + 1 if rows else 0,
+        say=say,
+        complete=lay_out_rows,
+        progress=progress,
+        processes=processes,
+        allow_changed_data=config.checkpoint.allow_changed_data,
+    )

@@ -1,0 +1,135 @@
+"""The data of one run: what is prepared, its loader, its validation batches, and what a resume must find unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from .config import Config
+from .config.layout import plan_batch, plan_streams
+from .data.loader import Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
+from .data.mixture import choose
+from .data.prepare import streamed_corpora
+from .data.problems import FILE_NAME, BadDocuments, Problem
+from .data.rows import Rows, RowSource
+from .distributed.world import World, on_main
+from .metrics.display import Display
+from .preparation import prepare_data
+
+__all__ = ["REPLACEABLE", "RunData"]
+
+REPLACEABLE = ("weights", "tokenizer", "content")
+"""What of ``RunData.identity`` checkpoint.allow_changed_data lets change."""
+
+
+class RunData:
+    """Every rank has one. Methods are called by all ranks."""
+
+    def __init__(self, config: Config, world: World, display: Display) -> None:
+        self.config, self.world, self.display = config, world, display
+        self.batch_plan = plan_batch(config.training, world.layout.dp)
+        self.prepared = on_main(lambda: prepare_data(config, dp=world.layout.dp, say=display.say))
+        self.mixture = self.prepared.names if config.data.dataset == "mixture" else []
+        """Names of the corpora of a mixture."""
+        self.bad_documents = BadDocuments(Path(config.job.dump_folder) / FILE_NAME, limit=config.data.max_bad_documents)
+        self.source = self._streams() if config.data.streaming else self._prepared_rows()
+        self.loader = Loader(
+            self.source,
+            self.batch_plan,
+            dp_rank=world.dp_rank,
+            dp=world.layout.dp,
+            num_corpora=len(self.prepared.names),
+            workers=config.data.num_workers,
+            document_mask=config.data.document_mask,
+            device=world.device,
+        )
+        if (busy := len(self.loader.shares)) < config.data.num_workers:
+            what = "streams" if config.data.streaming else "rows"
+            display.warn(f"data.num_workers: a rank has {what} for {busy} workers only, not {config.data.num_workers}")
+        self.validation_batches = self._held_out() if config.validation.enable else []
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for the data to go on with the very next row."""
+        data = self.config.data
+        return {
+            "streaming": data.streaming,
+            "packing": data.packing,
+            "num_streams": self.source.num_streams if isinstance(self.source, StreamedSteps) else None,
+            "corpora": self.prepared.names,
+            "weights": data.weights(),
+            "tokenizer": self.prepared.manifest["tokenizer_sha256"][:16],
+            "content": [self.prepared.fingerprint(name) for name in self.prepared.names],
+        }
+
+    def describe(self) -> str:
+        """How much data there is, in words."""
+        if isinstance(self.source, StreamedSteps):
+            return f"from {self.source.num_streams} streams"
+        rows = self.config.training.steps * self.batch_plan.global_batch_size
+        epochs = [
+            f"{rows * weight / source.num_rows:.2f} epochs{f' of {name}' if name else ''}"
+            for name, weight, source in zip(
+                self.prepared.names, self.config.data.weights(), self.source.sources, strict=True
+            )
+        ]
+        return f"{', '.join(epochs)} of {self.prepared.tokens('train'):,} tokens"
+
+    def report_problems(self, mine: list[Problem]) -> None:
+        """List documents that this and other ranks could not read. Raises UserError if there are too many."""
+        of_ranks: list[list[Problem]] = [[]] * self.world.layout.world_size
+        dist.all_gather_object(of_ranks, mine)
+        before = self.bad_documents.count
+        on_main(lambda: self.bad_documents.add(problem for problems in of_ranks for problem in problems))
+        if self.bad_documents.count > before:
+            self.display.warn(
+                f"{self.bad_documents.count} documents so far cannot be read and are left out; "
+                f"{self.bad_documents.path} lists them"
+            )
+
+    def _rows(self, part: str) -> list[RowSource]:
+        """Rows of each corpus, "train" or "validation"."""
+        seq_len, packing = self.config.training.seq_len, self.config.data.packing
+        return [self.prepared.rows(name, part, seq_len=seq_len, packing=packing) for name in self.prepared.names]
+
+    def _prepared_rows(self) -> PreparedSteps:
+        return PreparedSteps(
+            self._rows("train"),
+            self.prepared.names,
+            self.config.data.weights(),
+            global_batch=self.batch_plan.global_batch_size,
+            seed=self.config.training.seed,
+        )
+
+    def _streams(self) -> StreamedSteps:
+        config, global_batch = self.config, self.batch_plan.global_batch_size
+        vocab_size = config.model.qwen3().vocab_size
+        return StreamedSteps(
+            on_main(lambda: streamed_corpora(config.data, self.prepared, vocab_size=vocab_size)),
+            config.data.weights(),
+            global_batch=global_batch,
+            num_streams=plan_streams(config.data, global_batch, self.world.layout.dp),
+            packing=config.data.packing,
+            seq_len=config.training.seq_len,
+            seed=config.training.seed,
+        )
+
+    def _held_out(self) -> list[Microbatch]:
+        """This rank's validation batches: all held-out rows, or as many as asked for, from each corpus its share."""
+        config, sources = self.config, self._rows("validation")
+        counts = [source.num_rows for source in sources]
+        if config.validation.steps != -1:
+            wanted = np.arange(config.validation.steps * self.batch_plan.global_batch_size)
+            shares = np.bincount(choose(wanted, config.data.weights(), ""), minlength=len(sources))
+            counts = np.minimum(counts, shares).tolist()
+        parts = [source.rows(np.arange(count)) for source, count in zip(sources, counts, strict=True) if count]
+        return validation_batches(
+            Rows.join(parts),
+            self.batch_plan,
+            dp=self.world.layout.dp,
+            dp_rank=self.world.dp_rank,
+            document_mask=config.data.document_mask,
+            device=self.world.device,
+        )
