@@ -12,13 +12,14 @@ Module names are those of Transformers' Qwen3, so state dicts can be exchanged b
 Nothing here knows of ranks: under tensor parallelism each rank holds some of the heads, and
 ``view(b, t, -1, head_dim)`` finds out how many.
 
-Shapes: B batch, T positions, H query heads, K key/value heads, D head size, C hidden size,
-V vocabulary.
+Shapes: B batch, T positions, S positions in the cache and these, H query heads, K key/value heads,
+D head size, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from .config import Qwen3Config
 
-__all__ = ["Qwen3ForCausalLM", "Qwen3Model"]
+__all__ = ["Cache", "Qwen3ForCausalLM", "Qwen3Model"]
 
 
 class RMSNorm(nn.Module):
@@ -65,11 +66,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class Cache(Protocol):
+    """Keys and values of earlier positions, kept by who generates text (``inference/cache.py``)."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add k, v [B, K, T, D] of ``layer``; return all that its queries may see, [B, K, S, D], and a mask [B or 1,
+        1, T, S], True where they see it; None: everything before (T = 1) or the causal mask of nothing before."""
+        ...
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with QK-norm and an optional sliding window."""
 
     def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim = config.head_dim
         self.window = config.window(layer)
         self.attention_dropout = config.attention_dropout
@@ -83,23 +94,30 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, K, D], the first two normalised and rotated."""
         b, t, _ = x.shape  # x: [B, T, C]
-        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))  # [B, T, H, D]
-        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))  # [B, T, K, D]
-        v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B, T, K, D]
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))
+        v = self.v_proj(x).view(b, t, -1, self.head_dim)
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, cache: Cache | None = None) -> Tensor:
+        b, t, _ = x.shape  # x: [B, T, C]
+        q, k, v = (z.transpose(1, 2) for z in self.project(x, cos, sin))  # [B, H, T, D], 2 × [B, K, T, D]
 
         mask = None
-        if self.window is not None and self.window < t:
+        if cache is not None:
+            k, v, mask = cache.update(self.layer, k, v)  # [B, K, S, D]
+        elif self.window is not None and self.window < t:
             back = torch.arange(t, device=x.device)[:, None] - torch.arange(t, device=x.device)
             mask = (back >= 0) & (back < self.window)  # [T, T]
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # [B, H, T, D]
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            q,
+            k,
+            v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and t > 1,
             dropout_p=self.attention_dropout if self.training else 0.0,
             enable_gqa=True,
         )
@@ -130,8 +148,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, cache: Cache | None = None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache=cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -146,15 +164,15 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """input_ids, positions: [B, T] integers; positions default to 0 … T-1."""
+    def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """input_ids, positions: [B, T] integers; positions default to 0 … T-1. cache: of the positions before."""
         x = self.dropout(self.embed_tokens(input_ids))
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = rotary_cos_sin(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, cache=cache)
         return self.norm(x)
 
 
@@ -238,10 +256,19 @@ class Qwen3ForCausalLM(nn.Module):
             return self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
         return self.config.initializer_range
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V] or, given labels, the sum of the token losses and the number of right guesses.
 
         input_ids: [B, T]. labels: [B, T], the token that follows each input (already shifted),
-        -100 where there is none to predict.
+        -100 where there is none to predict. positions: [B, T], 0 … T-1 if left out. cache: keys and values
+        of the positions before these, which are added to it; then only the last one's logits, [B, 1, V].
         """
-        return self.lm_head(self.model(input_ids), labels)
+        hidden = self.model(input_ids, positions=positions, cache=cache)
+        return self.lm_head(hidden if cache is None else hidden[:, -1:], labels)
