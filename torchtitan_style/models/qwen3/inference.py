@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .config import Qwen3Config
-from .model import MLP, Attention, LMHead, Qwen3ForCausalLM, RMSNorm, apply_rotary
+from .model import Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary
 
 __all__ = ["fuse", "split", "split_problem"]
 
@@ -54,40 +54,35 @@ def fuse(model: Qwen3ForCausalLM, *, group: dist.ProcessGroup | None = None) -> 
     group: the ranks that ``split`` has split the model over. The parameters' names are gone afterwards.
     """
     model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, Attention):
-                setattr(parent, name, _Attention(module, group))
-            elif isinstance(module, MLP):
-                setattr(parent, name, _MLP(module, group))
-            elif isinstance(module, RMSNorm):
-                setattr(parent, name, _Norm(module))
-            elif isinstance(module, LMHead):
-                setattr(parent, name, _Head(module, group))
-            elif isinstance(module, nn.Embedding) and group is not None:
-                setattr(parent, name, _Embedding(module, group))
+    for i, layer in enumerate(model.model.layers):
+        assert isinstance(layer, DecoderLayer)
+        model.model.layers[i] = _Layer(layer, group)
+    model.model.norm = _Norm(model.model.norm)  # type: ignore[assignment]
+    model.model.dropout = nn.Identity()  # type: ignore[assignment]
+    model.lm_head = _Head(model.lm_head, group)  # type: ignore[assignment]
+    if group is not None:
+        model.model.embed_tokens = _Embedding(model.model.embed_tokens, group)  # type: ignore[assignment]
 
 
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-class _Matrix(nn.Module):
+class _Matrix:
     """One or several linear layers of the same input as one, its output added up over ``group``."""
 
     def __init__(self, *linears: nn.Linear, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__()
         self.group = group
-        weight = torch.cat([_local(linear.weight) for linear in linears]).detach()
+        self.weight = torch.cat([_local(linear.weight) for linear in linears]).detach()
         biases = [_local(linear.bias) for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases).detach() if biases else None
         if self.bias is not None and group is not None and dist.get_rank(group) > 0:
-            self.bias = torch.zeros_like(self.bias)  # it is added once
-        self.packed = _can_pack(weight)
-        # The second argument is the number of rows that the order is best for. It hardly matters.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8) if self.packed else weight
+            self.bias.zero_()  # it is added once
+        self.packed = _can_pack(self.weight)
+        if self.packed:  # the second argument, the rows that the order is best for, hardly matters
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
@@ -110,48 +105,45 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 class _Norm(nn.Module):
-    """RMSNorm in one operation."""
+    """RMSNorm in one call."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
+        self.weight, self.shape, self.eps = norm.weight, list(norm.weight.shape), norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-class _Attention(Attention):
-    """Attention with one matrix for q, k and v; their heads are normalised and rotated together."""
+class _Layer(nn.Module):
+    """``DecoderLayer`` with one matrix for q, k and v, whose heads are normalised and rotated together, and one for
+    gate and up. Nothing in it is a module of its own: at one token that costs more than most of the arithmetic."""
 
-    def __init__(self, attention: Attention, group: dist.ProcessGroup | None) -> None:
-        nn.Module.__init__(self)
-        self.layer, self.head_dim, self.window = attention.layer, attention.head_dim, attention.window
-        self.attention_dropout, self.eps = 0.0, attention.q_norm.eps
-        self.qkv_proj = _Matrix(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o_proj = _Matrix(attention.o_proj, group=group)  # type: ignore[assignment]
-        self.heads = [_local(p.weight).shape[0] // self.head_dim for p in (attention.q_proj, attention.k_proj)]  # H, K
-        norms = zip((attention.q_norm, attention.k_norm), self.heads, strict=True)
-        self.norm = torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])  # [H + K, D]
-
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys = self.heads
-        y = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # [B, T, H + 2K, D]
-        qk = F.rms_norm(y[:, :, : queries + keys], (self.head_dim,), None, self.eps) * self.norm
-        qk = apply_rotary(qk, cos, sin)
-        return qk[:, :, :queries], qk[:, :, queries:], y[:, :, queries + keys :]
-
-
-class _MLP(nn.Module):
-    """SwiGLU with one matrix for gate and up."""
-
-    def __init__(self, mlp: MLP, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, layer: DecoderLayer, group: dist.ProcessGroup | None) -> None:
         super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer, self.head_dim, self.eps = attention.layer, attention.head_dim, attention.q_norm.eps
+        projections = (attention.q_proj, attention.k_proj)
+        self.queries, self.keys = (_local(linear.weight).shape[0] // self.head_dim for linear in projections)  # H, K
+        self.input_norm, self.post_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self.qkv_proj = _Matrix(attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = (attention.q_norm.weight.expand(self.queries, -1), attention.k_norm.weight.expand(self.keys, -1))
+        self.qk_norm = torch.cat(norms)  # [H + K, D]
+        self.o_proj = _Matrix(attention.o_proj, group=group)
         self.gate_up_proj = _Matrix(mlp.gate_proj, mlp.up_proj)
         self.down_proj = _Matrix(mlp.down_proj, group=group)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, cache: Cache) -> Tensor:
+        b, t, _ = x.shape  # x: [B, T, C]
+        y = self.qkv_proj(self.input_norm.forward(x)).view(b, t, -1, self.head_dim)  # [B, T, H + 2K, D]
+        qk = torch.rms_norm(y[:, :, : self.queries + self.keys], [self.head_dim], None, self.eps) * self.qk_norm
+        q, k = apply_rotary(qk, cos, sin).transpose(1, 2).split((self.queries, self.keys), dim=1)
+        v = y[:, :, self.queries + self.keys :].transpose(1, 2)
+        k, v, mask = cache.update(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=True)
+        x = x + self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        gate, up = self.gate_up_proj(self.post_norm.forward(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
 
 
 class _Embedding(nn.Module):

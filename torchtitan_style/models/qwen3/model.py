@@ -94,17 +94,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, D], keys and values [B, T, K, D], the first two normalised and rotated."""
-        b, t, _ = x.shape  # x: [B, T, C]
-        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))
-        v = self.v_proj(x).view(b, t, -1, self.head_dim)
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, cache: Cache | None = None) -> Tensor:
         b, t, _ = x.shape  # x: [B, T, C]
-        q, k, v = (z.transpose(1, 2) for z in self.project(x, cos, sin))  # [B, H, T, D], 2 × [B, K, T, D]
+        q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))  # [B, T, H, D]
+        k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))  # [B, T, K, D]
+        v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B, T, K, D]
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D], 2 × [B, K, T, D]
 
         mask = None
         if cache is not None:
