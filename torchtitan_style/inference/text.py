@@ -42,13 +42,25 @@ class TextStream:
     def _new_text(self, *, last: bool = False) -> str:
         known = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        incomplete = text.endswith(_UNKNOWN) and len(self._ids) - self._read < _LONGEST
-        if incomplete and not last:
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        if text.endswith(_UNKNOWN):  # no character at all: what follows must not be joined to it
-            self._start = self._read
+        stop = len(self._ids)
+        if text.endswith(_UNKNOWN) and not last:
+            if stop - self._read < _LONGEST:
+                return ""
+            stop = self._certain()  # some of it is no character, and never will be
+            text = self._decode(self._ids[self._start : stop])
+        self._start, self._read = self._read, stop
+        if text.endswith(_UNKNOWN):  # what follows must not be joined to it
+            self._start = stop
         return text[len(known) :]
+
+    def _certain(self) -> int:
+        """Where the tokens end that no later one can make another text of; the rest may begin a character."""
+        new = self._ids[self._read :]
+        for at in range(len(new) - _LONGEST + 1, len(new)):
+            rest = self._decode(new[at:])
+            if rest.count(_UNKNOWN) == 1 and self._decode(new[:at]) + rest == self._decode(new):
+                return self._read + at
+        return len(self._ids)
 
     def _release(self, new: str, *, last: bool) -> str:
         if self.stopped:
