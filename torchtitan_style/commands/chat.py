@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torchtitan_style.errors import UserError
 
 from .cli import Arguments, check_torch, reported_errors
+from .screen import Screen
 from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, load, sampling_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("--thinking: the model's chat template has no thinking mode")
         conversation = Conversation(model, template=template, thinking=options.thinking, system=options.system)
         sampling = model.settings(**sampling_of(options))
-        screen = _Screen()
+        screen = Screen()
         kind = "its chat template" if template else "no chat template: it goes on from the text so far"
         millions = model.config.num_parameters / 1e6
         screen.say(f"{options.checkpoint}, {millions:,.1f} M parameters, {kind}. /help for help.")
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> None:
                 answer = conversation.ask(
                     text, sampling=sampling, max_new_tokens=options.max_new_tokens, seed=options.seed + turn
                 )
-                screen.answer(answer)
+                _show(answer, screen)
                 note = {
                     "length": "stopped at --max-new-tokens; ",
                     "positions": "no position left; /reset; ",
@@ -137,7 +138,7 @@ def _message(prompt: str, more: str) -> str:
     return "\n".join(lines)
 
 
-def _command(text: str, conversation: Conversation, screen: _Screen) -> bool:
+def _command(text: str, conversation: Conversation, screen: Screen) -> bool:
     """Do what /… says; whether to leave. Raises UserError for what there is not."""
     name, _, argument = text.strip().partition(" ")
     if name == "/exit":
@@ -172,7 +173,7 @@ def _save(messages: list[dict[str, str]], transcript: str, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _mistakes(screen: _Screen) -> Iterator[None]:
+def _mistakes(screen: Screen) -> Iterator[None]:
     """A mistake is said, and the conversation goes on."""
     try:
         yield
@@ -180,30 +181,13 @@ def _mistakes(screen: _Screen) -> Iterator[None]:
         screen.say(f"error: {error}", style="red")
 
 
-class _Screen:
-    """The model's text on standard output; what is said about it on standard error."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._about = Console(highlight=False, soft_wrap=True, stderr=True)
-
-    def say(self, text: str, style: str = "dim") -> None:
-        from rich.text import Text
-
-        self._about.print(Text(text, style=style))
-
-    def answer(self, pieces: Generator[tuple[str, bool], None, None]) -> None:
-        """Show an answer as it comes, thoughts dim. Ctrl-C stops it."""
-        from rich.text import Text
-
-        try:
-            for text, thought in pieces:
-                self._out.print(Text(text, style="dim italic" if thought else ""), end="")
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            pieces.close()
-            self._out.print()
+def _show(answer: Generator[tuple[str, bool], None, None], screen: Screen) -> None:
+    """Show an answer as it comes, thoughts dim. Ctrl-C stops it."""
+    try:
+        for text, thought in answer:
+            screen.write(text, "dim italic" if thought else "")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        answer.close()
+        screen.write("\n")

@@ -18,6 +18,7 @@ from torchtitan_style.ending import ending_at_once
 from torchtitan_style.errors import UserError
 
 from .cli import Arguments, check_torch, reported_errors
+from .screen import Screen
 from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, load, sampling_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     with ending_at_once() if ranks > 1 else contextlib.nullcontext(), reported_errors():
         options = _parse(arguments)
+        if ranks > 1 and options.device:
+            raise UserError("--device: does not apply under torchrun, where each process has a device of its own")
         check_torch()
         world = _join(ranks) if ranks > 1 else None
         try:
@@ -166,9 +169,7 @@ class _Text:
     """Prompts and what follows, row by row: the first that is not finished is shown as it comes."""
 
     def __init__(self, total: int) -> None:
-        from rich.console import Console
-
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._screen = Screen()
         self._total, self._shown = total, 0
 
     def begin(self, rows: list[tuple[str, int, int]]) -> None:
@@ -181,30 +182,23 @@ class _Text:
     def _heading(self) -> None:
         self._shown += 1
         if self._total > 1:
-            self._print(f"--- {self._shown} of {self._total} ---\n", style="dim")
-        self._print(self._prompts[self._row], style="bold")
+            self._screen.write(f"--- {self._shown} of {self._total} ---\n", style="dim")
+        self._screen.write(self._prompts[self._row], style="bold")
 
     def piece(self, piece: Any) -> None:
         self._waiting[piece.row] += piece.text
         self._finished[piece.row] = piece.finish is not None
         while self._row < len(self._waiting):
             text, self._waiting[self._row] = self._waiting[self._row], ""
-            self._print(text)
+            self._screen.write(text)
             if not self._finished[self._row]:
                 return
-            self._print("\n")
+            self._screen.write("\n")
             self._row += 1
             if self._row < len(self._waiting):
                 self._heading()
 
     def end(self, speed: Speed) -> None: ...
-
-    def _print(self, text: str, style: str = "") -> None:
-        from rich.text import Text
-
-        if text:
-            self._console.print(Text(text, style=style), end="")
-            sys.stdout.flush()
 
 
 class _Json:

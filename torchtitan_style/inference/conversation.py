@@ -140,16 +140,13 @@ class Conversation:
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         text = self.template.render(messages, thinking=self.thinking) if self.template else _plain(messages)
-        try:
-            return self.model.encode(text)
-        except UserError:
-            if not self.messages:
-                raise
-            tokens, positions = len(self.model.tokenizer.encode(text)), self.model.config.max_position_embeddings
+        tokens, positions = len(self.model.tokenizer.encode(text)), self.model.config.max_position_embeddings
+        if self.messages and tokens >= positions:
             raise UserError(
                 f"the conversation has grown to {tokens:,} tokens, and the model has {positions:,} positions; "
                 "/reset starts another, /save FILE keeps this one"
-            ) from None
+            )
+        return self.model.encode(text)
 
     def _common_prefix(self, ids: list[int]) -> int:
         """How many of ``ids`` the cache has; the rest is forgotten, and at least one is left to compute."""

@@ -129,21 +129,16 @@ class TextModel:
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise UserError("the prompt is empty; a model goes on from text, as from --prompt 'def'")
-        self.check_length(len(ids))
+        if len(ids) >= (most := self.config.max_position_embeddings):
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens, and the model has positions for {most:,}, new ones included"
+            )
         if max(ids) >= self.config.vocab_size:
             raise UserError(
                 f"the tokenizer makes token {max(ids)} of the prompt, and the model has {self.config.vocab_size}; "
                 "it is another model's tokenizer"
             )
         return ids
-
-    def check_length(self, tokens: int) -> None:
-        """Raise UserError unless a prompt of so many tokens leaves the model a position for a new one."""
-        most = self.config.max_position_embeddings
-        if tokens >= most:
-            raise UserError(
-                f"the prompt has {tokens:,} tokens, and the model has positions for {most:,}, new ones included"
-            )
 
     def new_cache(self, rows: Sequence[Sequence[int]] = ((),), *, capacity: int = 256) -> KVCache:
         """An empty cache for ``rows``, which are padded to the longest."""
@@ -171,6 +166,8 @@ class TextModel:
         if max_new_tokens < 1 or num_samples < 1:
             name = "max_new_tokens" if max_new_tokens < 1 else "num_samples"
             raise UserError(f"{name}: must be at least 1, not {min(max_new_tokens, num_samples)}")
+        if not rows:
+            return
         prompts = [[*(cached or ()), *row] for row in rows for _ in range(num_samples)]
         positions = self.config.max_position_embeddings
         seeds = [f"{seed}/{sample}" for _ in rows for sample in range(num_samples)]
