@@ -103,6 +103,8 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
         (f"{PACKAGE}.launch", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.train", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.preparation", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),
+        (f"{PACKAGE}.inference.settings", {"torch", "transformers", "numpy"}),
+        (f"{PACKAGE}.inference.load", {"transformers", "jinja2"}),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: set[str]) -> None:
@@ -113,10 +115,12 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: se
 
 def test_the_package_offers_the_model() -> None:
     import torchtitan_style
+    from torchtitan_style.inference.load import load_model
     from torchtitan_style.models.qwen3 import config, model
 
     assert torchtitan_style.Qwen3Config is config.Qwen3Config
     assert torchtitan_style.Qwen3ForCausalLM is model.Qwen3ForCausalLM
     assert torchtitan_style.Qwen3Model is model.Qwen3Model
+    assert torchtitan_style.load_model is load_model
     with pytest.raises(AttributeError, match="no attribute 'Qwen4'"):
         _ = torchtitan_style.Qwen4

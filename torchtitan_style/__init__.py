@@ -1,6 +1,9 @@
 """Native torch.distributed training of Qwen3 language models.
 
-The model's classes can be used by themselves, as in a notebook:
+What was trained writes text, and the model's classes can be used by themselves, as in a notebook:
+
+    from torchtitan_style import load_model
+    print(load_model("outputs/qwen3").generate("def main("))
 
     from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
     model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))
@@ -11,10 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .inference.load import load_model
     from .models.qwen3.config import Qwen3Config
     from .models.qwen3.model import Qwen3ForCausalLM, Qwen3Model
 
-__all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model"]
+__all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model", "load_model"]
 __version__ = "0.1.0"
 
 
@@ -28,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from .models.qwen3 import model
 
         return getattr(model, name)
+    if name == "load_model":
+        from .inference.load import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

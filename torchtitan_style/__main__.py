@@ -9,7 +9,7 @@ import difflib
 import sys
 
 try:
-    from .commands import export_hf, import_hf, prepare, train, verify
+    from .commands import chat, export_hf, generate, import_hf, prepare, train, verify
     from .commands.cli import reported_errors
     from .config.help import section_help, section_names
     from .errors import UserError
@@ -26,6 +26,8 @@ usage: python -m torchtitan_style COMMAND [...]
 
   train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
   prepare [--config FILE] [--section.key VALUE ...] tokenize a corpus once, for all runs on it
+  generate --checkpoint DIR --prompt TEXT           text that goes on from the prompt
+  chat --checkpoint DIR                             talk to a model
   import-hf --hf DIR_OR_REPO --output DIR           a model in Transformers' format → a checkpoint
   export-hf --checkpoint DIR --output DIR           a checkpoint → a model in Transformers' format
   verify --hf DIR_OR_REPO                           is it what Transformers computes?
@@ -45,6 +47,8 @@ GPU (NPROC=4 ./run_train.sh for another number).
 COMMANDS = {
     "train": train.main,
     "prepare": prepare.main,
+    "generate": generate.main,
+    "chat": chat.main,
     "import-hf": import_hf.main,
     "export-hf": export_hf.main,
     "verify": verify.main,

@@ -18,6 +18,7 @@ import torch
 __all__ = [
     "available_memory",
     "backend",
+    "bf16_is_fast",
     "compiler_problem",
     "current_device",
     "name",
@@ -91,6 +92,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices itself, and not by way of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def peak_memory_gib(device: torch.device) -> float:

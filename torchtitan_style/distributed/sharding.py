@@ -58,9 +58,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         return
     forward = model.forward
 
-    def forward_on_copies(*inputs: Any) -> Any:
+    def forward_on_copies(*inputs: Any, **named: Any) -> Any:
         copies = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
         with _reparametrize_module(model, copies, tie_weights=True):
-            return forward(*inputs)
+            return forward(*inputs, **named)
 
     model.forward = forward_on_copies  # type: ignore[method-assign]

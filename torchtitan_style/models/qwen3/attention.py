@@ -49,13 +49,13 @@ def attention_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, *, dropout: float = 0.0) -> Tensor:
-    """Grouped-query attention. q: [B, H, T, D]; k, v: [B, K, T, D]; mask: from ``attention_mask``. → [B, H, T, D]."""
+    """Grouped-query attention. q: [B, H, T, D]; k, v: [B, K, S, D]; mask: where it is allowed, [B, H, T, S] or what
+    broadcasts to it or blocks; None: to all positions before (T = S), or to all (T = 1). → [B, H, T, D]."""
     if isinstance(mask, BlockMask):
         flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=True)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=True
-    )
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True)
 
 
 @functools.cache

@@ -12,13 +12,14 @@ Module names are those of Transformers' Qwen3, so state dicts can be exchanged b
 Nothing here knows of ranks: under tensor parallelism each rank holds some of the heads, and
 ``view(b, t, -1, head_dim)`` finds out how many.
 
-Shapes: B batch, T positions, H query heads, K key/value heads, D head size, C hidden size,
-V vocabulary.
+Shapes: B batch, T positions, S positions in the cache and these, H query heads, K key/value heads,
+D head size, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .attention import attend, attention_mask, document_positions
 from .config import Qwen3Config
 
-__all__ = ["Qwen3ForCausalLM", "Qwen3Model"]
+__all__ = ["Cache", "Qwen3ForCausalLM", "Qwen3Model"]
 
 
 class RMSNorm(nn.Module):
@@ -67,11 +68,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class Cache(Protocol):
+    """Keys and values of earlier positions, kept by who generates text (``inference/cache.py``)."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add k, v [B, K, T, D] of ``layer``; return all that its queries may see, [B, K, S, D], and a mask [B or 1,
+        1, T, S], True where they see it; None: everything before (T = 1) or the causal mask of nothing before."""
+        ...
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with QK-norm."""
 
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
         query_size = config.num_attention_heads * config.head_dim
@@ -84,20 +95,25 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
         b, t, _ = x.shape  # x: [B, T, C]
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))  # [B, T, H, D]
         k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))  # [B, T, K, D]
         v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B, T, K, D]
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D], 2 × [B, K, T, D]
 
-        y = attend(
-            q.transpose(1, 2),  # [B, H, T, D]
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        if cache is not None:
+            k, v, mask = cache.update(self.layer, k, v)  # [B, K, S, D]
+        y = attend(q, k, v, mask, dropout=self.attention_dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B, T, C]
 
 
@@ -117,16 +133,24 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer block: attention and MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: Qwen3Config, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache=cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -137,21 +161,32 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """input_ids: [B, T]. documents: [B, T] integers, or None; tokens attend to those of the same number only,
-        and their positions count from where it begins."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """input_ids: [B, T]. documents: [B, T] integers, or None; tokens attend to those of the same number only.
+        positions: [B, T]; left out: counted from where each document begins. cache: of the positions before."""
         t = input_ids.shape[1]
         x = self.dropout(self.embed_tokens(input_ids))
-        if documents is None:
-            positions = torch.arange(t, device=input_ids.device)[None]
-        else:
+        if positions is None and documents is not None:
             positions = document_positions(documents)
+        elif positions is None:
+            positions = torch.arange(t, device=input_ids.device)[None]
         cos, sin = rotary_cos_sin(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
+        if cache is not None:  # it knows what may be attended to
+            for layer in self.layers:
+                x = layer(x, cos, sin, cache=cache)
+            return self.norm(x)
         # FlexAttention has no backward pass on CPU, and no dropout.
         flex = input_ids.is_cuda and not (self.training and self.config.attention_dropout)
         windows = [self.config.window(i) for i in range(len(self.layers))]
@@ -242,12 +277,21 @@ class Qwen3ForCausalLM(nn.Module):
         return self.config.initializer_range
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V] or, given labels, the sum of the token losses and the number of right guesses.
 
         input_ids: [B, T]. labels: [B, T], the token that follows each input (already shifted),
         -100 where there is none to predict. documents: [B, T], which document of its row each token belongs to,
-        if each is to be by itself.
+        if each is to be by itself. positions: [B, T], counted from where its document begins if left out. cache:
+        keys and values of the positions before these, which are added to it; then only the last one's logits,
+        [B, 1, V].
         """
-        return self.lm_head(self.model(input_ids, documents), labels)
+        hidden = self.model(input_ids, documents, positions=positions, cache=cache)
+        return self.lm_head(hidden if cache is None else hidden[:, -1:], labels)

@@ -1,0 +1,193 @@
+"""``chat``: talk to a model.
+
+python -m torchtitan_style chat --checkpoint Qwen/Qwen3-0.6B
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchtitan_style.errors import UserError
+
+from .cli import Arguments, check_torch, reported_errors
+from .screen import Screen
+from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, load, sampling_of
+
+if TYPE_CHECKING:
+    from torchtitan_style.inference.conversation import Conversation
+
+__all__ = ["main"]
+
+USAGE = f"""\
+usage: python -m torchtitan_style chat --checkpoint DIR [...]
+
+Talk to a model: with its chat template if it has one, else it goes on from the text so far.
+
+  --checkpoint DIR         a run (its newest verified checkpoint), one checkpoint, or a model folder
+  --thinking, --no-thinking   whether the model thinks first, where its template has that (Qwen3)
+  --system TEXT            the first message of the conversation
+  --plain                  without the chat template
+  --max-new-tokens N       of an answer; 1024 if left out
+{TEXT_OPTIONS}
+"""
+
+HELP = """\
+/reset        start another conversation
+/save FILE    write this one to a new file: messages if it ends with .json, else text
+/help         this
+/exit         leave, as does Ctrl-D
+A line that ends with \\ goes on in the next one; so does all that is between two lines of \"\"\".
+Ctrl-C stops an answer, or drops what you are writing."""
+
+
+def main(arguments: list[str]) -> None:
+    with reported_errors():
+        options = _parse(arguments)
+        check_torch()
+        model = load(options)
+
+        from torchtitan_style.inference.conversation import ChatTemplate, Conversation
+
+        template = None if options.plain else ChatTemplate.find(model.assets)
+        for given, name in ((options.thinking is not None, "--thinking"), (options.system, "--system")):
+            if given and template is None:
+                raise UserError(f"{name}: does not apply without a chat template, and {model.assets} has none in use")
+        if options.thinking is not None and template is not None and not template.thinks:
+            raise UserError("--thinking: the model's chat template has no thinking mode")
+        conversation = Conversation(model, template=template, thinking=options.thinking, system=options.system)
+        sampling = model.settings(**sampling_of(options))
+        screen = Screen()
+        kind = "its chat template" if template else "no chat template: it goes on from the text so far"
+        millions = model.config.num_parameters / 1e6
+        screen.say(f"{options.checkpoint}, {millions:,.1f} M parameters, {kind}. /help for help.")
+        for turn, text in enumerate(_inputs()):
+            if text.startswith("/"):
+                with _mistakes(screen):
+                    if _command(text, conversation, screen):
+                        return
+                continue
+            with _mistakes(screen):
+                answer = conversation.ask(
+                    text, sampling=sampling, max_new_tokens=options.max_new_tokens, seed=options.seed + turn
+                )
+                _show(answer, screen)
+                note = {
+                    "length": "stopped at --max-new-tokens; ",
+                    "positions": "no position left; /reset; ",
+                    None: "stopped; ",
+                }
+                screen.say(note.get(conversation.finish, "") + str(conversation.speed))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("chat runs in one process; generate splits a model over several")
+    parser = Arguments(USAGE)
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--system")
+    parser.add_argument("--plain", action="store_true")
+    add_text_options(parser, max_new_tokens=1024)
+    options = parser.parse(arguments)
+    check_text_options(options)
+    return options
+
+
+# What the user writes
+
+
+def _inputs() -> Iterator[str]:
+    """What is written, message by message, until the input ends. From a pipe each line is a message."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys, and earlier lines
+    while True:
+        try:
+            text = _message("> " if interactive else "", ". " if interactive else "")
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(/exit or Ctrl-D to leave)")
+            continue
+        if text.strip():
+            yield text
+
+
+def _message(prompt: str, more: str) -> str:
+    line = input(prompt)
+    if line.strip() == '"""':
+        lines = []
+        while (line := input(more)).strip() != '"""':
+            lines.append(line)
+        return "\n".join(lines)
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(more))
+    return "\n".join(lines)
+
+
+def _command(text: str, conversation: Conversation, screen: Screen) -> bool:
+    """Do what /… says; whether to leave. Raises UserError for what there is not."""
+    name, _, argument = text.strip().partition(" ")
+    if name == "/exit":
+        return True
+    if name == "/help":
+        screen.say(HELP)
+    elif name == "/reset":
+        conversation.reset()
+        screen.say("a new conversation")
+    elif name == "/save":
+        _save(conversation.messages, conversation.transcript(), argument.strip())
+        screen.say(f"saved to {argument.strip()}")
+    else:
+        raise UserError(f"there is no {name}; /help lists what there is")
+    return False
+
+
+def _save(messages: list[dict[str, str]], transcript: str, name: str) -> None:
+    if not name:
+        raise UserError("/save: needs a file, as in /save talk.txt")
+    text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n" if name.endswith(".json") else transcript
+    try:
+        with Path(name).expanduser().open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"/save: {name} is there already") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"/save {name}: {error}") from None
+
+
+# What is shown
+
+
+@contextlib.contextmanager
+def _mistakes(screen: Screen) -> Iterator[None]:
+    """A mistake is said, and the conversation goes on."""
+    try:
+        yield
+    except UserError as error:
+        screen.say(f"error: {error}", style="red")
+
+
+def _show(answer: Generator[tuple[str, bool], None, None], screen: Screen) -> None:
+    """Show an answer as it comes, thoughts dim. Ctrl-C stops it."""
+    try:
+        for text, thought in answer:
+            screen.write(text, "dim italic" if thought else "")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        answer.close()
+        screen.write("\n")

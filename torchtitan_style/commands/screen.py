@@ -1,0 +1,34 @@
+"""Where text goes: a model's to standard output, what is said about it to standard error."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+__all__ = ["Screen"]
+
+_STEERING = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Screen:
+    """Both streams; with styles where they are terminals."""
+
+    def __init__(self) -> None:
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._about = Console(highlight=False, soft_wrap=True, stderr=True)
+
+    def write(self, text: str, style: str = "") -> None:
+        """Text as it is and at once; on a terminal without the characters that steer it, as a model may write any."""
+        if not text:
+            return
+        if self._out.is_terminal:
+            self._out.print(Text(text.translate(_STEERING), style=style), end="")
+        else:
+            sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def say(self, text: str, style: str = "dim") -> None:
+        """A line about it."""
+        self._about.print(Text(text, style=style))

@@ -1,0 +1,181 @@
+"""A conversation with a model: turns, the chat template, and a cache that is kept from turn to turn."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtitan_style.errors import UserError
+
+from .decode import Speed
+from .generate import Finish, TextModel
+from .settings import Sampling
+from .text import overlap
+
+__all__ = ["ChatTemplate", "Conversation"]
+
+THINK, END_THINK = "<think>", "</think>"
+"""What Qwen3 puts around its thoughts."""
+
+
+class ChatTemplate:
+    """How messages become the text that the model was trained on: Jinja, rendered as Transformers renders it."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        self._source, self._special_tokens = source, special_tokens
+
+    @classmethod
+    def find(cls, assets: Path) -> ChatTemplate | None:
+        """The template among a tokenizer's files, or None. Raises UserError if they cannot be read."""
+        path = assets / "tokenizer_config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            separate = assets / "chat_template.jinja"
+            source = separate.read_text(encoding="utf-8") if separate.is_file() else settings.get("chat_template")
+            if isinstance(source, list):  # several, by name
+                source = {each["name"]: each["template"] for each in source}.get("default")
+            named = {role: settings.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{assets}: the chat template cannot be read: {error}") from None
+        special = {role: t["content"] if isinstance(t, dict) else t for role, t in named.items() if t is not None}
+        return cls(source, special) if source else None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it knows of a thinking mode."""
+        return "enable_thinking" in self._source
+
+    def render(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
+        """The text of ``messages``, up to where the model's answer begins.
+
+        Raises UserError if the template refuses them.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = self._special_tokens | ({} if thinking is None else {"enable_thinking": thinking})
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[list(messages)], chat_template=self._source, add_generation_prompt=True, **options
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template does not take this conversation: {error}") from None
+        return str(rendered[0])
+
+
+class Conversation:
+    """Turns with a model. Without a template the model goes on from all text so far: a base model knows no turns.
+
+    thinking: whether the model thinks before it answers; None: as the template has it. system: the first message.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        *,
+        template: ChatTemplate | None,
+        thinking: bool | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.template, self.thinking, self.system = model, template, thinking, system
+        self.speed = Speed()
+        """Of the last answer."""
+        self.finish: Finish | None = None
+        """Why the last answer ended; None: it was interrupted."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache, self._cached = self.model.new_cache(), list[int]()
+
+    def ask(
+        self, text: str, *, sampling: Sampling, max_new_tokens: int, seed: int = 0
+    ) -> Generator[tuple[str, bool], None, None]:
+        """Yields the answer to ``text`` as it comes, in pieces, and for each whether it is a thought.
+
+        Closing the iterator stops the answer; what there is of it stays in the conversation. Raises UserError, with
+        the conversation as it was, if the model has no positions left for an answer.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._encode(messages)
+        known = self._common_prefix(ids)
+        self.messages, self.speed, self.finish = messages, Speed(), None
+        answer, thoughts = "", _Thoughts()
+        pieces = self.model.continue_ids(
+            [ids[known:]],
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            speed=self.speed,
+            cache=self._cache,
+            cached=self._cached,
+        )
+        done = False
+        try:
+            for piece in pieces:
+                answer += piece.text
+                self.finish = piece.finish
+                yield from thoughts.split(piece.text, last=piece.finish is not None)
+            done = True
+        finally:
+            pieces.close()  # brings the cached ids up to date
+            self.messages.append({"role": "assistant", "content": answer})
+            # An interrupted forward pass has written beyond the length, and in a window over what was there.
+            lost = not done and any(self._cache.windows)
+            if lost or self._cache.truncate(len(self._cached)) < len(self._cached):
+                self._forget()
+
+    def transcript(self) -> str:
+        """All that was said, to read."""
+        if self.template is None:
+            return _plain(self.messages)
+        return "\n".join(f"{message['role']}: {message['content'].strip()}\n" for message in self.messages)
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self.template.render(messages, thinking=self.thinking) if self.template else _plain(messages)
+        tokens, positions = len(self.model.tokenizer.encode(text)), self.model.config.max_position_embeddings
+        if self.messages and tokens >= positions:
+            raise UserError(
+                f"the conversation has grown to {tokens:,} tokens, and the model has {positions:,} positions; "
+                "/reset starts another, /save FILE keeps this one"
+            )
+        return self.model.encode(text)
+
+    def _common_prefix(self, ids: list[int]) -> int:
+        """How many of ``ids`` the cache has; the rest is forgotten, and at least one is left to compute."""
+        pairs = zip(ids, self._cached, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        known = self._cache.truncate(min(same, len(ids) - 1))
+        del self._cached[known:]
+        return known
+
+
+def _plain(messages: list[dict[str, str]]) -> str:
+    return "".join(message["content"] for message in messages)
+
+
+class _Thoughts:
+    """Splits an answer into thoughts and the rest, piece by piece, without the marks around them."""
+
+    def __init__(self) -> None:
+        self._held, self._thinking = "", False
+
+    def split(self, text: str, *, last: bool) -> Iterator[tuple[str, bool]]:
+        text, self._held = self._held + text, ""
+        while text:
+            mark = END_THINK if self._thinking else THINK
+            before, found, text = text.partition(mark)
+            if not found:
+                keep = 0 if last else overlap(before, [mark])
+                before, self._held = before[: len(before) - keep], before[len(before) - keep :]
+            if before:
+                yield before, self._thinking
+            if found:
+                self._thinking = not self._thinking

@@ -1,0 +1,206 @@
+"""Text from prompts, as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+
+from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.errors import UserError
+from torchtitan_style.models.qwen3.config import Qwen3Config
+
+from .cache import KVCache
+from .decode import Decoder, Speed
+from .sampling import Sampler
+from .settings import Sampling
+from .text import TextStream
+
+__all__ = ["Finish", "Piece", "Speed", "TextModel"]
+
+Finish = Literal["stop", "length", "positions"]
+"""Why a text ended: a stop token or string, enough tokens, or no position left in the model."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more text of a row; rows are counted prompt by prompt, the samples of each next to each other."""
+
+    row: int
+    text: str
+    finish: Finish | None = None
+    """Set on the last piece of a row."""
+    tokens: int = 0
+    """Tokens drawn for this row, with the last piece."""
+
+
+class TextModel:
+    """A model with its tokenizer. ``load_model`` makes one.
+
+    >>> model = load_model("outputs/qwen3")
+    >>> model.generate("def main(", max_new_tokens=32, temperature=0)
+    >>> for text in model.stream("def main("):
+    ...     print(text, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: Qwen3Config,
+        tokenizer: Tokenizer,
+        *,
+        assets: Path,
+        device: torch.device,
+        stop_tokens: set[int],
+        sampling: Sampling,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.config, self.tokenizer, self.assets = model, config, tokenizer, assets
+        self.device, self.group = device, group
+        self.stop_tokens = stop_tokens
+        """Tokens that end a text."""
+        self.sampling = sampling
+        """How tokens are chosen where nothing else is said."""
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+        """What follows ``prompt``, or what follows each of several, computed as one batch.
+
+        options: those of ``pieces``, and any field of ``Sampling``. Several samples of a prompt come after each other.
+        Raises UserError for a prompt that is empty or too long, and for settings that have no meaning.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [""] * len(prompts) * options.get("num_samples", 1)
+        for piece in self.pieces(prompts, **options):
+            texts[piece.row] += piece.text
+        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """What follows ``prompt``, in pieces of whole characters as they come."""
+        return (piece.text for piece in self.pieces([prompt], **options) if piece.text)
+
+    def pieces(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        num_samples: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        speed: Speed | None = None,
+        **sampling: Any,
+    ) -> Generator[Piece, None, None]:
+        """The texts that follow ``prompts``, all rows at once.
+
+        max_new_tokens: at most, for each row. num_samples: texts per prompt. seed: sample i of any prompt draws from
+        (seed, i), whatever else is in the batch. stop: strings that end a text. speed: is added to. sampling:
+        fields of ``Sampling``, the model's own where left out.
+        """
+        rows = [self.encode(prompt) for prompt in prompts]
+        return self.continue_ids(
+            rows,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            seed=seed,
+            stop=stop,
+            speed=speed,
+            sampling=self.settings(**sampling),
+        )
+
+    def settings(self, **changes: Any) -> Sampling:
+        """The model's own sampling with ``changes``. Raises UserError if they have no meaning."""
+        fields = {field.name for field in dataclasses.fields(Sampling)}
+        if unknown := sorted(changes.keys() - fields):
+            raise TypeError(f"there is no option {', '.join(unknown)}; sampling has {', '.join(sorted(fields))}")
+        sampling = dataclasses.replace(self.sampling, **changes)
+        sampling.check()
+        return sampling
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt``. Raises UserError if there are none, too many, or some that the model has not."""
+        ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise UserError("the prompt is empty; a model goes on from text, as from --prompt 'def'")
+        if len(ids) >= (most := self.config.max_position_embeddings):
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens, and the model has positions for {most:,}, new ones included"
+            )
+        if max(ids) >= self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer makes token {max(ids)} of the prompt, and the model has {self.config.vocab_size}; "
+                "it is another model's tokenizer"
+            )
+        return ids
+
+    def new_cache(self, rows: Sequence[Sequence[int]] = ((),), *, capacity: int = 256) -> KVCache:
+        """An empty cache for ``rows``, which are padded to the longest."""
+        windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
+        longest = max(map(len, rows))
+        return KVCache(windows, padding=[longest - len(row) for row in rows], capacity=max(capacity, longest))
+
+    def continue_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        num_samples: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        speed: Speed | None = None,
+        cache: KVCache | None = None,
+        cached: list[int] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """As ``pieces``, for token ids.
+
+        cache, cached: of what is before a single row, and the ids of it; both are added to.
+        """
+        if max_new_tokens < 1 or num_samples < 1:
+            name = "max_new_tokens" if max_new_tokens < 1 else "num_samples"
+            raise UserError(f"{name}: must be at least 1, not {min(max_new_tokens, num_samples)}")
+        if not rows:
+            return
+        prompts = [[*(cached or ()), *row] for row in rows for _ in range(num_samples)]
+        positions = self.config.max_position_embeddings
+        seeds = [f"{seed}/{sample}" for _ in rows for sample in range(num_samples)]
+        capacity = min(positions, max(map(len, rows)) + max_new_tokens)
+        decoder = Decoder(
+            self.model,
+            rows,
+            Sampler(sampling, seeds=seeds, prompts=prompts),
+            cache=self.new_cache(rows, capacity=capacity) if cache is None else cache,
+            device=self.device,
+            copies=num_samples,
+            group=self.group,
+        )
+        texts = [TextStream(self.tokenizer.decode, stop=stop, before=prompt) for prompt in prompts]
+        most = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
+        drawn = [0] * len(texts)
+        try:
+            for tokens in decoder:
+                going = []
+                for row, token in zip(decoder.rows, tokens, strict=True):
+                    drawn[row] += 1
+                    text = texts[row].push(token) if token not in self.stop_tokens else ""
+                    if token in self.stop_tokens or texts[row].stopped:
+                        yield Piece(row, text + texts[row].finish(), "stop", drawn[row])
+                    elif drawn[row] == most[row]:
+                        why: Finish = "length" if drawn[row] == max_new_tokens else "positions"
+                        yield Piece(row, text + texts[row].finish(), why, drawn[row])
+                    else:
+                        going.append(row)
+                        yield Piece(row, text)
+                decoder.keep(going)
+        finally:
+            if cached is not None:
+                cached += decoder.fed
+            if speed is not None:
+                speed += decoder.speed

@@ -1,0 +1,156 @@
+"""A model that writes text, from wherever weights are saved.
+
+from torchtitan_style import load_model
+model = load_model("outputs/qwen3")
+print(model.generate("def main("))
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan_style.checkpoint.saved import SavedModel, open_model
+from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
+from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
+from torchtitan_style.distributed.device import available_memory, bf16_is_fast, current_device
+from torchtitan_style.distributed.world import World, on_main
+from torchtitan_style.errors import UserError
+from torchtitan_style.models.hf_folder import GENERATION, HFFolder
+from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.qwen3.inference import fuse, split, split_problem
+from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+
+from .generate import TextModel
+from .settings import Sampling
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    world: World | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> TextModel:
+    """The model in ``source``: a run folder, a checkpoint, or a model folder in Transformers' format.
+
+    dtype: to compute in and to keep the weights in; None: bf16 where the hardware multiplies it, else fp32.
+    device: None: the GPU if there is one, else the CPU. world: the ranks to split the model over, each of which
+    calls this. say: told of checkpoints that were passed over.
+
+    Raises UserError if there is none, it is damaged, has no tokenizer, or does not fit into memory.
+    """
+
+    def verified() -> Path:
+        return open_model(str(source), verify=True, say=say).path
+
+    path = verified() if world is None else on_main(verified)
+    found = open_model(str(path), verify=False)
+    tokenizer = _tokenizer(found)
+    device = _device(device) if world is None else world.device
+    tp_mesh = None if world is None or world.layout.tp == 1 else world.mesh["tp"]
+    dtype = dtype or (torch.bfloat16 if bf16_is_fast(device) else torch.float32)
+    ranks = 1 if tp_mesh is None else tp_mesh.size()
+    if problem := split_problem(found.config, ranks):
+        raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")
+    _check_memory(found.config, str(source), dtype=dtype, device=device, ranks=ranks)
+    stored_dtypes(found)  # raises if a tensor is missing
+    stop_tokens, sampling = _generation_settings(found.assets, tokenizer)
+    return TextModel(
+        _build(found, dtype=dtype, device=device, tp_mesh=tp_mesh),
+        found.config,
+        tokenizer,
+        assets=found.assets,
+        device=device,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        group=None if tp_mesh is None else tp_mesh.get_group(),
+    )
+
+
+@torch.no_grad()
+def _build(
+    found: HFFolder | SavedModel, *, dtype: torch.dtype, device: torch.device, tp_mesh: DeviceMesh | None
+) -> Qwen3ForCausalLM:
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(found.config)
+    model.to(dtype)
+    if tp_mesh is not None:
+        split(model, tp_mesh)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty may have given each module a parameter of its own
+    load_weights(found, dict(model.named_parameters()))
+    fuse(model.eval(), group=None if tp_mesh is None else tp_mesh.get_group())
+    return model
+
+
+def _device(name: torch.device | str | None) -> torch.device:
+    """Raises UserError if there is no such device here."""
+    if name is None:
+        return current_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'there is no device "{name}"; cpu, cuda and cuda:1 are names of devices') from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no device {name}: torch sees {torch.cuda.device_count()} GPUs")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{name}: text is generated on cpu or cuda")
+    return device
+
+
+def _check_memory(config: Qwen3Config, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int) -> None:
+    # A tied head is a second matrix once it is packed.
+    numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+    here = ranks if device.type == "cpu" else 1  # ranks of this host share its memory
+    needed, available = numbers * dtype.itemsize * here // ranks, available_memory(device)
+    if needed > available:
+        raise UserError(
+            f"{source}: the weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+            f"{available / 2**30:.1f} GiB are free; several GPUs share them with torchrun --nproc-per-node N"
+        )
+
+
+def _tokenizer(found: HFFolder | SavedModel) -> Tokenizer:
+    if found.tokenizer is None:
+        raise UserError(f"{found.path}: has no tokenizer, so its tokens cannot be read as text")
+    if (found.tokenizer / "tokenizer.json").is_file():
+        return Tokenizer(found.tokenizer)
+    with tempfile.TemporaryDirectory() as temporary:  # an older format, which Transformers converts
+        copy_pretrained(str(found.tokenizer), Path(temporary) / "tokenizer")
+        return Tokenizer(Path(temporary) / "tokenizer")
+
+
+def _generation_settings(assets: Path, tokenizer: Tokenizer) -> tuple[set[int], Sampling]:
+    """The tokens that end a text, and how tokens are to be chosen: what generation_config.json recommends."""
+    path = assets / GENERATION
+    settings: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+    ends = settings.get("eos_token_id")
+    stop = {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
+    stop |= {end for end in (tokenizer.special_id("eos_token"), tokenizer.end_of_text) if end is not None}
+    sampling = Sampling()
+    if settings.get("do_sample"):
+        # Fields that it leaves out are those of Transformers.
+        named: dict[str, Any] = {
+            name: value
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            if isinstance(value := settings.get(name), int | float)
+        }
+        absent: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
+        sampling = Sampling(**absent | named)
+        sampling.check(f"{path}: ")
+    return stop, sampling

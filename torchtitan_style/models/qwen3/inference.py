@@ -1,0 +1,179 @@
+"""Qwen3 laid out for generating text: split over ranks, its matrices fused and packed.
+
+Training's layout does not suit it: sequence parallelism splits the positions, and a new token is one position.
+Here each rank holds some of the heads and of the intermediate features, and two sums over the ranks per block
+make its output whole (Shoeybi et al. 2019, section 3). ``split`` comes before the weights are loaded, under the
+model's own names, and ``fuse`` after it.
+
+A token's time is at best that of reading every weight once. What keeps it from that on CPU are many small
+operations, and bf16 matrices in an order that oneDNN has to undo each time (measured: docs/generation.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from .config import Qwen3Config
+from .model import Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary
+
+__all__ = ["fuse", "split", "split_problem"]
+
+
+def split_problem(config: Qwen3Config, ranks: int) -> str | None:
+    """Why a model of ``config`` cannot be split over so many ranks, or None if it can."""
+    for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % ranks:
+            return f"{ranks} ranks cannot share the model's {name} of {getattr(config, name)} evenly"
+    return None
+
+
+def split(model: Qwen3ForCausalLM, mesh: DeviceMesh) -> None:
+    """Make parameters of ``model``, on the meta device, DTensors over ``mesh``: each rank then loads its own part."""
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")):
+            dims = {"weight": 0, "bias": 0}  # heads, features, tokens: what comes out
+        elif name.endswith(("o_proj", "down_proj")):
+            dims = {"weight": 1}  # what goes in
+        else:
+            continue
+        for key, dim in dims.items():
+            if isinstance(parameter := getattr(module, key, None), Tensor):
+                sharded = distribute_tensor(parameter, mesh, [Shard(dim)])
+                setattr(module, key, nn.Parameter(sharded, requires_grad=False))
+    model.tie_weights()
+
+
+def fuse(model: Qwen3ForCausalLM, *, group: dist.ProcessGroup | None = None) -> None:
+    """Fewer and larger operations, in place: the same sums of the same numbers, for inference only.
+
+    group: the ranks that ``split`` has split the model over. The parameters' names are gone afterwards.
+    """
+    model.requires_grad_(False)
+    for i, layer in enumerate(model.model.layers):
+        assert isinstance(layer, DecoderLayer)
+        model.model.layers[i] = _Layer(layer, group)
+    model.model.norm = _Norm(model.model.norm)  # type: ignore[assignment]
+    model.model.dropout = nn.Identity()  # type: ignore[assignment]
+    model.lm_head = _Head(model.lm_head, group)  # type: ignore[assignment]
+    if group is not None:
+        model.model.embed_tokens = _Embedding(model.model.embed_tokens, group)  # type: ignore[assignment]
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class _Matrix:
+    """One or several linear layers of the same input as one, its output added up over ``group``."""
+
+    def __init__(self, *linears: nn.Linear, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.weight = torch.cat([_local(linear.weight) for linear in linears]).detach()
+        biases = [_local(linear.bias) for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases).detach() if biases else None
+        if self.bias is not None and group is not None and dist.get_rank(group) > 0:
+            self.bias.zero_()  # it is added once
+        self.packed = _can_pack(self.weight)
+        if self.packed:  # the second argument, the rows that the order is best for, hardly matters
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if self.group is not None:
+            dist.all_reduce(y, group=self.group)
+        return y
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN reorders this matrix: bf16 on a CPU that computes in it. fp32 gains nothing at one row."""
+    ops = torch.ops.mkldnn
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and hasattr(ops, "_reorder_linear_weight")
+        and ops._is_mkldnn_bf16_supported()
+    )
+
+
+class _Norm(nn.Module):
+    """RMSNorm in one call."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.shape, self.eps = norm.weight, list(norm.weight.shape), norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class _Layer(nn.Module):
+    """``DecoderLayer`` with one matrix for q, k and v, whose heads are normalised and rotated together, and one for
+    gate and up. Nothing in it is a module of its own: at one token that costs more than most of the arithmetic."""
+
+    def __init__(self, layer: DecoderLayer, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer, self.head_dim, self.eps = attention.layer, attention.head_dim, attention.q_norm.eps
+        projections = (attention.q_proj, attention.k_proj)
+        self.queries, self.keys = (_local(linear.weight).shape[0] // self.head_dim for linear in projections)  # H, K
+        self.input_norm, self.post_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self.qkv_proj = _Matrix(attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = (attention.q_norm.weight.expand(self.queries, -1), attention.k_norm.weight.expand(self.keys, -1))
+        self.qk_norm = torch.cat(norms)  # [H + K, D]
+        self.o_proj = _Matrix(attention.o_proj, group=group)
+        self.gate_up_proj = _Matrix(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = _Matrix(mlp.down_proj, group=group)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, cache: Cache) -> Tensor:
+        b, t, _ = x.shape  # x: [B, T, C]
+        y = self.qkv_proj(self.input_norm.forward(x)).view(b, t, -1, self.head_dim)  # [B, T, H + 2K, D]
+        qk = torch.rms_norm(y[:, :, : self.queries + self.keys], [self.head_dim], None, self.eps) * self.qk_norm
+        q, k = apply_rotary(qk, cos, sin).transpose(1, 2).split((self.queries, self.keys), dim=1)
+        v = y[:, :, self.queries + self.keys :].transpose(1, 2)
+        k, v, mask = cache.update(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=True)
+        x = x + self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        gate, up = self.gate_up_proj(self.post_norm.forward(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
+
+
+class _Embedding(nn.Module):
+    """Each rank looks up the tokens it has; the sum has them all."""
+
+    def __init__(self, embedding: nn.Embedding, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.group = _local(embedding.weight), group
+        self.first = dist.get_rank(group) * self.weight.shape[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = ids - self.first
+        mine = (ids >= 0) & (ids < self.weight.shape[0])
+        x = F.embedding(ids.where(mine, 0), self.weight) * mine[..., None]  # [B, T, C]
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+class _Head(nn.Module):
+    """Logits, the ranks' parts of the vocabulary joined."""
+
+    def __init__(self, head: nn.Linear, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.matrix, self.group = _Matrix(head), group
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is None
+        logits: Tensor = self.matrix(hidden)  # [B, T, V / ranks]
+        if self.group is None:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, logits.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
