@@ -522,3 +522,30 @@ def test_a_remote_file_that_is_not_there(server: Server) -> None:
     server.files.clear()
     with pytest.raises(UserError, match="cannot be read"):
         read(file)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7, 40])
+@pytest.mark.parametrize("name", ["lines.jsonl", "zipped.jsonl.gz", "table.parquet", "long.txt"])
+def test_shares_have_every_record_once(tmp_path: Path, name: str, parts: int) -> None:
+    texts = [f"document {number}" for number in range(60)]
+    path = tmp_path / name
+    if name == "table.parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=7)  # 9 groups: fewer than 40 parts
+    elif name == "long.txt":
+        path.write_text("".join(f"{number} {'x' * 400_000}\n" for number in range(12)))
+    else:
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    file = source_files(Corpus(dataset="files", paths=[str(path)]))[0]
+
+    def read(**options: Any) -> list[tuple[int, str]]:
+        return [(r.index, r.text) for r in read_records(file, text_key="text", max_bytes=10**6, **options)]
+
+    shares = [read(share=(number, parts)) for number in range(parts)]
+    assert sorted(record for share in shares for record in share) == read()
+    for number, share in enumerate(shares):
+        assert share == sorted(share)
+        middle = share[len(share) // 2][0] if share else 0
+        assert read(share=(number, parts), start=middle) == [record for record in share if record[0] >= middle]
+    if parts <= 9 and name != "long.txt":
+        assert all(shares)

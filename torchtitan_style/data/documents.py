@@ -54,11 +54,14 @@ def read_records(
     max_bytes: int,
     start: int = 0,
     span: tuple[int, int] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Record]:
     """Records of ``file`` from number ``start`` on.
 
     text_key: field or column with the text. max_bytes: a longer JSON line's or parquet row's text is a problem.
-    span: only the lines that begin at these bytes (numbered from the first of them), or these row groups.
+    span: only the lines that begin at these bytes (numbered from the first of them), or these row groups. share:
+    (k, n) for the k-th of n equal parts: of a parquet file with n row groups or more each n-th group, else each n-th
+    record, which costs reading the whole file.
 
     A network that fails is tried again where it failed. Raises UserError for a local file that cannot be
     opened, RunError for a remote one that cannot be reached for long.
@@ -67,7 +70,7 @@ def read_records(
     failures = 0
     while True:
         try:
-            for record in reader(file, text_key, max_bytes, start, span):
+            for record in reader(file, text_key, max_bytes, start, span, share):
                 yield record
                 start, failures = record.index + 1, 0
             return
@@ -116,7 +119,7 @@ def _damaged(index: int, place: int, consumed: int, error: Exception) -> Record:
 
 
 def _read_jsonl(
-    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None, share: tuple[int, int]
 ) -> Iterator[Record]:
     longest = 6 * max_bytes + 2**16  # a byte of text takes six as \uXXXX
     begin, end = span or (0, None)
@@ -142,7 +145,7 @@ def _read_jsonl(
             if not line:
                 return
             offset += skipped
-            if index >= start:
+            if index >= start and index % share[1] == share[0]:
                 consumed = raw.tell() if file.compression else offset
                 text, problem = _parse_line(
                     line if skipped == len(line) else None, text_key, max_bytes, first=not index
@@ -187,7 +190,7 @@ def _checked(text: str, max_bytes: int) -> tuple[str, str]:
 
 
 def _read_parquet(
-    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None, share: tuple[int, int]
 ) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -211,10 +214,12 @@ def _read_parquet(
             yield Record(0, 0, file.size, problem=f'column "{text_key}" does not hold text but {kind}')
             return
         first_row = consumed = 0
+        by_group = parquet.num_row_groups >= share[1]
         for group in range(parquet.num_row_groups):
             metadata = parquet.metadata.row_group(group)
             count, first_row = metadata.num_rows, first_row + metadata.num_rows
-            if (span and not span[0] <= group < span[1]) or first_row <= start:
+            others = by_group and group % share[1] != share[0]
+            if others or (span and not span[0] <= group < span[1]) or first_row <= start:
                 continue
             index = first_row - count
             try:
@@ -222,7 +227,7 @@ def _read_parquet(
                     # As bytes: one value that is no UTF-8 must not take the others with it.
                     values = batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist()
                     for value in values:
-                        if index >= start:
+                        if index >= start and (by_group or index % share[1] == share[0]):
                             text, problem = _decode(value, max_bytes)
                             done = consumed + metadata.total_byte_size * (index + 1 - first_row + count) // count
                             yield Record(index, index, done, text, problem)
@@ -259,7 +264,7 @@ def parquet_groups(file: SourceFile) -> list[int]:
 
 
 def _read_text(
-    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None, share: tuple[int, int]
 ) -> Iterator[Record]:
     errors = "replace" if file.format == "source" else "strict"
     with _open(file) as (raw, content):
@@ -279,7 +284,7 @@ def _read_text(
                 return
             cut = _cut(block)
             piece, rest = block[:cut], block[cut:]
-            if index >= start:
+            if index >= start and index % share[1] == share[0]:
                 try:
                     text, problem = piece.decode("utf-8" if index else "utf-8-sig", errors), ""
                 except UnicodeDecodeError as error:

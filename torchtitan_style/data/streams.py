@@ -65,10 +65,10 @@ class _Documents:
     """The tokens of the documents that are one stream's part of a corpus, epoch after epoch."""
 
     def __init__(self, corpus: StreamedCorpus, number: int, num_streams: int, seed: int, tokenizer: Tokenizer) -> None:
-        self.corpus, self.number, self.num_streams, self.seed = corpus, number, num_streams, seed
+        self.corpus, self.number, self.seed = corpus, number, seed
         self.tokenizer = tokenizer
         self.files = corpus.deal(num_streams)[number]
-        self.by_example = len(corpus.files) < num_streams
+        self.share = (number, num_streams) if len(corpus.files) < num_streams else (0, 1)
         self.problems: list[Problem] = []
         """What could not be read since somebody last took the list."""
         self._bad: set[tuple[str, int]] = set()
@@ -94,10 +94,10 @@ class _Documents:
     def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         recipe = self.corpus.recipe
         batch: list[Record] = []
-        records = read_records(file, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes, start=start)
+        records = read_records(
+            file, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes, start=start, share=self.share
+        )
         for record in records:
-            if self.by_example and record.index % self.num_streams != self.number:
-                continue
             if record.problem:
                 self._note(file, record)
             elif not is_held_out(record.text, recipe.validation_fraction):
