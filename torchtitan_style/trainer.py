@@ -233,9 +233,10 @@ class Trainer:
             self.display.warn(f"the optimizer was {before['name']}; {self.config.optimizer.name} starts afresh")
             del saved["identity"]["optimizer"]
         if self.config.checkpoint.allow_changed_data:
-            changed = [key for key in REPLACEABLE if saved["identity"]["data"][key] != now["data"][key]]
+            data = saved["identity"]["data"]
+            changed = [key for key in REPLACEABLE if data.get(key) != now["data"][key]]
             for key in changed:
-                del saved["identity"]["data"][key]
+                data.pop(key, None)
             if changed:
                 self.display.warn(f"{' and '.join(changed)} of the data changed; going on at the same place of the new")
         differences = [
