@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["first_missing", "locked", "new_folder"]
+__all__ = ["first_missing", "fsync", "locked", "new_folder"]
 
 
 @contextlib.contextmanager
@@ -26,6 +27,15 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"waiting for another process that works on {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def fsync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def first_missing(folder: Path) -> Path | None:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torchtitan_style.folders import fsync
 
 __all__ = ["MANIFEST", "CheckpointFolder", "problem_of", "seal"]
 
@@ -73,7 +74,7 @@ class CheckpointFolder:
         """Name ``step`` as the best, in one go."""
         temporary = self.root / "best.tmp"
         temporary.write_text(f"{self.path(step).name}\n", encoding="utf-8")
-        _fsync(temporary)
+        fsync(temporary)
         temporary.rename(self.root / "best")
 
     def best(self) -> int | None:
@@ -137,11 +138,11 @@ def seal(temporary: Path, final: Path, *, step: int) -> None:
     manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
     (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in (*paths, temporary / MANIFEST, temporary):
-        _fsync(path)
+        fsync(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def _sha256(path: Path) -> str:
@@ -150,11 +151,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

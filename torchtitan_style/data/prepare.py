@@ -8,7 +8,6 @@ beside the final one, with .tmp behind its name.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_style.config.schema import Corpus, Data
+from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
-from torchtitan_style.folders import first_missing, locked
+from torchtitan_style.folders import first_missing, fsync, locked
 
+from .changes import change_of, sample_hash, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
 from .documents import EMPTY, read_records
 from .prepared import FORMAT, Prepared, copy_folder, read_prepared
 from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments
 from .streams import StreamedCorpus
-from .tokenize import PARTS, Progress, Recipe, file_entry, is_held_out, sha256, tokenize
+from .tokenize import PARTS, Progress, Recipe, file_entry, is_held_out, tokenize
 from .tokenizer import Tokenizer, copy_pretrained, train
 
 __all__ = ["prepare", "streamed_corpora"]
@@ -38,8 +38,6 @@ Complete = Callable[[Prepared, Callable[[str], None]], None]
 
 _TOKENIZER_TRAINING_CHARACTERS = 2**28
 """Text that a tokenizer is trained on at most: more does not change a small vocabulary much."""
-_SAMPLE, _SAMPLES = 2**16, 16
-"""Bytes and number of the pieces of a streamed file that stand for the whole of it."""
 
 
 def prepare(
@@ -67,7 +65,7 @@ def prepare(
     with locked(folder, say) if config.prepared_folder else contextlib.nullcontext():  # other runs may share it
         settings = _settings(config, vocab_size)
         present = read_prepared(folder)
-        change = present and _change(present, config, settings)
+        change = present and change_of(present, config, settings)
         is_running = any(dump_folder.glob("checkpoint/step-*"))
         if present and change and is_running and not allow_changed_data:
             raise UserError(
@@ -124,36 +122,6 @@ def _settings(config: Data, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _change(present: Prepared, config: Data, settings: dict[str, Any]) -> str | None:
-    """What has changed since ``present`` was made, or None."""
-    names = {"vocab_size": "model.vocab_size (or model.flavor)", "corpora": "data.dataset (or what belongs to it)"}
-    before = present.manifest["settings"]
-    if changed := [names.get(key, f"data.{key}") for key, new in settings.items() if before.get(key) != new]:
-        return f"{', '.join(changed)} changed"
-    if problem := present.problem():
-        return problem
-    if _tokenizer_in_folder(config) not in (None, present.manifest["tokenizer_sha256"]):
-        return f"the tokenizer {config.tokenizer} changed"
-    sources = json.dumps(present.manifest["corpora"])
-    for name, corpus in config.corpora().items():
-        entry = present.manifest["corpora"][name]
-        if _sources_changed(entry["sources"], corpus, streaming=config.streaming):
-            return "the corpus's files changed"
-    if json.dumps(present.manifest["corpora"]) != sources:
-        with contextlib.suppress(OSError):  # files that were only touched need not be read again next time
-            present.save()
-    return None
-
-
-def _tokenizer_in_folder(config: Data) -> str | None:
-    """Fingerprint of the tokenizer that is taken from a folder; None if it is not, or cannot be read."""
-    source = Path(os.path.expanduser(config.tokenizer))
-    try:
-        return Tokenizer(source).fingerprint if (source / "tokenizer.json").is_file() else None
-    except UserError:
-        return None
-
-
 def _share(tokens: int, weight: float) -> int:
     """Held-out tokens that a corpus of this weight has to have."""
     return -int(-tokens * weight // 1)
@@ -165,43 +133,6 @@ def _lacks_held_out(present: Prepared, config: Data, wanted: int) -> bool:
         corpus["tokens"]["validation"] < _share(wanted, weight) and not corpus["exhausted"]
         for corpus, weight in zip(present.manifest["corpora"].values(), config.weights(), strict=True)
     )
-
-
-def _sources_changed(before: list[dict[str, Any]], corpus: Corpus, *, streaming: bool) -> bool:
-    """Whether the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more."""
-    if not streaming and all("://" in source["url"] for source in before):
-        return False  # no reason to ask a server
-    try:
-        files = source_files(corpus)
-    except UserError:
-        if streaming:
-            raise
-        return False
-    if [[file.url, file.size, file.version] for file in files] == [
-        [source["url"], source["size"], source["version"]] for source in before
-    ]:
-        return False
-    digest = _sample if streaming else sha256
-    now = [_source(file, "" if file.is_remote else digest(Path(file.url))) for file in files]
-
-    def content(sources: list[dict[str, Any]]) -> list[Any]:
-        return [[source["size"], source["digest"] or source["version"]] for source in sources]
-
-    if content(now) != content(before):
-        return True
-    before[:] = now
-    return False
-
-
-def _sample(path: Path) -> str:
-    """Hash of pieces all over a file: a streamed corpus is not read whole to see whether it has changed."""
-    digest = hashlib.sha256()
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for number in range(_SAMPLES):
-            file.seek(max(size - _SAMPLE, 0) * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def _make(
@@ -223,7 +154,7 @@ def _make(
     try:
         plan = {
             "settings": settings,
-            "tokenizer": _tokenizer_in_folder(config),
+            "tokenizer": tokenizer_in_folder(config),
             "sources": {name: [asdict(file) for file in files] for name, files in sources.items()},
         }
         _begin(staging, plan, say)
@@ -272,7 +203,7 @@ def _make(
         for leftover in (*staging.rglob("unit-*.json"), staging / "plan.json"):
             leftover.unlink()
         for path in (*staging.rglob("*"), staging):
-            _fsync(path)
+            fsync(path)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except OSError as error:
@@ -359,7 +290,7 @@ def _tokenize(
     entry = {
         "documents": {part: sum(unit["documents"][part] for unit in units) for part in PARTS},
         "tokens": {part: sum(unit["tokens"][part] for unit in units) for part in PARTS},
-        "sources": [_source(file, digest) for file, digest in zip(files, hashes, strict=True)],
+        "sources": [source_entry(file, digest) for file, digest in zip(files, hashes, strict=True)],
         "files": {name: content for unit in units for name, content in unit["files"].items()},
     }
     return entry, problems
@@ -372,7 +303,7 @@ def _hold_out(
     entry: dict[str, Any] = {
         "documents": dict.fromkeys(PARTS, 0),
         "tokens": dict.fromkeys(PARTS, 0),
-        "sources": [_source(file, "" if file.is_remote else _sample(Path(file.url))) for file in files],
+        "sources": [source_entry(file, "" if file.is_remote else sample_hash(Path(file.url))) for file in files],
         "files": {},
         "exhausted": False,
     }
@@ -398,10 +329,6 @@ def _hold_out(
     entry["tokens"]["validation"] = sum(lengths) + 1
     entry["files"] = {file.name: file_entry(file) for file in (path, path.with_suffix(".index"))}
     return entry, []
-
-
-def _source(file: SourceFile, digest: str) -> dict[str, Any]:
-    return {"url": file.url, "size": file.size, "version": file.version, "digest": digest}
 
 
 def _report(name: str, corpus: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -490,11 +417,3 @@ def _lines(say: Callable[[str], None]) -> Progress:
 def _cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Whether a prepared folder is still what its configuration and its corpus ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torchtitan_style.config.schema import Corpus, Data
+from torchtitan_style.errors import UserError
+
+from .corpus import SourceFile, source_files
+from .prepared import Prepared
+from .tokenize import sha256
+from .tokenizer import Tokenizer
+
+__all__ = ["change_of", "sample_hash", "source_entry", "tokenizer_in_folder"]
+
+_SAMPLE, _SAMPLES = 2**16, 16
+"""Bytes and number of the pieces of a streamed file that stand for the whole of it."""
+
+
+def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str | None:
+    """What has changed since ``present`` was made with other ``settings`` or of other files; None: nothing has."""
+    names = {"vocab_size": "model.vocab_size (or model.flavor)", "corpora": "data.dataset (or what belongs to it)"}
+    before = present.manifest["settings"]
+    if changed := [names.get(key, f"data.{key}") for key, new in settings.items() if before.get(key) != new]:
+        return f"{', '.join(changed)} changed"
+    if problem := present.problem():
+        return problem
+    if tokenizer_in_folder(config) not in (None, present.manifest["tokenizer_sha256"]):
+        return f"the tokenizer {config.tokenizer} changed"
+    sources = json.dumps(present.manifest["corpora"])
+    for name, corpus in config.corpora().items():
+        entry = present.manifest["corpora"][name]
+        if _sources_changed(entry["sources"], corpus, streaming=config.streaming):
+            return "the corpus's files changed"
+    if json.dumps(present.manifest["corpora"]) != sources:
+        with contextlib.suppress(OSError):  # files that were only touched need not be read again next time
+            present.save()
+    return None
+
+
+def tokenizer_in_folder(config: Data) -> str | None:
+    """Fingerprint of the tokenizer that is taken from a folder; None if it is not, or cannot be read."""
+    source = Path(os.path.expanduser(config.tokenizer))
+    try:
+        return Tokenizer(source).fingerprint if (source / "tokenizer.json").is_file() else None
+    except UserError:
+        return None
+
+
+def _sources_changed(before: list[dict[str, Any]], corpus: Corpus, *, streaming: bool) -> bool:
+    """Whether the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more."""
+    if not streaming and all("://" in source["url"] for source in before):
+        return False  # no reason to ask a server
+    try:
+        files = source_files(corpus)
+    except UserError:
+        if streaming:
+            raise
+        return False
+    if [[file.url, file.size, file.version] for file in files] == [
+        [source["url"], source["size"], source["version"]] for source in before
+    ]:
+        return False
+    digest = sample_hash if streaming else sha256
+    now = [source_entry(file, "" if file.is_remote else digest(Path(file.url))) for file in files]
+
+    def content(sources: list[dict[str, Any]]) -> list[Any]:
+        return [[source["size"], source["digest"] or source["version"]] for source in sources]
+
+    if content(now) != content(before):
+        return True
+    before[:] = now
+    return False
+
+
+def sample_hash(path: Path) -> str:
+    """Hash of pieces all over a file: a streamed corpus is not read whole to see whether it has changed."""
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(max(size - _SAMPLE, 0) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def source_entry(file: SourceFile, digest: str) -> dict[str, Any]:
+    """What a manifest says of a file of the corpus."""
+    return {"url": file.url, "size": file.size, "version": file.version, "digest": digest}
