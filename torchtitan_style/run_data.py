@@ -77,6 +77,13 @@ class RunData:
         ]
         return f"{', '.join(epochs)} of {self.prepared.tokens('train'):,} tokens"
 
+    def resuming(self, state: dict[str, Any]) -> str:
+        """What finding the place again costs, in words."""
+        if not isinstance(self.source, StreamedSteps):
+            return ""
+        records = sum(place[2] for stream in state.values() for place in stream["places"])
+        return f"; the streams read past up to {records:,} documents to find their places"
+
     def report_problems(self, mine: list[Problem]) -> None:
         """List documents that this and other ranks could not read. Raises UserError if there are too many."""
         of_ranks: list[list[Problem]] = [[]] * self.world.layout.world_size

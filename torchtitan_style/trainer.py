@@ -309,7 +309,7 @@ class Trainer:
             f"{self.data.describe()}, into {self.dump_folder}"
         )
         if self.state.step:
-            self.display.say(f"resuming after step {self.state.step}")
+            self.display.say(f"resuming after step {self.state.step}{self.data.resuming(self.state.data)}")
         self.log = TrainingLog(
             config.metrics,
             self.world,

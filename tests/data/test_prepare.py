@@ -564,7 +564,7 @@ def test_killed_half_way_it_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(60)
 def test_a_process_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large_corpus(tmp_path, 4)
+    large_corpus(tmp_path, 15)  # so much that it is not done before the first report of progress
     monkeypatch.setattr(tokenize, "_ALONE", 0)
     killed: list[int] = []
 
