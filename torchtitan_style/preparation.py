@@ -21,6 +21,7 @@ def prepare_data(
     say: Callable[[str], None],
     progress: Progress | None = None,
     processes: int | None = None,
+    for_run: bool = True,
 ) -> Prepared:
     """Tokenizer, prepared corpora and tables of rows of ``config``; what is there already is only checked.
 
@@ -47,4 +48,5 @@ def prepare_data(
         progress=progress,
         processes=processes,
         allow_changed_data=config.checkpoint.allow_changed_data,
+        for_run=for_run,
     )

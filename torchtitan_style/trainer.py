@@ -79,7 +79,7 @@ class Trainer:
             model=self.model,
             optimizer=self.optimizer,
             settings=to_toml(config, dimensions=True),
-            tokenizer=self.dump_folder / "tokenizer",
+            tokenizer=self.data.prepared.tokenizer,
             say=self.display.warn,
         )
         self.warmed_up = False

@@ -199,7 +199,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "no such key": (b'{"txt": "b", "id": 1}', 'no text under "text"; it has txt, id; data.text_key names'),
     "a number": (b'{"text": 3}', 'no text under "text"'),
     "null": (b'{"text": null}', "empty"),
-    "a list": (b'["text"]', 'no text under "text"; data.text_key names'),
+    "a list": (b'["text"]', "not a JSON object"),
     "half a surrogate pair": (b'{"text": "\\ud83d"}', "not Unicode text"),
     "empty": (b'{"text": ""}', EMPTY),
     "10 MB": (json.dumps({"text": "é" * 5_000_000}, ensure_ascii=False).encode(), "10,000,000 bytes of text, more"),

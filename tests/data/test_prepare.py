@@ -55,11 +55,12 @@ def run(
     say: Callable[[str], None] = lambda _: None,
     processes: int | None = None,
     allow_changed_data: bool = False,
+    for_run: bool = True,
     **settings: Any,
 ) -> Prepared:
     """Prepare ``folder``/run from ``folder``/corpus.jsonl."""
     config = Data(**({"dataset": "files", "paths": [str(folder / "corpus.jsonl")]} | settings))
-    options = {"processes": processes, "allow_changed_data": allow_changed_data}
+    options = {"processes": processes, "allow_changed_data": allow_changed_data, "for_run": for_run}
     return prepare(config, folder / name, vocab_size=vocab_size, validation_tokens=0, say=say, **options)
 
 
@@ -264,10 +265,10 @@ def new_tokenizer(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
-    "corpus": (lambda f: write_corpus(f, 410), {}, "the corpus's files changed"),
-    "one byte of the corpus": (lambda f: flip(f / "corpus.jsonl"), {}, "the corpus's files changed"),
+    "corpus": (lambda f: write_corpus(f, 410), {}, r"the corpus's files changed \(.*corpus.jsonl\)"),
+    "one byte of the corpus": (lambda f: flip(f / "corpus.jsonl"), {}, r"files changed \(.*corpus.jsonl\)"),
     "tokenizer": (new_tokenizer, {}, "the tokenizer .*hf changed"),
-    "shard": (lambda f: flip(f / "run/data/train-00000.bin"), {}, "train-00000.bin has changed since it was prepared"),
+    "shard": (lambda f: flip(f / "run/data/train-00000.bin"), {}, "train-00000.bin has changed"),
     "shard gone": (lambda f: (f / "run/data/train-00000.bin").unlink(), {}, "train-00000.bin is missing"),
     "tokenizer of the data": (
         lambda f: save_tokenizer(f / "run/data/tokenizer", vocab_size=299),
@@ -276,7 +277,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     ),
     "vocab_size": (lambda f: None, {"vocab_size": 330}, r"model\.vocab_size \(or model\.flavor\) changed"),
     "fraction": (lambda f: None, {"validation_fraction": 0.5}, "data.validation_fraction changed"),
-    "text_key": (lambda f: None, {"text_key": "body"}, r"data\.dataset \(or what belongs to it\) changed"),
+    "text_key": (lambda f: None, {"text_key": "body"}, r"data\.text_key changed"),
 }
 
 
@@ -345,6 +346,24 @@ def test_a_copied_folder_is_as_good(tmp_path: Path) -> None:
     copy = run(tmp_path, name="copy", say=said.append)
     assert said == []
     assert copy.manifest == prepared.manifest
+
+
+def test_preparing_beforehand_leaves_the_dump_folder_alone(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    run(tmp_path, prepared_folder=str(tmp_path / "corpora"), for_run=False)
+    assert not (tmp_path / "run").exists()
+    run(tmp_path, name="other", for_run=False)  # there is no other place for it
+    assert (tmp_path / "other/tokenizer/tokenizer.json").exists()
+
+
+def test_other_data_is_read_with_the_tokenizer_that_the_model_knows(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    before = run(tmp_path)
+    (tmp_path / "run/checkpoint/step-5").mkdir(parents=True)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "something else entirely"}\n' * 500)
+    after = run(tmp_path, allow_changed_data=True)
+    assert after.manifest["tokenizer_sha256"] == before.manifest["tokenizer_sha256"]
+    assert after.fingerprint("") != before.fingerprint("")
 
 
 def test_a_prepared_folder_is_shared(tmp_path: Path) -> None:
@@ -430,7 +449,9 @@ def test_bad_documents_are_left_out_and_listed(tmp_path: Path) -> None:
 
 def test_a_corpus_of_nothing_but_bad_documents(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"body": "x"}\n' * 3)
-    with pytest.raises(UserError, match=r"the corpus is empty: .*3 documents cannot be read, see .*data_errors\.jsonl"):
+    with pytest.raises(
+        UserError, match=r'the corpus is empty: none of its[^\0]*line 1: no text under "text"; it has body'
+    ):
         run(tmp_path)
     assert [json.loads(x)["line"] for x in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()] == [1, 2, 3]
 

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
                 )
                 _show(answer, screen)
                 note = {
-                    "length": "stopped at --max-new-tokens; ",
+                    "length": f"stopped after {options.max_new_tokens:,} tokens (--max-new-tokens); ",
                     "positions": "no position left; /reset; ",
                     None: "stopped; ",
                 }
@@ -166,7 +166,7 @@ def _save(messages: list[dict[str, str]], transcript: str, name: str) -> None:
     except FileExistsError:
         raise UserError(f"/save: {name} is there already") from None
     except (OSError, RuntimeError) as error:
-        raise UserError(f"/save {name}: {error}") from None
+        raise UserError(f"/save {name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 # What is shown

@@ -125,7 +125,8 @@ def _read(name: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         where = "standard input" if name == "-" else f"--prompts-file {name}"
-        raise UserError(f"{where}: cannot be read as UTF-8 text: {error}") from None
+        why = f"not UTF-8 text: {error}" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"{where}: cannot be read: {why}") from None
 
 
 def _generate(model: TextModel, prompts: list[str], options: argparse.Namespace, *, quiet: bool) -> None:

@@ -49,6 +49,6 @@ def main(arguments: list[str]) -> None:
 
         begin = time.monotonic()
         with tokenizing_bar() as (progress, say):
-            prepared = prepare_data(config, say=say, progress=progress, processes=options.processes)
+            prepared = prepare_data(config, say=say, progress=progress, processes=options.processes, for_run=False)
         tokens = prepared.tokens("train") + prepared.tokens("validation")
         print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")

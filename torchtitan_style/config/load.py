@@ -274,6 +274,13 @@ def _explain(detail: ErrorDetails) -> Problem:
     rest = location[depth + 1 :]
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     shown = f"{value!r}" if not isinstance(value, str) else f'"{value}"'
+    bounds = {
+        "greater_than_equal": "at least {ge}",
+        "greater_than": "greater than {gt}",
+        "less_than_equal": "at most {le}",
+        "less_than": "less than {lt}",
+        "finite_number": "finite",
+    }
     if len(rest) == 2 and rest[0].isdecimal():  # a key of an entry of a list of sections, as data.mixture
         name = rest[1]
         options = [*typing.get_args(_annotation(section, location[depth]))[0].model_fields]
@@ -283,6 +290,8 @@ def _explain(detail: ErrorDetails) -> Problem:
             "missing": f"{name} is missing",
             "string_pattern_mismatch": f"{name} must be letters, digits, _, . and - only, not {shown}",
         }.get(kind, f"{name}: {detail['msg']}, not {shown}")
+        if kind in bounds:
+            text = f"{name} must be {bounds[kind].format(**context)}, not {shown}"
         return Problem((key,), f"entry {int(rest[0]) + 1}: {text}")
     if kind == "extra_forbidden":
         what = "key" if section else "section"
@@ -295,13 +304,6 @@ def _explain(detail: ErrorDetails) -> Problem:
         close = difflib.get_close_matches(str(value), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return Problem((key,), f"must be one of {', '.join(options)}, not {shown}{hint}")
-    bounds = {
-        "greater_than_equal": "at least {ge}",
-        "greater_than": "greater than {gt}",
-        "less_than_equal": "at most {le}",
-        "less_than": "less than {lt}",
-        "finite_number": "finite",
-    }
     if kind in bounds:
         return Problem((key,), f"must be {bounds[kind].format(**context)}, not {shown}")
     if kind == "string_too_short":

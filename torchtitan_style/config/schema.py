@@ -116,8 +116,8 @@ class Corpus(Section):
     """Split of a Hub dataset."""
     paths: list[str] = []
     """Files for dataset = "files": wildcards allowed, ** for any depth; https:// and hf:// too. A line of
-    .jsonl or .json and a row of .parquet are a document each (.jsonl also compressed: .gz, .zst, .bz2, .xz);
-    any other file is UTF-8 text, in documents of at most about a megabyte."""
+    .jsonl, .ndjson or .json and a row of .parquet are a document each; any other file is UTF-8 text, in documents
+    of at most about a megabyte. All but parquet may be compressed: .gz, .zst, .bz2, .xz."""
     text_key: str = Field("text", min_length=1)
     """Field of a JSON line, or column of a parquet file, that holds the text."""
 
@@ -336,8 +336,9 @@ class Checkpoint(Section):
     switch_optimizer: bool = False
     """Allow a resume with another optimizer.name than before: its state then starts afresh."""
     allow_changed_data: bool = False
-    """Allow a resume although the corpus, its tokens, the tokenizer or the mixture have changed: the run goes on
-    at the same place of the new data, so rows may come twice or not at all."""
+    """Allow a resume although the corpus, its tokens, the tokenizer or the mixture's weights have changed: the run
+    goes on at the same place of the new data, so rows may come twice or not at all. A tokenizer that was trained on
+    the corpus is kept."""
     load_step: int = Field(-1, ge=-1)
     """Step to resume from; -1: the newest that verifies. 0: start from scratch, which needs a dump
     folder without checkpoints."""

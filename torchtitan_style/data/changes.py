@@ -25,10 +25,21 @@ _SAMPLE, _SAMPLES = 2**16, 16
 
 def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str | None:
     """What has changed since ``present`` was made with other ``settings`` or of other files; None: nothing has."""
-    names = {"vocab_size": "model.vocab_size (or model.flavor)", "corpora": "data.dataset (or what belongs to it)"}
+    names = {"vocab_size": "model.vocab_size (or model.flavor)"}
     before = present.manifest["settings"]
-    if changed := [names.get(key, f"data.{key}") for key, new in settings.items() if before.get(key) != new]:
-        return f"{', '.join(changed)} changed"
+    if before["corpora"].keys() != settings["corpora"].keys():
+        return "data.mixture changed" if settings["corpora"].keys() - {""} else "data.dataset changed"
+    changed = [
+        f"data.{key}"
+        for name, new in settings["corpora"].items()
+        for key in new
+        if before["corpora"][name].get(key) != new[key]
+    ]
+    changed += [
+        names.get(key, f"data.{key}") for key, new in settings.items() if key != "corpora" and before.get(key) != new
+    ]
+    if changed:
+        return f"{', '.join(dict.fromkeys(changed))} changed"
     if problem := present.problem():
         return problem
     if tokenizer_in_folder(config) not in (None, present.manifest["tokenizer_sha256"]):
@@ -36,8 +47,8 @@ def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str 
     sources = json.dumps(present.manifest["corpora"])
     for name, corpus in config.corpora().items():
         entry = present.manifest["corpora"][name]
-        if _sources_changed(entry["sources"], corpus, streaming=config.streaming):
-            return "the corpus's files changed"
+        if what := _source_change(entry["sources"], corpus, streaming=config.streaming):
+            return what
     if json.dumps(present.manifest["corpora"]) != sources:
         with contextlib.suppress(OSError):  # files that were only touched need not be read again next time
             present.save()
@@ -53,30 +64,29 @@ def tokenizer_in_folder(config: Data) -> str | None:
         return None
 
 
-def _sources_changed(before: list[dict[str, Any]], corpus: Corpus, *, streaming: bool) -> bool:
-    """Whether the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more."""
+def _source_change(before: list[dict[str, Any]], corpus: Corpus, *, streaming: bool) -> str | None:
+    """How the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more."""
     if not streaming and all("://" in source["url"] for source in before):
-        return False  # no reason to ask a server
+        return None  # no reason to ask a server
     try:
         files = source_files(corpus)
     except UserError:
         if streaming:
             raise
-        return False
+        return None
     if [[file.url, file.size, file.version] for file in files] == [
         [source["url"], source["size"], source["version"]] for source in before
     ]:
-        return False
+        return None
+    if len(files) != len(before):
+        return f"the corpus's files changed ({len(files)} instead of {len(before)})"
     digest = sample_hash if streaming else sha256
     now = [source_entry(file, "" if file.is_remote else digest(Path(file.url))) for file in files]
-
-    def content(sources: list[dict[str, Any]]) -> list[Any]:
-        return [[source["size"], source["digest"] or source["version"]] for source in sources]
-
-    if content(now) != content(before):
-        return True
+    for old, new in zip(before, now, strict=True):
+        if [old["size"], old["digest"] or old["version"]] != [new["size"], new["digest"] or new["version"]]:
+            return f"the corpus's files changed ({new['url']})"
     before[:] = now
-    return False
+    return None
 
 
 def sample_hash(path: Path) -> str:

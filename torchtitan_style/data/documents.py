@@ -168,11 +168,14 @@ def _parse_line(line: bytes | None, text_key: str, max_bytes: int, *, first: boo
         return "", f"not UTF-8 text: {error}"
     except (json.JSONDecodeError, RecursionError) as error:
         return "", f"not JSON: {error}"
-    if isinstance(record, dict) and text_key in record and record[text_key] is None:
+    if not isinstance(record, dict):
+        return "", "not a JSON object"
+    if text_key not in record:
+        return "", f'no text under "{text_key}"; it has {", ".join(record)}; data.text_key names the right field'
+    if record[text_key] is None:
         return "", EMPTY
-    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-        keys = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
-        return "", f'no text under "{text_key}"{keys}; data.text_key names the right field'
+    if not isinstance(record[text_key], str):
+        return "", f'no text under "{text_key}", but a {type(record[text_key]).__name__}'
     return _checked(record[text_key], max_bytes)
 
 

@@ -27,7 +27,7 @@ from .changes import change_of, sample_hash, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
 from .documents import EMPTY, read_records
 from .prepared import FORMAT, Prepared, copy_folder, read_prepared
-from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments
+from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments, describe
 from .streams import StreamedCorpus
 from .tokenize import PARTS, Progress, Recipe, file_entry, is_held_out, tokenize
 from .tokenizer import Tokenizer, copy_pretrained, train
@@ -51,13 +51,15 @@ def prepare(
     progress: Progress | None = None,
     processes: int | None = None,
     allow_changed_data: bool = False,
+    for_run: bool = True,
 ) -> Prepared:
     """Make the tokenizer and the prepared folder of a run, or see that they are there and still right.
 
     validation_tokens: how many a streamed corpus needs held out. say: called with a line of progress. complete:
     called with what there is and with ``say``, to add to its folder, or to refuse it with a UserError. progress:
     called now and then while tokenizing; left out: a line every ten seconds. processes: left out: one per CPU.
-    allow_changed_data: take a corpus that has changed though the run has checkpoints.
+    allow_changed_data: take a corpus that has changed though the run has checkpoints. for_run: whether the dump folder
+    gets its own copy of the tokenizer.
 
     Raises UserError, with nothing left behind but the list of bad documents, if the corpus cannot be used.
     """
@@ -68,8 +70,9 @@ def prepare(
         change = present and change_of(present, config, settings)
         is_running = any(dump_folder.glob("checkpoint/step-*"))
         if present and change and is_running and not allow_changed_data:
+            mend = f"delete {folder}, and it is prepared again" if str(folder) in change else "put it back"
             raise UserError(
-                f"{dump_folder}: {change} since this run began, so it cannot go on with the next batch; put it back, "
+                f"{dump_folder}: {change} since this run began, so it cannot go on with the next batch; {mend}, "
                 "start a new run with another --job.dump_folder, or go on at the same place of the new data with "
                 "--checkpoint.allow_changed_data"
             )
@@ -94,12 +97,15 @@ def prepare(
                 complete=complete,
                 progress=progress or _lines(say),
                 processes=processes or _cpus(),
+                # A model knows its tokens: other data is read with the same ones.
+                trained=dump_folder / "tokenizer" if is_running else None,
             )
             if not config.streaming:
                 (dump_folder / FILE_NAME).unlink(missing_ok=True)  # of an attempt before this one
         else:
             complete(present, lambda line: None)  # it was said when it was made
-        _hand_out(present, dump_folder, is_running=is_running and not allow_changed_data)
+        if for_run or not config.prepared_folder:
+            _hand_out(present, dump_folder, is_running=is_running and not allow_changed_data)
         return present
 
 
@@ -146,6 +152,7 @@ def _make(
     complete: Complete,
     progress: Progress,
     processes: int,
+    trained: Path | None,
 ) -> Prepared:
     """Make everything in a folder beside ``folder``, and put it there when it is complete."""
     sources = {name: source_files(corpus) for name, corpus in config.corpora().items()}
@@ -158,7 +165,7 @@ def _make(
             "sources": {name: [asdict(file) for file in files] for name, files in sources.items()},
         }
         _begin(staging, plan, say)
-        tokenizer = _make_tokenizer(config, sources, staging, settings["vocab_size"], say)
+        tokenizer = _make_tokenizer(config, sources, staging, settings["vocab_size"], say, trained)
         recipe = {
             "tokenizer": str(staging / "tokenizer"),
             "max_document_bytes": config.max_document_bytes,
@@ -179,17 +186,18 @@ def _make(
                 )
             problems += bad
             _list_problems(problems, staging, dump_folder, config.max_bad_documents)
-            if not config.streaming:
+            if not config.streaming and sum(corpora[name]["documents"].values()):
                 _report(name, corpora[name], say)
-        _report_problems(problems, dump_folder, say)
         if not config.streaming and (empty := [n for n, c in corpora.items() if not sum(c["documents"].values())]):
-            what = "no text"
-            if any(problem["problem"] != EMPTY for problem in problems):
-                what = f"{len(problems):,} documents cannot be read, see {dump_folder / FILE_NAME}"
+            bad = [problem for problem in problems if problem["problem"] != EMPTY]
+            if bad:
                 BadDocuments(dump_folder / FILE_NAME, limit=len(problems)).add(problems)
+            shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
             raise UserError(
-                f"data.paths: the corpus{f' {empty[0]}' if empty[0] else ''} is empty: its files hold {what}"
+                f"data.paths: the corpus{f' {empty[0]}' if empty[0] else ''} is empty: "
+                + (f"none of its documents can be read:{shown}" if bad else "its files hold no text")
             )
+        _report_problems(problems, dump_folder, say)
         manifest = {
             "format": FORMAT,
             "settings": settings,
@@ -237,13 +245,21 @@ def _begin(staging: Path, plan: dict[str, Any], say: Callable[[str], None]) -> N
 
 
 def _make_tokenizer(
-    config: Data, sources: dict[str, list[SourceFile]], staging: Path, vocab_size: int, say: Callable[[str], None]
+    config: Data,
+    sources: dict[str, list[SourceFile]],
+    staging: Path,
+    vocab_size: int,
+    say: Callable[[str], None],
+    trained: Path | None,
 ) -> Tokenizer:
+    """trained: where one trained on the corpus is already, if there is one."""
     folder = staging / "tokenizer"
     if not folder.exists():
         temporary = staging / "tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        if config.tokenizer == "train":
+        if config.tokenizer == "train" and trained and (trained / "tokenizer.json").exists():
+            shutil.copytree(trained, temporary)
+        elif config.tokenizer == "train":
             say(f"training a tokenizer of {vocab_size} tokens on the corpus")
             train(_training_texts(config, sources), temporary, vocab_size=vocab_size)
         else:
@@ -351,9 +367,11 @@ def _list_problems(problems: list[Problem], staging: Path, dump_folder: Path, li
 
 def _report_problems(problems: list[Problem], dump_folder: Path, say: Callable[[str], None]) -> None:
     empty = sum(problem["problem"] == EMPTY for problem in problems)
+    cut = sum("from here on" in problem["problem"] for problem in problems)
     if len(problems) > empty:
+        also = f" (and the rest of {cut} damaged files)" if cut else ""
         say(
-            f"warning: {len(problems) - empty:,} documents cannot be read and are left out; "
+            f"warning: {len(problems) - empty:,} documents cannot be read and are left out{also}; "
             f"{dump_folder / FILE_NAME} lists them"
         )
 

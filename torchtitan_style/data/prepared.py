@@ -91,7 +91,7 @@ class Prepared:
                     return f"{path} has {stat.st_size} bytes instead of {entry['size']}"
                 if stat.st_mtime_ns != entry["mtime_ns"]:
                     if sha256(path) != entry["sha256"]:
-                        return f"{path} has changed since it was prepared"
+                        return f"{path} has changed"
                     with contextlib.suppress(OSError):  # a copy: it need not be read again next time
                         os.utime(path, ns=(stat.st_atime_ns, entry["mtime_ns"]))
         return None
