@@ -44,7 +44,7 @@ def test_one_that_does_not_is_verified_on_a_copy_with_the_same_heads(room: dict[
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_what_does_not_divide_by_the_ranks_still_does_not(world_size: int) -> None:
     sizes = ["--model.hidden_size", "1030", "--model.intermediate_size", "3001", "--model.vocab_size", "151937"]
-    batch = ["--training.local_batch_size", "1", "--training.global_batch_size", "-1"]
+    batch = ["--training.local_batch_size", "1", "--data.num_streams", "-1", "--training.global_batch_size", "-1"]
     config, small, layout, _ = scaled("qwen3_0.6b_fineweb.toml", *sizes, *batch, world_size=world_size, **LITTLE)
     whole, copy = config.model.qwen3(), small.model.qwen3()
     for name in ("hidden_size", "intermediate_size", "vocab_size"):
@@ -54,7 +54,7 @@ def test_what_does_not_divide_by_the_ranks_still_does_not(world_size: int) -> No
 
 @pytest.mark.parametrize(("local", "total", "steps"), [("8", "64", 2), ("32", "64", 1), ("-1", "64", 1), ("1", "8", 2)])
 def test_microbatches_stay_in_kind(local: str, total: str, steps: int) -> None:
-    batch = ["--training.local_batch_size", local, "--training.global_batch_size", total]
+    batch = ["--training.local_batch_size", local, "--data.num_streams", "-1", "--training.global_batch_size", total]
     _, small, layout, _ = scaled("qwen3.toml", *batch, world_size=2)
     plan = plan_batch(small.training, layout.dp)
     assert plan.accumulation_steps == steps
