@@ -15,15 +15,31 @@ ROOT = Path(__file__).parents[1]
 # The lowest first: a module may import from its own layer and from lower ones. Of the names here that a module's
 # name starts with, the longest counts.
 LAYERS = [
-    ["errors", "folders", "hub"],
+    ["errors", "folders", "hub", "signals"],
     ["models.qwen3.config", "models.qwen3.hf"],  # plain data
     ["models.qwen3.model", "models.qwen3.attention"],  # plain PyTorch, of use without the rest
-    ["models.hf_folder", "checkpoint.folder", "checkpoint.saved"],  # files: what a model's folder says of itself
+    [
+        "models.hf_folder",
+        "checkpoint.folder",
+        "checkpoint.manifest",
+        "checkpoint.saved",
+    ],  # files: what a model's folder says of itself
     ["config"],
     ["distributed"],
     ["models"],  # what makes models parallel, and the registry of all
     ["optim", "data", "checkpoint", "metrics", "inference"],
-    ["ending", "step", "preparation", "run_data", "trainer"],
+    [
+        "ending",
+        "preempted",
+        "preflight",
+        "preparation",
+        "resuming",
+        "run_data",
+        "run_lock",
+        "step",
+        "train_state",
+        "trainer",
+    ],
     ["verification"],
     ["commands"],
     ["launch", "__main__", "train", "__init__"],  # what is started, and what `import torchtitan_style` offers

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
@@ -306,47 +302,6 @@ def test_a_diverged_run_stops_and_says_so(launch, config, tmp_path) -> None:
     options = ["--optimizer.lr", "1e30", "--lr_scheduler.warmup_steps", "0", "--checkpoint.interval", "1"]
     process = launch("--config", config, "--job.dump_folder", tmp_path, *options)
     assert process.returncode == 1
-    assert "not finite" in process.stderr
+    assert "was skipped: loss nan" in process.stdout
+    assert "4 steps in a row were skipped (training.max_skipped_steps is 3)" in process.stderr
     assert "Traceback" not in process.stderr
-
-
-@pytest.mark.parametrize("nproc", [1, 2])
-@pytest.mark.parametrize("whom", ["all", "launcher"])
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_ends_all_and_names_the_last_checkpoint(
-    config, tmp_path, nproc: int, whom: str, signal_number
-) -> None:
-    command = [
-        sys.executable, "-m", "torchtitan_style.launch", "--config", str(config), "--job.dump_folder", str(tmp_path),
-        "--training.steps", "100000", "--checkpoint.interval", "5", "--validation.enable", "false",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        env=ENVIRONMENT | {"NPROC": str(nproc)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.time() + 120
-        while not (tmp_path / "checkpoint" / "step-10").exists():
-            assert time.time() < deadline
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        if whom == "all":  # as a terminal does
-            os.killpg(process.pid, signal_number)
-        else:
-            process.send_signal(signal_number)
-        start = time.time()
-        output, errors = process.communicate(timeout=60)
-        assert time.time() - start < 10
-        assert process.returncode == 128 + signal_number
-        assert "interrupted at step" in output
-        assert f"The last checkpoint is {tmp_path}/checkpoint/step-" in output
-        assert "Traceback" not in output + errors
-        with pytest.raises(ProcessLookupError):  # nobody of the group is left
-            os.killpg(process.pid, 0)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ import difflib
 import sys
 
 try:
-    from .commands import chat, export_hf, generate, import_hf, prepare, train, verify
+    from .commands import chat, checkpoint, export_hf, generate, import_hf, prepare, train, verify
     from .commands.cli import reported_errors
     from .config.help import section_help, section_names
     from .errors import UserError
@@ -28,6 +28,7 @@ usage: python -m torchtitan_style COMMAND [...]
   prepare [--config FILE] [--section.key VALUE ...] tokenize a corpus once, for all runs on it
   generate --checkpoint DIR --prompt TEXT           text that goes on from the prompt
   chat --checkpoint DIR                             talk to a model
+  checkpoint list|verify|show DIR                   the checkpoints of a run, and whether they are whole
   import-hf --hf DIR_OR_REPO --output DIR           a model in Transformers' format → a checkpoint
   export-hf --checkpoint DIR --output DIR           a checkpoint → a model in Transformers' format
   verify --hf DIR_OR_REPO                           is it what Transformers computes?
@@ -49,6 +50,7 @@ COMMANDS = {
     "prepare": prepare.main,
     "generate": generate.main,
     "chat": chat.main,
+    "checkpoint": checkpoint.main,
     "import-hf": import_hf.main,
     "export-hf": export_hf.main,
     "verify": verify.main,

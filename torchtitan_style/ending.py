@@ -1,4 +1,9 @@
-"""How a rank ends: when it is done, by an error, or told to by Ctrl-C or SIGTERM."""
+"""How a rank ends: when it is done, by an error, or told to by a signal.
+
+A signal to stop is only taken note of once training has begun: the loop asks ``told_to_stop`` between
+steps, agrees with the other ranks, saves and ends with status 0. Before that, and at a second Ctrl-C, it
+ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,19 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-__all__ = ["ending_at_once", "interruptible", "on_interrupt"]
+from .signals import STOP_SIGNALS
 
-_received: list[int] = []
+__all__ = ["ending_at_once", "interruptible", "on_interrupt", "stop_gracefully", "told_to_stop"]
+
+_received: list[tuple[int, float]] = []
+"""Signals, and when."""
 _farewell: list[Callable[[], None]] = []
+_graceful = False
 
 
 @contextlib.contextmanager
@@ -38,22 +48,42 @@ def ending_at_once() -> Iterator[None]:
 
 
 def on_interrupt(farewell: Callable[[], None]) -> None:
-    """Have ``farewell`` called if the program is interrupted. It must not communicate with other ranks."""
+    """Have ``farewell`` called if the program is ended at once. It must not communicate with other ranks."""
     _farewell[:] = [farewell]
+
+
+def stop_gracefully() -> None:
+    """From now on a signal to stop is taken note of, and does not end the process."""
+    global _graceful
+    _graceful = True
+    if _received:  # on the way here, held back or while the last lines ran
+        raise KeyboardInterrupt
+
+
+def told_to_stop() -> signal.Signals | None:
+    """The signal that this process was told to stop with, or None."""
+    return signal.Signals(_received[0][0]) if _received else None
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Exit with status 130 (Ctrl-C) or 143 (SIGTERM) when told to, without a traceback.
+    """Exit with status 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1) when ended at once, without a traceback.
 
     A signal reaches all ranks. One of them may be told first by the others' broken connections, so
-    any error after a signal counts as its consequence.
+    any error after a signal counts as its consequence; without one, a line says whose fault it is not.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _note)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if not _received and _lost_connection(error):
+            time.sleep(1)  # the launcher's signal may be on its way: then nothing needs to be said
+            if not _received:
+                reason = str(error).strip().splitlines()[0]
+                print(f"rank {os.environ.get('RANK', 0)} has lost the connection to another rank, which failed or was "
+                      f"killed: {reason}", file=sys.stderr, flush=True)  # fmt: skip
+                os._exit(1)
         if not _received:
             raise
         for farewell in _farewell:
@@ -62,11 +92,27 @@ def interruptible() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit: leaving the process group in order would wait for ranks that are gone.
-        os._exit(128 + _received[0])
+        os._exit(128 + _received[0][0])
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    _received.append(number)
-    for again in (signal.SIGINT, signal.SIGTERM):  # the launcher repeats the terminal's signal
-        signal.signal(again, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _note(number: int, _frame: FrameType | None) -> None:
+    now = time.monotonic()
+    # The terminal's signal and the launcher's may both arrive; a person takes longer to repeat it.
+    again = bool(_received) and now - _received[0][1] > 1
+    _received.append((number, now))
+    if not _graceful or (again and number == signal.SIGINT):
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether ``error`` is what a collective raises when another rank is gone."""
+    from torch.distributed import DistError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DistError) or (isinstance(seen, RuntimeError) and "gloo" in str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

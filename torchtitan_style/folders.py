@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["first_missing", "fsync", "locked", "new_folder"]
+__all__ = ["first_missing", "fsync", "locked", "new_folder", "readable_bytes", "sha256"]
 
 
 @contextlib.contextmanager
@@ -36,6 +36,24 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes in words, as "86.4 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
 
 
 def first_missing(folder: Path) -> Path | None:

@@ -3,18 +3,21 @@
     NPROC=4 python -m torchtitan_style.launch --config train_configs/qwen3.toml
 
 Mistakes are found here, before any rank starts. One process needs no launcher and trains here;
-several are started by torchrun. Environment: NPROC (or NGPU), NNODES, NODE_RANK, RDZV_ENDPOINT.
+several are started by torchrun. Environment: NPROC (or NGPU), NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 from .commands.torchrun import count_gpus, start_ranks
 from .errors import UserError
+from .preempted import clear_preempted, is_preempted
+from .preflight import preflight
 
 __all__ = ["main"]
 
@@ -23,23 +26,27 @@ usage: [NPROC=N] ./run_train.sh [--config FILE] [--section.key VALUE ...]
 
   --config FILE         the configuration; train_configs/qwen3.toml if left out
   --section.key VALUE   override a key of it, as in --training.steps 100
+  --max-restarts N      how often to start again from the last checkpoint when a process dies; 3 if left out,
+                        for several processes (one process has nobody to start it again, unless N is given)
   --help SECTION        every key of a section, with its default
 
 Environment
   NPROC, NGPU           processes on this host; the number of GPUs, or 1, if left out
   NNODES, NODE_RANK     number of hosts and which one this is; start the command on each
   RDZV_ENDPOINT         host:port of the first host, for several hosts
+  MAX_RESTARTS          as --max-restarts
 """
 
 
 def main(arguments: list[str]) -> None:
     """Train with as many processes as asked for; exits with their status."""
     with reported_errors():
+        arguments, restarts = _take_restarts(arguments)
         named = parse_config_arguments(arguments, usage=USAGE)
         gpus = count_gpus()
         nproc = _positive("NPROC", _positive("NGPU", gpus or 1))
         nnodes = _positive("NNODES", 1)
-        if nproc * nnodes == 1:
+        if nproc * nnodes == 1 and not restarts:
             train.main(arguments)
             return
 
@@ -48,6 +55,7 @@ def main(arguments: list[str]) -> None:
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
+        preflight(config, world_size=nproc * nnodes, say=print)
         check_initial_weights(config)
         if gpus and nproc > gpus:
             raise UserError(
@@ -67,7 +75,35 @@ def main(arguments: list[str]) -> None:
     if nnodes > 1:
         endpoint = os.environ["RDZV_ENDPOINT"]
         rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--node-rank={node_rank}"]
-    start_ranks([*rendezvous, f"--nnodes={nnodes}"], "torchtitan_style.train", arguments, nproc=nproc, on_gpus=gpus > 0)
+    folder = Path(config.job.dump_folder)
+    clear_preempted(folder)
+    start_ranks(
+        [*rendezvous, f"--nnodes={nnodes}"],
+        "torchtitan_style.train",
+        arguments,
+        nproc=nproc,
+        on_gpus=gpus > 0,
+        max_restarts=3 if restarts is None else restarts,
+        shutdown_timeout=config.comm.shutdown_timeout_seconds,
+        has_saved=lambda: is_preempted(folder),
+    )
+
+
+def _take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
+    """``arguments`` without --max-restarts, and its number; None if it is not given."""
+    rest, text, name = [], os.environ.get("MAX_RESTARTS", ""), "MAX_RESTARTS"
+    given = iter(arguments)
+    for argument in given:
+        if argument.partition("=")[0] != "--max-restarts":
+            rest.append(argument)
+            continue
+        name = "--max-restarts"
+        text = argument.partition("=")[2] if "=" in argument else next(given, "nothing")
+    if not text:
+        return rest, None
+    if not text.isdecimal():
+        raise UserError(f'{name}: must be a whole number, not "{text}"')
+    return rest, int(text)
 
 
 def _positive(name: str, default: int) -> int:

@@ -19,10 +19,7 @@ from .distributed.world import World, on_main
 from .metrics.display import Display
 from .preparation import prepare_data
 
-__all__ = ["REPLACEABLE", "RunData"]
-
-REPLACEABLE = ("weights", "tokenizer", "content")
-"""What of ``RunData.identity`` checkpoint.allow_changed_data lets change."""
+__all__ = ["RunData"]
 
 
 class RunData:
@@ -52,14 +49,8 @@ class RunData:
         self.validation_batches = self._held_out() if config.validation.enable else []
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for the data to go on with the very next row."""
-        data = self.config.data
+        """What must be the same for the data to go on with the very next row, beside the settings."""
         return {
-            "streaming": data.streaming,
-            "packing": data.packing,
-            "num_streams": self.source.num_streams if isinstance(self.source, StreamedSteps) else None,
-            "corpora": self.prepared.names,
-            "weights": data.weights(),
             "tokenizer": self.prepared.manifest["tokenizer_sha256"][:16],
             "content": [self.prepared.fingerprint(name) for name in self.prepared.names],
         }

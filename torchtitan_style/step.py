@@ -6,8 +6,9 @@ verified is what trains.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from .metrics.log import StepResult
 from .models.registry import MODELS
 from .optim.build import Optimizers
 from .optim.clip import clip_grad_norm_
+from .optim.guard import StepGuard
 
-__all__ = ["DTYPES", "build_model", "build_optimizer", "mix", "train_step"]
+__all__ = ["DTYPES", "build_model", "build_optimizer", "evaluating", "mix", "train_step"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -69,10 +71,16 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizers:
 
 
 def train_step(
-    model: nn.Module, optimizer: Optimizers, batch: Batch, *, step: int, config: Config, world: World
+    model: nn.Module,
+    optimizer: Optimizers,
+    batch: Batch,
+    *,
+    step: int,
+    config: Config,
+    world: World,
+    guard: StepGuard,
 ) -> StepResult:
-    """Accumulate gradients over the microbatches, clip, update. ``step`` counts from 1."""
-    learning_rates = optimizer.set_learning_rates(step)
+    """Accumulate gradients over the microbatches, clip, update if ``guard`` admits it. ``step`` counts from 1."""
     # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
     torch.manual_seed(mix(config.training.seed, step, world.rank))
 
@@ -80,7 +88,7 @@ def train_step(
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.dp_group)
-    loss = torch.zeros((), device=world.device)
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, microbatch in enumerate(batch.microbatches, start=1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(batch.microbatches))
@@ -88,17 +96,33 @@ def train_step(
         share = loss_sum / tokens
         share.backward()
         loss += share.detach()
-    grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm)
-    optimizer.step_if_finite(grad_norm)
+    loss /= world.layout.world_size // world.layout.dp  # other ranks have the same rows
+    grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
+    taken = guard.admits(loss.float(), grad_norm)
+    optimizer.step_if(taken)
     return StepResult(
-        loss=loss,
+        loss=loss.float(),
         grad_norm=grad_norm,
-        learning_rates=learning_rates,
+        taken=taken,
         batch_hash=batch.hash,
         padding=batch.padding,
         corpus_rows=batch.corpus_rows,
         problems=batch.problems,
     )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradients, and no compiled graphs: other shapes would be compiled anew."""
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # no backward pass does it
 
 
 def mix(*numbers: int) -> int:

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.manifest import read_manifest
 from .checkpoint.saved import open_model
 from .checkpoint.weights import load_weights
 from .config import Config, to_toml
 from .config.layout import plan_batch, plan_layout
-from .data.loader import Batch
 from .data.tokenizer import Tokenizer
 from .distributed import device as devices
+from .distributed.agreement import Agreement
 from .distributed.garbage import GarbageCollector
+from .distributed.watchdog import Watchdog
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
-from .ending import on_interrupt
-from .errors import UserError
+from .ending import on_interrupt, stop_gracefully, told_to_stop
+from .errors import RunError
 from .inference.sample import sample
 from .metrics.display import Display
 from .metrics.log import StepResult, TrainingLog
@@ -33,21 +34,16 @@ from .metrics.profiler import profile_step
 from .metrics.throughput import Meter
 from .metrics.validation import validate
 from .models.qwen3.config import FLAVORS
-from .run_data import REPLACEABLE, RunData
-from .step import DTYPES, build_model, build_optimizer, mix, train_step
+from .optim.guard import StepGuard
+from .preempted import clear_preempted, write_preempted
+from .resuming import changed_settings, check_same_run, identity
+from .run_data import RunData
+from .run_lock import run_lock
+from .signals import shielding_children
+from .step import DTYPES, build_model, build_optimizer, evaluating, mix, train_step
+from .train_state import TrainState
 
 __all__ = ["Trainer", "train"]
-
-
-@dataclasses.dataclass
-class TrainState:
-    """All that a resumed run goes on from, beside weights and optimizer state."""
-
-    step: int = 0
-    rows_seen: int = 0
-    best_val_loss: float | None = None
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Where the data is: what ``Loader.start`` takes."""
 
 
 def train(config: Config, *, world_size: int) -> None:
@@ -55,7 +51,9 @@ def train(config: Config, *, world_size: int) -> None:
     layout = plan_layout(config.parallelism, world_size)
     world = init_world(layout, timeout_seconds=config.comm.init_timeout_seconds)
     try:
-        Trainer(config, world).run()
+        with contextlib.ExitStack() as stack:
+            on_main(lambda: stack.enter_context(run_lock(Path(config.job.dump_folder))))
+            Trainer(config, world).run()
     finally:
         destroy_world()
 
@@ -72,17 +70,15 @@ class Trainer:
         if config.debug.deterministic:
             devices.use_deterministic_algorithms()
         self._build_data()
-        self._build_model()
-        self.checkpointer = Checkpointer(
-            config.checkpoint,
-            self.dump_folder / "checkpoint",
-            model=self.model,
-            optimizer=self.optimizer,
-            settings=to_toml(config, dimensions=True),
-            tokenizer=self.data.prepared.tokenizer,
-            say=self.display.warn,
+        stop_gracefully()
+        self.agreement = Agreement()
+        self.watchdog = Watchdog(
+            self.dump_folder / "hang", limit=config.comm.init_timeout_seconds, warn=self.display.warn
         )
-        self.warmed_up = False
+        self._build_model()
+        self._build_checkpointer()
+        self.is_warm = self.told_to_stop = False
+        self.save_asked_about: Any = None
         self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(self._interrupted()))
         flops = self.model_config.flops_per_token(config.training.seq_len)
@@ -91,10 +87,10 @@ class Trainer:
     # The loop
 
     def run(self) -> None:
-        """Resume if there is something to resume, and train to the last step."""
+        """Resume if there is something to resume, and train to the last step, or until told to stop."""
         self._resume()
         state, steps = self.state, self.config.training.steps
-        if state.step >= steps:
+        if state.step >= steps and not self._validation_is_due():
             self.display.say(
                 f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to go on, or "
                 "start a new run with another --job.dump_folder"
@@ -102,65 +98,152 @@ class Trainer:
             return
         if state.step:
             on_main(lambda: self.checkpointer.folder.set_aside_after(state.step, self.display.warn))
-        self.data.loader.start(state.data)
+        with shielding_children():
+            self.data.loader.start(state.data)
         self._open_log()
         try:
-            if state.step == 0 and self.config.validation.enable:
-                self._validate()
-                self.meter.restart()
-            while state.step < steps:
+            self._stopping()  # a signal may have come meanwhile
+            self._catch_up_on_validation()
+            while state.step < steps and not self._stopping():
                 state.step += 1
                 with profile_step(self.config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
-                    result = train_step(
-                        self.model,
-                        self.optimizer,
-                        self._next_batch(),
-                        step=state.step,
-                        config=self.config,
-                        world=self.world,
-                    )
+                    result = self._train_step()
                 self._after_step(result)
+            self.log.flush()
+            if state.step < steps or self._validation_is_due():
+                self._leave()
+            self.checkpointer.close()
         finally:
             self.data.loader.close()
             self.log.close()
-        self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
+            self.watchdog.close()
+        if not self.told_to_stop or state.step == steps:
+            self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
 
-    def _next_batch(self) -> Batch:
+    def _train_step(self) -> StepResult:
         with self.meter.waiting_for_data():
             batch = self.data.loader.next()
         self.state.rows_seen += self.batch_plan.global_batch_size
-        return batch
+        # The first step is compiled, by processes of their own.
+        with contextlib.nullcontext() if self.is_warm else shielding_children():
+            return train_step(
+                self.model,
+                self.optimizer,
+                batch,
+                step=self.state.step,
+                config=self.config,
+                world=self.world,
+                guard=self.guard,
+            )
 
     def _after_step(self, result: StepResult) -> None:
         """What may be due after a step: a log line, validation, a checkpoint."""
         config, step = self.config, self.state.step
+        self.watchdog.beat(step)
         self.log.add(step, self.state.rows_seen * config.training.seq_len, result)
         self.gc.step()
-        if not self.warmed_up:
+        if not self.is_warm:
             set_timeout(config.comm.train_timeout_seconds)
-            self.warmed_up = True
+            self.watchdog.limit = config.comm.train_timeout_seconds
+            self.is_warm = True
         last = step == config.training.steps
         validates = config.validation.enable and (last or step % config.validation.freq == 0)
         saves = config.checkpoint.enable and (last or step % config.checkpoint.interval == 0)
         if validates or saves:
-            self.log.flush()  # stops the run if something is not finite
+            self.log.flush()  # stops the run if too many steps were skipped
+        if step > self.state.furthest_step:
+            self.state.rewinds = 0
+        if self.log.spiked and self._rewind():
+            return
         best = validates and self._validate()
         if saves or (best and config.checkpoint.enable and config.checkpoint.keep_best):
             self._save(best=best)
-        if validates or last:
+        if (validates or last) and not self.told_to_stop:
             self._print_sample()
         if validates or saves:
             self.meter.restart()
 
+    def _stopping(self) -> bool:
+        """Whether all ranks are to stop now, as one of them was told to. Asked by all equally often."""
+        if not self.told_to_stop:
+            told, busy = self.agreement.exchange(told_to_stop() is not None, self.checkpointer.is_busy)
+            self.told_to_stop = bool(told)
+            if not busy and self.save_asked_about is self.checkpointer.under_way:
+                self.checkpointer.finish()  # nobody waits: it is done on all ranks
+            self.save_asked_about = self.checkpointer.under_way
+            self.watchdog.beat()
+        return self.told_to_stop
+
+    def _leave(self) -> None:
+        """Save, and leave word that the run stopped before its end, so that a scheduler can start it again."""
+        step, folder = self.state.step, self.checkpointer.folder
+        self.checkpointer.finish()
+        if self.config.checkpoint.enable and step and self.checkpointer.saved_step != step:
+            self._save(best=False)
+        self.checkpointer.close()
+        saved = str(folder.path(step)) if self.checkpointer.saved_step == step else None
+        number = told_to_stop()
+        word = {"step": step, "checkpoint": saved, "signal": number.name if number else None, "time": time.time()}
+        on_main(lambda: write_preempted(self.dump_folder, word))
+        where = f"; the checkpoint is {saved}" if saved else ""
+        self.display.say(f"stopped at step {step}, as told{where}. The same command goes on from there.")
+
+    def _rewind(self) -> bool:
+        """After a spike, if so configured, go back to the newest checkpoint, and on with the data that comes next."""
+        self.log.spiked = False
+        state, checkpointer = self.state, self.checkpointer
+        if self.config.training.spike_action != "rewind":
+            return False
+        checkpointer.finish()
+        found = checkpointer.find(-1)
+        if found is None:
+            self.display.warn("there is no checkpoint yet to rewind to")
+            return False
+        state.furthest_step = max(state.furthest_step, state.step)
+        state.rewinds += 1
+        if state.rewinds > self.config.training.max_skipped_steps:
+            raise RunError(
+                f"rewound {state.rewinds - 1} times without getting past step {state.furthest_step} "
+                "(training.max_skipped_steps); a lower optimizer.lr or training.max_norm may help"
+            )
+        saved = TrainState.from_json(on_main(lambda: checkpointer.folder.train_state(found))["state"])
+        kept = ("rows_seen", "data", "rewinds", "furthest_step")  # the data goes on
+        self.state = dataclasses.replace(saved, **{name: getattr(state, name) for name in kept})
+        self._restore(found)
+        self.display.warn(f"going back to step {found}, and on with the data after step {state.step}")
+        self.log.close()
+        self._open_log()
+        return True
+
     # Validation and text
+
+    def _validation_is_due(self) -> bool:
+        """Whether the present step is to be validated and was not."""
+        step, config = self.state.step, self.config.validation
+        return (
+            config.enable
+            and self.state.validated_step != step
+            and (step % config.freq == 0 or step == self.config.training.steps)
+        )
+
+    def _catch_up_on_validation(self) -> None:
+        """Validate before the first step, and on a resume if the run was stopped before it had."""
+        if self._validation_is_due():
+            best = self._validate()
+            if best and self.state.step and self.config.checkpoint.enable and self.config.checkpoint.keep_best:
+                on_main(lambda: self.checkpointer.folder.set_best(self.state.step))
+            self.meter.restart()
 
     def _validate(self) -> bool:
         """Loss on the held-out rows. Whether it is the lowest so far."""
-        with self._evaluation():
-            figures = validate(self.model, self.data.validation_batches, self.world.dp_group)
+        with evaluating(self.model):
+            figures = validate(self.model, self.data.validation_batches, self.world.dp_group, stop=self._stopping)
+        if figures is None:
+            return False
         best = self.state.best_val_loss is None or figures["val_loss"] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = figures["val_loss"]
+        self.state.validated_step = self.state.step
         self.log.validation(self.state.step, figures, best=best and self.state.step > 0)
         return best
 
@@ -169,7 +252,7 @@ class Trainer:
         if not config.enable:
             return
         prompt = self.tokenizer.encode(config.prompt) or [self.tokenizer.end_of_text]
-        with self._evaluation():
+        with evaluating(self.model):
             ids = sample(
                 self.model,
                 prompt,
@@ -183,19 +266,6 @@ class Trainer:
             )
         self.display.sample(config.prompt, self.tokenizer.decode(prompt + ids)[len(config.prompt) :])
 
-    @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        """No dropout, no gradients, and no compiled graphs: other shapes would be compiled anew."""
-        self.model.eval()
-        try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            self.model.train()
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # no backward pass does it
-
     # Setting up
 
     def _build_data(self) -> None:
@@ -205,56 +275,53 @@ class Trainer:
         self.tokenizer = Tokenizer(self.data.prepared.tokenizer)
 
     def _build_model(self) -> None:
-        self.model = build_model(self.config, self.world, warn=self.display.warn)
-        self.optimizer = build_optimizer(self.model, self.config)
+        config, training = self.config, self.config.training
+        self.model = build_model(config, self.world, warn=self.display.warn)
+        self.optimizer = build_optimizer(self.model, config)
+        self.guard = StepGuard(training.spike_sigma, training.spike_window, self.world.device)
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to go on from."""
-        shape = dataclasses.asdict(self.model_config)
-        for name in ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings"):
-            del shape[name]
-        training = {"seq_len": self.config.training.seq_len, "seed": self.config.training.seed}
-        return {
-            "model": shape,
-            "training": training,
-            "optimizer": {"name": self.config.optimizer.name},
-            "data": self.data.identity(),
-        }
+    def _build_checkpointer(self) -> None:
+        self.identity = identity(self.config, dp=self.world.layout.dp)
+        self.identity["data"] |= self.data.identity()
+        self.checkpointer = Checkpointer(
+            self.config.checkpoint,
+            self.dump_folder / "checkpoint",
+            model=self.model,
+            optimizer=self.optimizer,
+            settings=to_toml(self.config, dimensions=True),
+            tokenizer=self.data.prepared.tokenizer,
+            about={
+                "mesh": dataclasses.asdict(self.world.layout),
+                "torch": torch.__version__,
+                "tokenizer": self.identity["data"]["tokenizer"],
+                "data": self.identity["data"]["content"],
+            },
+            say=self.display.warn,
+            advance=self.watchdog.beat,
+        )
 
     def _resume(self) -> None:
-        step = self.checkpointer.find()
+        step = self.checkpointer.find(self.config.checkpoint.load_step)
         if step is None:
             self._start_from_weights()
             return
-        saved = on_main(lambda: self.checkpointer.folder.train_state(step))
-        now, before = self._identity(), saved["identity"]["optimizer"]
-        switch = self.config.checkpoint.switch_optimizer and before != now["optimizer"]
-        if switch:
-            self.display.warn(f"the optimizer was {before['name']}; {self.config.optimizer.name} starts afresh")
-            del saved["identity"]["optimizer"]
-        if self.config.checkpoint.allow_changed_data:
-            data = saved["identity"]["data"]
-            changed = [key for key in REPLACEABLE if data.get(key) != now["data"][key]]
-            for key in changed:
-                data.pop(key, None)
-            if changed:
-                self.display.warn(f"{' and '.join(changed)} of the data changed; going on at the same place of the new")
-        differences = [
-            f"{section}.{key} was {value}, is {now[section].get(key)}"
-            for section, values in saved["identity"].items()
-            for key, value in values.items()
-            if now[section].get(key) != value
-        ]
-        if differences:
-            hint = ", allow it with checkpoint.switch_optimizer" if differences[0].startswith("optimizer.") else ""
-            if all(difference.startswith(tuple(f"data.{key} " for key in REPLACEABLE)) for difference in differences):
-                hint = ", go on at the same place of the new data with --checkpoint.allow_changed_data"
-            raise UserError(
-                f"{self.checkpointer.folder.path(step)} is of another run: {'; '.join(differences)}; put it back"
-                f"{hint}, or start a new run with another --job.dump_folder"
-            )
-        self.checkpointer.load(step, optimizer=not switch)
-        self.state = TrainState(**saved["state"])
+        path = self.checkpointer.folder.path(step)
+        saved, manifest = on_main(lambda: (self.checkpointer.folder.train_state(step), read_manifest(path)))
+        for difference in check_same_run(saved["identity"], self.identity, self.config, path):
+            self.display.warn(difference)
+        if changes := changed_settings(path, self.config):
+            self.display.say(f"going on with other settings than before: {', '.join(changes)}")
+        dropout = max(self.model_config.dropout, self.model_config.attention_dropout)
+        if dropout and manifest["mesh"] != self.checkpointer.about["mesh"]:
+            self.display.warn("on another layout than before dropout draws other numbers")
+        self.state = TrainState.from_json(saved["state"])
+        self._restore(step, optimizer=saved["identity"]["optimizer"] == self.identity["optimizer"])
+
+    def _restore(self, step: int, *, optimizer: bool = True) -> None:
+        """Bring weights, optimizer and what goes with them to where they were at ``step``, as ``state`` has it."""
+        self.checkpointer.load(step, optimizer=optimizer)
+        self.optimizer.start_after(step - self.state.skipped.total)
+        self.guard.losses = self.state.recent_losses
 
     def _start_from_weights(self) -> None:
         """Read the initial weights, if the run starts from any; each rank its own part."""
@@ -280,14 +347,14 @@ class Trainer:
             self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
 
     def _save(self, *, best: bool) -> None:
+        self.log.flush()  # what was skipped so far
         self.state.data = self.data.loader.gather_state(self.world.dp_group)
-        train_state = {
-            "state": dataclasses.asdict(self.state),
-            "identity": self._identity(),
-            "mesh": dataclasses.asdict(self.world.layout),
-            "torch": torch.__version__,
-        }
-        self.checkpointer.save(self.state.step, train_state, best=best)
+        self.state.recent_losses = self.guard.losses
+        figures = {"loss": self.log.last.get("loss"), "val_loss": None}
+        if self.state.validated_step == self.state.step:
+            figures["val_loss"] = self.log.last_validation["val_loss"]
+        train_state = {"state": dataclasses.asdict(self.state), "identity": self.identity}
+        self.checkpointer.save(self.state.step, train_state, figures=figures, best=best)
 
     # Reporting
 
@@ -295,6 +362,7 @@ class Trainer:
         config, layout, plan = self.config, self.world.layout, self.batch_plan
         if self.world.is_main:
             (self.dump_folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            clear_preempted(self.dump_folder)
         total, seq_len = config.training.steps, config.training.seq_len
         processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
         self.display.say(
@@ -319,6 +387,9 @@ class Trainer:
             last_step=total,
             tokens_per_step=plan.global_batch_size * seq_len,
             meter=self.meter,
+            learning_rates=self.optimizer.learning_rates,
+            skipped=self.state.skipped,
+            max_skipped=config.training.max_skipped_steps,
             settings=config.model_dump(),
             corpora=self.data.mixture,
             report_padding=config.data.packing == "best_fit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(folder: CheckpointFolder) 
     assert (folder.steps(), folder.newest_verified(said.append), folder.best()) == ([], None, None)
     folder.root.mkdir()
     assert (folder.steps(), folder.newest_verified(said.append), folder.best()) == ([], None, None)
-    folder.retain(1)
+    folder.retain(1, pytest.fail)
     folder.remove_unfinished()
     assert said == []
 
@@ -94,14 +95,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest of another kind": (change("manifest.json", lambda c: b"[1]"), "manifest.json cannot be read"),
     "manifest with a list": (change("manifest.json", lambda c: b'{"files": [1]}'), "manifest.json cannot be read"),
     "manifest with numbers": (
-        change("manifest.json", lambda c: b'{"files": {".metadata": 3}}'),
-        "manifest.json cannot be read",
+        change("manifest.json", lambda c: b'{"manifest_sha256": "0", "files": {".metadata": 3}}'),
+        "manifest.json has changed since it was written",
     ),
     "manifest that lists nothing": (change("manifest.json", lambda c: b'{"files": {}}'), "manifest.json"),
     "checksum changed": (
         change("manifest.json", lambda c: c.replace(b'"sha256": "', b'"sha256": "0')),
-        ".metadata has changed since it was written",
+        "manifest.json has changed since it was written",
     ),
+    "step changed": (
+        change("manifest.json", lambda c: c.replace(b'"step": 30', b'"step": 31')),
+        "manifest.json has changed",
+    ),
+    "manifest from before": (
+        change("manifest.json", lambda c: re.sub(rb',\s*"manifest_sha256": "\w+"', b"", c)),
+        "manifest.json cannot be read",
+    ),
+    "shard added": (lambda p: (p / "__9_0.distcp").write_bytes(b"x"), "__9_0.distcp is not in manifest.json"),
 }
 
 
@@ -149,11 +159,11 @@ def test_an_unfinished_checkpoint_is_ignored_and_removed_before_the_next(folder:
 
 def test_retention_keeps_the_newest(folder: CheckpointFolder) -> None:
     save(folder, 1, 2, 10, 20)
-    folder.retain(0)
+    folder.retain(0, pytest.fail)
     assert folder.steps() == [20, 10, 2, 1]
-    folder.retain(3)
+    folder.retain(3, pytest.fail)
     assert folder.steps() == [20, 10, 2]
-    folder.retain(1)
+    folder.retain(1, pytest.fail)
     assert folder.steps() == [20]
 
 
@@ -161,10 +171,36 @@ def test_retention_keeps_the_newest(folder: CheckpointFolder) -> None:
 def test_retention_never_deletes_the_best(folder: CheckpointFolder, best: int) -> None:
     save(folder, 1, 2, 3, 4)
     folder.set_best(best)
-    folder.retain(2)
+    folder.retain(2, pytest.fail)
     assert set(folder.steps()) == {3, 4, best}
     assert folder.best() == best
     assert folder.problem(best) is None
+
+
+def test_retention_keeps_every_so_many_steps(folder: CheckpointFolder) -> None:
+    save(folder, 5, 10, 15, 20, 25)
+    folder.retain(1, pytest.fail, keep_every=10)
+    assert folder.steps() == [25, 20, 10]
+    assert names(folder) == ["step-10", "step-20", "step-25"]
+
+
+def test_nothing_is_deleted_when_the_newest_does_not_read_back(folder: CheckpointFolder) -> None:
+    save(folder, 5, 10, 15)
+    change("shard-b.distcp", flip)(folder.path(15))
+    said: list[str] = []
+    folder.retain(1, said.append)
+    assert folder.steps() == [15, 10, 5]
+    assert "shard-b.distcp has changed" in said[0]
+
+
+def test_a_deletion_that_was_cut_short_leaves_no_checkpoint(folder: CheckpointFolder, monkeypatch) -> None:
+    save(folder, 5, 10)
+    monkeypatch.setattr("shutil.rmtree", lambda path: None)
+    folder.retain(1, pytest.fail)
+    monkeypatch.undo()
+    assert folder.steps() == [10]
+    folder.remove_unfinished()
+    assert names(folder) == ["step-10"]
 
 
 def test_the_best_is_a_line_with_its_name(folder: CheckpointFolder) -> None:

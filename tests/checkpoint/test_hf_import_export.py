@@ -24,9 +24,9 @@ from tiny_hf import hf_model, write_tokenizer
 from torch import Tensor
 
 from torchtitan_style.checkpoint import hf_export
-from torchtitan_style.checkpoint.folder import problem_of
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.hf_import import import_hf
+from torchtitan_style.checkpoint.manifest import problem_of
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
 from torchtitan_style.commands import export_hf as export_command
 from torchtitan_style.data.tokenizer import Tokenizer

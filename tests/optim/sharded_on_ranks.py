@@ -19,10 +19,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torchtitan_style.config.schema import Muon, Optimizer
 from torchtitan_style.ending import ending_at_once
 from torchtitan_style.optim import exchange, muon
-from torchtitan_style.optim.adamw import adamw, step_if_finite
+from torchtitan_style.optim.adamw import adamw, step_if
 
 SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (3, 10), (33, 12), (2, 2)]
-FINITE = torch.tensor(1.0)
+SOUND = torch.tensor(True)
 
 
 def placements() -> dict[str, tuple[tuple[int, ...], list[Placement]]]:
@@ -59,9 +59,9 @@ def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype) ->
     for step in range(5):
         for a, b, gradient in zip(whole, sharded, gradients(step), strict=True):
             a.grad, b.grad = gradient.clone(), distribute_tensor(gradient, mesh, how)
-        dense.step_if_finite(FINITE)
+        dense.step_if(SOUND)
         with patch.object(muon, "orthogonalize", lambda m, **how: done.append(m.shape) or real(m, **how)):
-            optimizer.step_if_finite(FINITE)
+            optimizer.step_if(SOUND)
     weights = max((a - b.full_tensor()).abs().max().item() for a, b in zip(whole, sharded, strict=True))
     momenta = max(
         (dense.state[a]["momentum_buffer"] - optimizer.state[b]["momentum_buffer"].full_tensor()).abs().max().item()
@@ -81,7 +81,7 @@ def compare_adamw(start: list[torch.Tensor], mesh: DeviceMesh, how: list[Placeme
         for a, b, gradient in zip(whole.values(), sharded.values(), gradients(step), strict=True):
             a.grad, b.grad = gradient.clone(), distribute_tensor(gradient, mesh, how)
         for optimizer in optimizers:
-            step_if_finite(optimizer, FINITE)
+            step_if(optimizer, SOUND)
     return max((whole[n] - sharded[n].full_tensor()).abs().max().item() for n in whole)
 
 

@@ -18,7 +18,7 @@ from torchtitan_style.optim.muon import Muon as MuonOptimizer
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 
 SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (1, 9)]
-FINITE = torch.tensor(1.0)
+SOUND = torch.tensor(True)
 
 
 def matrices() -> list[torch.nn.Parameter]:
@@ -61,7 +61,7 @@ def test_ten_steps_equal_torch_muon(adjust_lr: Any, nesterov: bool) -> None:
     for step in range(10):
         give_gradients(ours, step)
         give_gradients(theirs, step)
-        optimizer.step_if_finite(FINITE)
+        optimizer.step_if(SOUND)
         plain.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -78,7 +78,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     parameters = matrices()
     optimizer = MuonOptimizer(parameters, Muon(), lr=0.02, weight_decay=0.1, dtype=torch.float32)
     give_gradients(parameters, 0)
-    optimizer.step_if_finite(FINITE)
+    optimizer.step_if(SOUND)
 
     def everything() -> list[Tensor]:
         return [p.detach().clone() for p in parameters] + [
@@ -88,10 +88,10 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     before = everything()
     give_gradients(parameters, 1)
     parameters[0].grad[0, 0] = bad
-    optimizer.step_if_finite(torch.tensor(bad))
+    optimizer.step_if(torch.tensor(False))
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     give_gradients(parameters, 2)
-    optimizer.step_if_finite(FINITE)
+    optimizer.step_if(SOUND)
     assert not torch.equal(before[0], parameters[0])
 
 
@@ -120,12 +120,25 @@ def test_muon_takes_the_matrices_of_attention_and_mlp_alone() -> None:
 
 def test_each_has_its_own_rate_and_schedule() -> None:
     _, optimizers = build(muon=Muon(lr=0.02, warmup_steps=0, decay_ratio=0.5, min_lr_factor=0.1))
-    assert optimizers.set_learning_rates(2) == {"lr": pytest.approx(1e-3 * 2 / 5), "lr_muon": 0.02}
-    last = optimizers.set_learning_rates(10)
+    assert optimizers.learning_rates(2) == {"lr": pytest.approx(1e-3 * 2 / 5), "lr_muon": 0.02}
+    last = optimizers.learning_rates(10)
     assert last["lr_muon"] == pytest.approx(0.02 * (0.1 + 0.9 / 6))
+
+
+def test_the_schedules_go_on_with_each_step_that_is_taken() -> None:
+    model, optimizers = build(muon=Muon(lr=0.02, warmup_steps=3))
     assert optimizers.muon is not None
-    assert optimizers.muon.param_groups[0]["lr"] == last["lr_muon"]
-    assert {group["lr"] for group in optimizers.adamw.param_groups} == {last["lr"]}
+    for sound, update in ((True, 1), (False, 2), (False, 2), (True, 2), (True, 3)):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers.step_if(torch.tensor(sound))
+        rates = optimizers.learning_rates(update)
+        assert optimizers.muon.param_groups[0]["lr"].item() == pytest.approx(rates["lr_muon"])
+        for group in optimizers.adamw.param_groups:
+            assert group["lr"].item() == pytest.approx(rates["lr"])
+    optimizers.start_after(7)
+    optimizers.step_if(torch.tensor(True))
+    assert optimizers.muon.param_groups[0]["lr"].item() == pytest.approx(optimizers.learning_rates(8)["lr_muon"])
 
 
 def test_heads_by_themselves() -> None:
@@ -149,7 +162,7 @@ def test_left_out_settings_are_adamws() -> None:
     _, optimizers = build(weight_decay=0.3)
     assert optimizers.muon is not None
     assert optimizers.muon.param_groups[0]["weight_decay"] == 0.3
-    rates = optimizers.set_learning_rates(7)
+    rates = optimizers.learning_rates(7)
     assert rates["lr"] == rates["lr_muon"]
 
 
@@ -160,7 +173,7 @@ def test_one_step_is_the_definition() -> None:
     optimizer = MuonOptimizer([parameter], Muon(adjust_lr="original"), lr=0.1, weight_decay=0.2, dtype=torch.float32)
     gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(4))
     parameter.grad = gradient.clone()
-    optimizer.step_if_finite(FINITE)
+    optimizer.step_if(SOUND)
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
     step = (before * (1 - 0.1 * 0.2) - parameter.data) / 0.1
     assert (step - u @ v).norm() / (u @ v).norm() < 0.35  # singular values in 0.7 … 1.2 instead of 1

@@ -7,20 +7,27 @@ parameter name, so that the shape of the mesh is not part of the format.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan_style.config.schema import Checkpoint
 from torchtitan_style.distributed.world import on_main
-from torchtitan_style.errors import UserError
+from torchtitan_style.errors import RunError, UserError
 from torchtitan_style.optim.build import Optimizers
 
 from .folder import CheckpointFolder
+from .manifest import problem_of
 from .reader import SafeReader, without_warnings
+from .staging import Staging
+from .writer import HashingWriter, StagedPlanner
 
 __all__ = ["Checkpointer"]
 
@@ -28,7 +35,8 @@ __all__ = ["Checkpointer"]
 class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks.
 
-    settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint.
+    settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint. about: what else
+    their manifests say. advance: called as a save gets on, from any thread.
     """
 
     def __init__(
@@ -40,7 +48,9 @@ class Checkpointer:
         optimizer: Optimizers,
         settings: str,
         tokenizer: Path,
+        about: Mapping[str, Any],
         say: Callable[[str], None],
+        advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.folder = CheckpointFolder(folder)
@@ -48,65 +58,173 @@ class Checkpointer:
         self.optimizer = optimizer
         self.settings = settings
         self.tokenizer = tokenizer
-        self.say = say
+        self.about = about
+        self.say, self.advance = say, advance
+        self.saved_step: int | None = None
+        """The last step whose checkpoint is in its place."""
+        # A save in the background must not get its messages mixed up with those of training.
+        self._group = dist.new_group(backend="gloo") if config.enable else None
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: Future[None] | None = None
+        """A save, or the deletion of old checkpoints, that ``finish`` has not heard the end of."""
+        self._step = 0
+        self._failure: RunError | None = None
 
-    def save(self, step: int, train_state: dict[str, Any], *, best: bool = False) -> None:
-        """Write the checkpoint of ``step``; ``best``: name it the best."""
-        temporary = on_main(lambda: str(self.folder.begin(step)))
-        # With more than one thread DCP can take a failed write for a success.
-        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
+    # Saving
+
+    def save(self, step: int, train_state: dict[str, Any], *, figures: Mapping[str, Any], best: bool = False) -> None:
+        """Write the checkpoint of ``step``, or have it written. ``figures``: losses at the time, for the manifest;
+        ``best``: name it the best.
+
+        Raises RunError if it, or the one before, could not be saved and ``on_error`` is "stop".
+        """
+        self.finish()
+        self._step = step
+        tensors = self._tensors()
+        about = {**self.about, "time": time.time(), "figures": dict(figures), "best": best}
+        if self.config.async_mode == "async":
+            copies = self._staging.copy(tensors)
+            self.under_way = self._thread.submit(self._write, step, tensors, copies, train_state, about)
+        else:
+            self.under_way = Future()
+            try:
+                self._write(step, tensors, None, train_state, about)
+                self.under_way.set_result(None)
+            except (OSError, CheckpointException) as error:
+                self.under_way.set_exception(error)
+            self.finish()
+        if self.under_way is None and self._failure is None:
+            # Reading back what was written takes as long again, and training need not wait for it.
+            self.under_way = self._thread.submit(self._retain)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank still writes, or has yet to hear how it went."""
+        return self.under_way is not None and not self.under_way.done()
+
+    def finish(self) -> None:
+        """Wait for a save in the background. All ranks hear the same of it.
+
+        Raises RunError if it failed and ``on_error`` is "stop".
+        """
+        under_way, self.under_way = self.under_way, None
+        if under_way is None:
+            return
+        self._failure = None
+        try:
+            under_way.result()
+        except (OSError, CheckpointException) as error:
+            on_main(self._clear_away)
+            self._failure = RunError(
+                f"the checkpoint of step {self._step} could not be saved: {_reason(error)}; {self._last_good()}"
+            )
+            if self.config.on_error == "stop":
+                raise self._failure from None
+            self.say(f"{self._failure}; going on, as checkpoint.on_error says")
+
+    def close(self) -> None:
+        """Finish the last save. Raises RunError if it failed, whatever ``on_error`` says: there is no next one."""
+        self.finish()
+        if self._failure:
+            raise self._failure
+
+    def _write(
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        copies: dict[str, Any] | None,
+        train_state: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:
+        """Write one checkpoint, from ``copies`` if given. In the background it must not touch ``tensors``' values."""
+        temporary = Path(on_main(lambda: str(self.folder.begin(step)), self._group))
+        writer = HashingWriter(temporary, advance=self.advance)
+        planner = StagedPlanner(copies) if copies is not None else None
         with without_warnings():
-            dcp.save(self._tensors(), storage_writer=writer)
-        on_main(lambda: self._complete(Path(temporary), step, train_state))
-        if best:
-            on_main(lambda: self.folder.set_best(step))
-        on_main(lambda: self.folder.retain(self.config.keep_latest_k))
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._group)
+        of_ranks: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, writer.entries, group=self._group)
+        known = {name: entry for entries in of_ranks for name, entry in entries.items()}
 
-    def _complete(self, temporary: Path, step: int, train_state: dict[str, Any]) -> None:
-        """Add what makes a checkpoint of use without its run."""
-        (temporary / "config.toml").write_text(self.settings, encoding="utf-8")
-        shutil.copytree(self.tokenizer, temporary / "tokenizer")
-        self.folder.commit(step, train_state)
+        def complete() -> None:
+            (temporary / "config.toml").write_text(self.settings, encoding="utf-8")
+            shutil.copytree(self.tokenizer, temporary / "tokenizer")
+            self.folder.commit(step, train_state, about=about, known=known)
+            if about["best"]:
+                self.folder.set_best(step)
 
-    def find(self) -> int | None:
-        """The step to resume from, or None to start from scratch.
+        on_main(complete, self._group)
+        self.saved_step = step
+        if copies is not None:
+            self._retain()
 
-        Raises UserError if ``load_step`` asks for what is not there.
+    def _retain(self) -> None:
+        """Delete checkpoints that are not to be kept. Rank 0 does it."""
+        if dist.get_rank() == 0:
+            try:
+                self.folder.retain(self.config.keep_latest_k, self.say, keep_every=self.config.keep_every)
+            except OSError as error:
+                self.say(f"old checkpoints in {self.folder.root} cannot be deleted: {error}")
+
+    def _clear_away(self) -> None:
+        self.folder.remove_unfinished()
+
+    def _last_good(self) -> str:
+        """Where to go on from, in words."""
+        if not self.folder.root.parent.is_dir():
+            return f"{self.folder.root.parent} is gone"
+        steps = self.folder.steps()
+        return f"the last one is {self.folder.path(steps[0])}" if steps else "there is none yet"
+
+    # Loading
+
+    def find(self, wanted: int) -> int | None:
+        """The step to go on from, or None if there is none and none is needed.
+
+        wanted: a step; -1: the newest that verifies; 0: none, and there must not be one. Raises UserError if what
+        is wanted is not there, or no checkpoint is whole.
         """
         if not self.config.enable:
             return None
-        return on_main(self._find)
-
-    def _find(self) -> int | None:
-        steps, wanted = self.folder.steps(), self.config.load_step
-        if wanted == 0:
-            if steps:
-                raise UserError(
-                    f"checkpoint.load_step: 0 starts from scratch, but {self.folder.root} holds checkpoints; "
-                    "use another --job.dump_folder, or delete them"
-                )
-            return None
-        if wanted == -1:
-            found = self.folder.newest_verified(self.say)
-            if found is None and steps:
-                raise UserError(
-                    f"{self.folder.root}: none of the {len(steps)} checkpoints is whole; to start from scratch, "
-                    "delete them or use another --job.dump_folder"
-                )
-            return found
-        if wanted not in steps:
+        steps = on_main(self.folder.steps)
+        candidates = steps if wanted == -1 else [wanted] if wanted in steps else []
+        for step in candidates:
+            # Each rank reads its share of the files.
+            problems: list[str | None] = [None] * dist.get_world_size()
+            mine = problem_of(self.folder.path(step), part=dist.get_rank(), of=len(problems))
+            dist.all_gather_object(problems, mine, group=self._group)
+            found = [problem for problem in problems if problem]
+            if not found:
+                return step
+            if wanted != -1:
+                raise UserError(f"checkpoint.load_step: {self.folder.path(step)}: {found[0]}")
+            self.say(f"skipping the checkpoint {self.folder.path(step)}: {found[0]}")
+        if wanted == 0 and steps:
+            raise UserError(
+                f"checkpoint.load_step: 0 starts from scratch, but {self.folder.root} holds checkpoints; "
+                "use another --job.dump_folder, or delete them"
+            )
+        if wanted > 0:
             have = ", ".join(map(str, sorted(steps))) or "none"
             raise UserError(f"checkpoint.load_step: there is no checkpoint of step {wanted} (there are: {have})")
-        if problem := self.folder.problem(wanted):
-            raise UserError(f"checkpoint.load_step: {self.folder.path(wanted)}: {problem}")
-        return wanted
+        if steps:
+            raise UserError(
+                f"{self.folder.root}: none of the {len(steps)} checkpoints is whole; to start from scratch, "
+                "delete them or use another --job.dump_folder"
+            )
+        return None
 
     def load(self, step: int, *, optimizer: bool = True) -> None:
         """Read weights and, if so wanted, optimizer state of ``step`` in place."""
         tensors = self._tensors()
         if not optimizer:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-        dcp.load(tensors, storage_reader=SafeReader(self.folder.path(step)))
+        try:
+            dcp.load(tensors, storage_reader=SafeReader(self.folder.path(step)), process_group=self._group)
+        except CheckpointException as error:
+            raise UserError(f"{self.folder.path(step)} cannot be loaded: {_reason(error)}") from None
+        self.saved_step = step
 
     def _tensors(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name. DCP writes from them and reads into them."""
@@ -117,3 +235,11 @@ class Checkpointer:
             for key, value in state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
+
+
+def _reason(error: OSError | CheckpointException) -> str:
+    """What went wrong, of one rank: the others mostly say the same."""
+    if isinstance(error, CheckpointException):
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {failure}" if len(str(failure)) else f"rank {rank}: {failure!r}"
+    return str(error)

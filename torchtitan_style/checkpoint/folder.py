@@ -4,7 +4,7 @@
     checkpoint/step-500/train_state.json
     checkpoint/step-500/config.toml      the run's settings, all dimensions of the model included
     checkpoint/step-500/tokenizer/
-    checkpoint/step-500/manifest.json    size and SHA-256 of every other file, written last
+    checkpoint/step-500/manifest.json    see manifest.py; written last
     checkpoint/best                a line with the name of the best one, as "step-500"
 
 A checkpoint is written under a temporary name and renamed when it is complete and on disk, so one
@@ -13,18 +13,17 @@ with its final name was whole once; the manifest tells whether it still is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtitan_style.folders import fsync
 
-__all__ = ["MANIFEST", "CheckpointFolder", "problem_of", "seal"]
+from .manifest import problem_of, seal
 
-MANIFEST = "manifest.json"
+__all__ = ["CheckpointFolder"]
 
 
 class CheckpointFolder:
@@ -55,17 +54,32 @@ class CheckpointFolder:
         return problem_of(self.path(step))
 
     def begin(self, step: int) -> Path:
-        """An empty temporary folder to write the checkpoint of ``step`` into."""
+        """An empty temporary folder to write the checkpoint of ``step`` into.
+
+        Raises OSError if there cannot be one: the run's own folder is not made again, should it be gone.
+        """
         self.remove_unfinished()
+        self.root.mkdir(exist_ok=True)
         temporary = self.root / f"tmp-step-{step}"
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         return temporary
 
-    def commit(self, step: int, train_state: dict[str, Any]) -> None:
-        """Complete the temporary folder of ``step`` and give it its final name."""
+    def commit(
+        self,
+        step: int,
+        train_state: Mapping[str, Any],
+        *,
+        about: Mapping[str, Any] | None = None,
+        known: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Complete the temporary folder of ``step`` and give it its final name.
+
+        about: what the manifest is to say of it. known: its entries of files that are hashed and on disk.
+        """
         temporary = self.root / f"tmp-step-{step}"
         (temporary / "train_state.json").write_text(json.dumps(train_state, indent=2) + "\n", encoding="utf-8")
-        seal(temporary, self.path(step), step=step)
+        known = known or {}
+        seal(temporary, self.path(step), about={"step": step, **(about or {})}, known=known, durable=known)
 
     def train_state(self, step: int) -> dict[str, Any]:
         return json.loads((self.path(step) / "train_state.json").read_text(encoding="utf-8"))
@@ -83,12 +97,22 @@ class CheckpointFolder:
         except (OSError, ValueError):
             return None
 
-    def retain(self, keep_latest_k: int) -> None:
-        """Delete all but the newest ``keep_latest_k`` (0: none are deleted) and the best."""
-        if keep_latest_k:
-            for step in self.steps()[keep_latest_k:]:
-                if step != self.best():
-                    shutil.rmtree(self.path(step))
+    def retain(self, keep_latest_k: int, say: Callable[[str], None], *, keep_every: int = 0) -> None:
+        """Delete all but the newest ``keep_latest_k`` (0: none are deleted), the best, and those of every
+        ``keep_every``-th step; nothing, if the newest one is not whole."""
+        steps = self.steps()
+        kept = {*steps[:keep_latest_k], self.best(), *(s for s in steps if keep_every and s % keep_every == 0)}
+        surplus = [step for step in steps if step not in kept] if keep_latest_k else []
+        if not surplus:
+            return
+        if problem := self.problem(steps[0]):
+            say(f"the checkpoint {self.path(steps[0])} was written, but does not read back: {problem}; older ones stay")
+            return
+        for step in surplus:
+            # Under another name first: cut short, this must not leave something that looks like a checkpoint.
+            doomed = self.root / f"tmp-deleted-{self.path(step).name}"
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed)
 
     def set_aside_after(self, step: int, say: Callable[[str], None]) -> None:
         """Rename the checkpoints of steps past ``step``, which the run goes on from: they are damaged, or of
@@ -103,51 +127,6 @@ class CheckpointFolder:
             (self.root / "best").unlink()
 
     def remove_unfinished(self) -> None:
-        """Delete what a killed run left half written."""
-        for path in self.root.glob("tmp-step-*"):
+        """Delete what a killed run left half written, or half deleted."""
+        for path in self.root.glob("tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def problem_of(folder: Path) -> str | None:
-    """What is wrong with the files of one checkpoint, or None."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        if not files:
-            return f"{MANIFEST} lists no files"
-        for name, expected in files.items():
-            size = (folder / name).stat().st_size
-            if size != expected["size"]:
-                return f"{name} has {size} bytes instead of {expected['size']}"
-            if _sha256(folder / name) != expected["sha256"]:
-                return f"{name} has changed since it was written"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    return None
-
-
-def seal(temporary: Path, final: Path, *, step: int) -> None:
-    """Make a checkpoint of the files in ``temporary``: manifest, to disk, final name, in this order."""
-    paths = sorted(temporary.rglob("*"))
-    files = {
-        path.relative_to(temporary).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for path in paths
-        if path.is_file()
-    }
-    manifest = json.dumps({"step": step, "files": files}, indent=2) + "\n"
-    (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
-    for path in (*paths, temporary / MANIFEST, temporary):
-        fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    fsync(final.parent)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

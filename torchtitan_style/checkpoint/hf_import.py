@@ -20,7 +20,7 @@ from torchtitan_style.errors import UserError
 from torchtitan_style.folders import new_folder
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 
-from .folder import seal
+from .manifest import seal
 from .reader import without_warnings
 from .weights import stored_dtypes
 
@@ -57,7 +57,7 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True, single_file_per_rank=False)
         with without_warnings():
             _save(tensors, writer, _ReadWhenWritten(source, advance))
-        seal(temporary, output, step=0)
+        seal(temporary, output, about={"step": 0})
 
 
 def _save(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter, planner: dcp.DefaultSavePlanner) -> None:

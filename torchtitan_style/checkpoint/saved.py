@@ -18,7 +18,8 @@ from torchtitan_style.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
 
-from .folder import MANIFEST, CheckpointFolder, problem_of
+from .folder import CheckpointFolder
+from .manifest import MANIFEST, problem_of
 
 if sys.version_info >= (3, 11):
     import tomllib

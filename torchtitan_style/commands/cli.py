@@ -22,16 +22,22 @@ from torchtitan_style.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
 
 __all__ = [
+    "VERDICT",
     "Arguments",
     "ConfigArguments",
     "check_initial_weights",
     "check_torch",
+    "check_verdict",
     "hf_folder",
     "parse_config_arguments",
     "reported_errors",
 ]
 
 OLDEST_TORCH = (2, 11)
+
+VERDICT = "TORCHTITAN_STYLE_VERDICT"
+"""Environment variable with the name of a file, in which a rank leaves the status that it has ended with after an
+error that another attempt would not cure. Ranks that are started again after that end with it at once."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,13 @@ def check_initial_weights(config: Config) -> None:
         found.check(config.model.qwen3())
 
 
+def check_verdict() -> None:
+    """Exit if an earlier attempt of this launch has ended with an error that another one would not cure."""
+    verdict = os.environ.get(VERDICT)
+    if verdict and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(verdict):
+        raise SystemExit(int(Path(verdict).read_text(encoding="utf-8") or 1))
+
+
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
     """Print expected errors as a message and exit: with status 2 if a person can put it right, else 1.
@@ -139,9 +152,12 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, RunError) as error:
+        status = 2 if isinstance(error, UserError) else 1
         if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        if verdict := os.environ.get(VERDICT):
+            Path(verdict).write_text(str(status), encoding="utf-8")
+        raise SystemExit(status) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `... --help | head`

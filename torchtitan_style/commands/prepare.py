@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from torchtitan_style.config import load_config
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.ending import interruptible
 from torchtitan_style.errors import UserError
+from torchtitan_style.run_lock import check_free
 
 from .cli import Arguments, reported_errors
 from .progress import tokenizing_bar
@@ -44,6 +46,8 @@ def main(arguments: list[str]) -> None:
         config = load_config(options.config, overrides, world_size=None)
         if config.data.streaming:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
+
+        check_free(Path(config.job.dump_folder))
 
         from torchtitan_style.preparation import prepare_data
 

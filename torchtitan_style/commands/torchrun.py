@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .cli import VERDICT
 
 __all__ = ["count_gpus", "start_ranks"]
 
@@ -21,15 +27,32 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
-def start_ranks(options: list[str], module: str, arguments: list[str], *, nproc: int, on_gpus: bool) -> None:
+def start_ranks(
+    options: list[str],
+    module: str,
+    arguments: list[str],
+    *,
+    nproc: int,
+    on_gpus: bool,
+    max_restarts: int = 0,
+    shutdown_timeout: int = 30,
+    has_saved: Callable[[], bool] = lambda: False,
+) -> None:
     """Run ``nproc`` processes of ``python -m module arguments`` under torchrun, and wait for them.
 
     options: torchrun's, for the rendezvous. torchrun is kept quiet about what the ranks have said
-    themselves. If one fails this exits: with status 2 for a mistake of the user's, else 1.
+    themselves. max_restarts: how often to start all again when one has died, unless it had said why.
+    shutdown_timeout: seconds that the ranks get to save in when this process is told to stop. has_saved: whether
+    they did.
+
+    If one fails this exits: with status 2 for a mistake of the user's, else 1; with 128 + the number of the
+    signal if told to stop, unless the ranks have saved.
     """
     if not on_gpus:
         # Left alone each process would take all cores, and torchrun would give each a single one.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # With torchrun's own store the ranks of a restart find the addresses of those before them (torch 2.13, gloo).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     sys.stdout.flush()
 
     import logging
@@ -38,15 +61,28 @@ def start_ranks(options: list[str], module: str, arguments: list[str], *, nproc:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    def end(number: int, _frame: object) -> None:
+        raise SignalException(f"told to stop by {signal.Signals(number).name}", signal.SIGTERM)
+
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    try:
-        run.main([*options, f"--nproc-per-node={nproc}", "-m", module, *arguments])
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if 2 in codes.values():
-            raise SystemExit(2) from None
-        rank, failure = error.get_first_failure()
-        print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
-        raise SystemExit(1) from None
+    signal.signal(signal.SIGUSR1, end)  # torchrun itself handles the other ones
+    command = [*options, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
+    if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
+        command.append(f"--shutdown-timeout={shutdown_timeout}")
+    elif shutdown_timeout != 30:
+        print("warning: this torchrun kills the ranks 30 s after it was told to stop, whatever "
+              "comm.shutdown_timeout_seconds says", file=sys.stderr)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[VERDICT] = str(Path(folder) / "verdict")
+        try:
+            run.main([*command, "-m", module, *arguments])
+        except SignalException as received:
+            if not has_saved():
+                raise SystemExit(128 + received.sigval) from None
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            if 2 in codes.values():
+                raise SystemExit(2) from None
+            rank, failure = error.get_first_failure()
+            print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
+            raise SystemExit(1) from None

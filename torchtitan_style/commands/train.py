@@ -9,8 +9,9 @@ import os
 
 from torchtitan_style.config import load_config
 from torchtitan_style.ending import ending_at_once, interruptible
+from torchtitan_style.preflight import preflight
 
-from .cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
+from .cli import check_initial_weights, check_torch, check_verdict, parse_config_arguments, reported_errors
 
 __all__ = ["USAGE", "main"]
 
@@ -28,11 +29,13 @@ Train in this process, on one device. ./run_train.sh does the same on several, a
 def main(arguments: list[str]) -> None:
     """Run the command and end the process: status 2 after a mistake in the configuration or the corpus."""
     with ending_at_once(), reported_errors():
+        check_verdict()
         named = parse_config_arguments(arguments, usage=USAGE)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = load_config(named.path, named.overrides, world_size=world_size)
         check_torch()
-        if world_size == 1:  # else the launcher has done it
+        if "RANK" not in os.environ:  # else the launcher has done it
+            preflight(config, world_size=1, say=print)
             check_initial_weights(config)
         with interruptible():
             from torchtitan_style.trainer import train  # imports torch

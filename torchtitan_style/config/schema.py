@@ -196,6 +196,17 @@ class Training(Section):
     """Type that the model computes in. Master weights and optimizer state are always float32."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over ranks."""
+    max_skipped_steps: NonNegative = 3
+    """Steps in a row whose loss or gradient may be not finite, on any rank, before the run stops. Such a step is
+    skipped: weights, optimizer and learning-rate schedule stay as they are, the data goes on."""
+    spike_sigma: FiniteNonNegative = 0.0
+    """Treat a loss more than so many standard deviations above the mean of the last spike_window steps as a
+    fault; 0: no loss is too high."""
+    spike_window: int = Field(100, ge=2)
+    """Steps that a loss is compared with. Nothing is a spike before there are so many."""
+    spike_action: Literal["skip", "rewind"] = "skip"
+    """skip: as with a loss that is not finite. rewind: go back to the newest checkpoint, and on from there with
+    the data after the spike (PaLM, Chowdhery et al. 2022, section 5.1)."""
     gc_freq: Positive = 50
     """Steps between garbage collections. Left to itself Python collects on each rank at another
     moment, and the others wait for it."""
@@ -326,8 +337,17 @@ class Checkpoint(Section):
     """Save checkpoints, and resume from them."""
     interval: Positive = 500
     """Steps between checkpoints. The last step is always saved."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: training waits only while the state is copied to memory (as much again, on the host), and goes on
+    while the copy is written."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """When a checkpoint cannot be saved, as on a full disk: stop the run, or warn and go on to the next. Earlier
+    checkpoints stay whole either way."""
     keep_latest_k: NonNegative = 3
-    """Checkpoints to keep, besides the best; 0: all."""
+    """Checkpoints to keep, besides the best; 0: all. Older ones are deleted only after a newer one has been read
+    back and found whole."""
+    keep_every: NonNegative = 0
+    """Also keep for good the checkpoints of steps that are multiples of this; 0: none."""
     keep_best: bool = True
     """Also save when the validation loss is the lowest so far, and name it in checkpoint/best."""
     initial_load_path: str = ""
@@ -382,9 +402,12 @@ class Comm(Section):
     """Collective communication."""
 
     init_timeout_seconds: Positive = 600
-    """How long to wait for the others up to the end of the first step."""
+    """How long nothing may happen on any rank up to the end of the first step, compilation included."""
     train_timeout_seconds: Positive = 300
-    """How long a collective may take afterwards."""
+    """How long nothing may happen on any rank afterwards. Then the run ends, names the rank that the others wait
+    for, and leaves the stacks of all in hang/."""
+    shutdown_timeout_seconds: Positive = 120
+    """How long ranks that are told to stop may take to save, before the launcher kills them."""
 
 
 class Generation(Section):

@@ -25,6 +25,9 @@ __all__ = ["World", "destroy_world", "init_world", "on_main", "set_timeout"]
 
 T = TypeVar("T")
 
+_SLACK = 60
+"""Seconds that torch waits longer than the watchdog, which can tell for whom."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -45,9 +48,13 @@ class World:
 
 
 def init_world(layout: Layout, *, timeout_seconds: int) -> World:
-    """Join the other processes (torchrun's environment, or none: a group of one) and lay the mesh."""
+    """Join the other processes (torchrun's environment, or none: a group of one) and lay the mesh.
+
+    timeout_seconds: how long the watchdog waits; see there.
+    """
     device = current_device()
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds + _SLACK)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "16")  # have torch remember the last collectives, for the watchdog
     if not dist.is_initialized():
         if "RANK" in os.environ:
             dist.init_process_group(backend(device), timeout=timeout)
@@ -73,22 +80,25 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
 
 
 def set_timeout(seconds: int) -> None:
-    """Change how long a collective may take, in all groups made so far."""
+    """Change how long a collective may take, in all groups made so far; again for the watchdog."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     for group in _world.pg_map:
-        _set_pg_timeout(timedelta(seconds=seconds), group)
+        _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 
 
-def on_main(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 while the others wait; all return its result, or raise what it raised."""
+def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``action`` on rank 0 while the others wait; all return its result, or raise what it raised.
+
+    group: of all ranks, to tell them by; None: the default one, which the main thread alone may use.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -21,7 +21,16 @@ from .display import Display
 from .recorder import Recorder
 from .throughput import Meter
 
-__all__ = ["StepResult", "TrainingLog"]
+__all__ = ["SkippedSteps", "StepResult", "TrainingLog"]
+
+
+@dataclasses.dataclass
+class SkippedSteps:
+    """Steps that the weights were not updated in."""
+
+    total: int = 0
+    in_a_row: int = 0
+    """Up to the last step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +38,11 @@ class StepResult:
     """What a step leaves for the log: tensors, so that nobody waits for the device."""
 
     loss: Tensor
-    """This rank's share of the mean token loss, 0-dim fp32; the shares of the dp ranks add up."""
+    """Mean over all tokens of the step; 0-dim fp32, the same on all ranks."""
     grad_norm: Tensor
-    """Global, before clipping; 0-dim fp32."""
-    learning_rates: dict[str, float]
-    """"lr", and "lr_muon" where there is one."""
+    """Global, before clipping; 0-dim fp32, the same on all ranks."""
+    taken: Tensor
+    """Whether the weights were updated; 0-dim bool, the same on all ranks."""
     batch_hash: int
     """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
     padding: int = 0
@@ -58,20 +67,32 @@ class TrainingLog:
         last_step: int,
         tokens_per_step: int,
         meter: Meter,
+        learning_rates: Callable[[int], dict[str, float]],
+        skipped: SkippedSteps,
+        max_skipped: int,
         settings: dict[str, Any],
         corpora: Sequence[str],
         report_padding: bool,
         on_problems: Callable[[list[Problem]], None],
     ) -> None:
-        """corpora: names of the corpora of a mixture. on_problems: called by all ranks with their own documents
-        that could not be read, if some rank has any."""
+        """learning_rates: those of an update, by name. skipped: is kept up to date. max_skipped: how many in a row
+        are let pass. corpora: names of the corpora of a mixture. on_problems: called by all ranks with their own
+        documents that could not be read, if some rank has any."""
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding, self.on_problems = corpora, report_padding, on_problems
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
+        self.learning_rates, self.skipped, self.max_skipped = learning_rates, skipped, max_skipped
+        self.spiked = False
+        """Whether a step was skipped though its figures were finite."""
+        self.last: dict[str, Any] = {}
+        """The last record of a training step."""
+        self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[int, int, StepResult]] = []
         self._is_first = True
         self._recorder = (
-            Recorder(config, dump_folder, resumed_step=first_step, settings=settings) if world.is_main else None
+            Recorder(config, dump_folder, resumed_step=first_step, settings=settings, warn=display.warn)
+            if world.is_main
+            else None
         )
         display.start(first_step, last_step)
         meter.restart()
@@ -89,7 +110,7 @@ class TrainingLog:
     def flush(self) -> None:
         """Read the figures of the steps since the last time from the device, record and print them.
 
-        Raises RunError if one of them is not finite.
+        Raises RunError if too many in a row were skipped.
         """
         if not self._pending:
             return
@@ -100,16 +121,18 @@ class TrainingLog:
             [[r.batch_hash, len(r.problems), r.padding, *r.corpus_rows] for _, _, r in self._pending],
             device=losses.device,
         )
-        dist.all_reduce(losses, group=self.world.dp_group)
+        taken = torch.stack([result.taken for _, _, result in self._pending])
         dist.all_reduce(counts, group=self.world.dp_group)  # hashes wrap around, as they should
         speed = self.meter.read()
         records = [
-            {"step": step, "loss": loss, "grad_norm": norm, **result.learning_rates, "tokens_seen": tokens_seen}
+            {"step": step, "loss": loss, "grad_norm": norm}
+            | self._count(step, was_taken)
+            | {"tokens_seen": tokens_seen}
             | speed
             | {"batch_hash": f"{batch_hash % 2**64:016x}"}
             | self._data_figures(padding, corpus_rows)
-            for (step, tokens_seen, result), loss, norm, (batch_hash, _, padding, *corpus_rows) in zip(
-                self._pending, losses.tolist(), norms.tolist(), counts.tolist(), strict=True
+            for (step, tokens_seen, _), loss, norm, was_taken, (batch_hash, _, padding, *corpus_rows) in zip(
+                self._pending, losses.tolist(), norms.tolist(), taken.tolist(), counts.tolist(), strict=True
             )
         ]
         self._pending.clear()
@@ -117,16 +140,37 @@ class TrainingLog:
             self.on_problems(problems)
         if self._recorder:
             self._recorder.write(records)
-        step = records[-1]["step"]
+        self.last = records[-1]
+        step = self.last["step"]
         seconds_left = (self.last_step - step) * self.tokens_per_step / speed["tokens_per_second"]
-        self.display.step(records[-1], steps=self.last_step, seconds_left=seconds_left)
+        self.display.step(self.last, steps=self.last_step, seconds_left=seconds_left)
         for record in records:
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                raise RunError(
-                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite; "
-                    "the weights were not changed by it. A lower optimizer.lr or training.max_norm, or a longer "
-                    "lr_scheduler.warmup_steps, may help"
-                )
+            if "skipped" in record:
+                self._report_skipped(record)
+        if self.skipped.in_a_row > self.max_skipped:
+            raise RunError(
+                f"{self.skipped.in_a_row} steps in a row were skipped (training.max_skipped_steps is "
+                f"{self.max_skipped}); the weights were not changed by them. A lower optimizer.lr or "
+                "training.max_norm, or a longer lr_scheduler.warmup_steps, may help"
+            )
+
+    def _count(self, step: int, taken: bool) -> dict[str, Any]:
+        """The learning rates of a step; takes note if it was skipped."""
+        figures: dict[str, Any] = self.learning_rates(step - self.skipped.total)
+        if taken:
+            self.skipped.in_a_row = 0
+            return figures
+        self.skipped.total += 1
+        self.skipped.in_a_row += 1
+        return figures | {"skipped": True}
+
+    def _report_skipped(self, record: dict[str, Any]) -> None:
+        is_spike = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+        self.spiked |= is_spike
+        self.display.warn(
+            f"step {record['step']} was skipped: loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}: "
+            + ("a spike (training.spike_sigma)" if is_spike else "not finite")
+        )
 
     def _data_figures(self, padding: int, corpus_rows: list[int]) -> dict[str, float]:
         """What the rows of a step were made of, where that is not the same at every step."""
@@ -139,6 +183,7 @@ class TrainingLog:
 
     def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:
         """Record and print the figures of a validation."""
+        self.last_validation = figures
         if self._recorder:
             self._recorder.write([{"step": step} | figures])
         self.display.validation(step, figures, best=best)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,20 @@ __all__ = ["Recorder"]
 class Recorder:
     """Appends records to a run's files. One process has it.
 
-    resumed_step: records of later steps, left by a run that was cut off, are dropped; 0 starts anew.
+    resumed_step: records of later steps, left by a run that was cut off, are dropped; 0 starts anew. warn: told
+    once when they cannot be written, as on a full disk; they are kept, and tried again with the next ones.
     """
 
-    def __init__(self, config: Metrics, dump_folder: Path, *, resumed_step: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Metrics,
+        dump_folder: Path,
+        *,
+        resumed_step: int,
+        settings: dict[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn, self._unwritten = warn, ""
         self._file = dump_folder / "metrics.jsonl"
         kept = []
         if resumed_step and self._file.exists():
@@ -49,22 +63,53 @@ class Recorder:
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append ``records``, each with its "step"."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(record)) + "\n" for record in records)
+        self._append("".join(json.dumps(_finite(record)) + "\n" for record in records))
         for record in records:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
             if self._tensorboard is not None:
-                for key, value in numbers.items():
-                    group = "validation" if key.startswith("val_") else "train"
-                    self._tensorboard.add_scalar(f"{group}/{key}", value, record["step"])
+                with self._forgiving():
+                    for key, value in numbers.items():
+                        group = "validation" if key.startswith("val_") else "train"
+                        self._tensorboard.add_scalar(f"{group}/{key}", value, record["step"])
             if self._wandb is not None:
                 self._wandb.log(numbers, step=record["step"])
 
+    def _append(self, lines: str) -> None:
+        waited, lines = bool(self._unwritten), self._unwritten + lines
+        try:
+            # Unbuffered: what a failed write has left of a line must not be written twice.
+            with self._file.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    data = lines.encode()
+                    if file.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file))
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self._unwritten = ""
+        except OSError as error:
+            self._unwritten = lines
+            if not waited:
+                self._warn(f"{self._file} cannot be written: {error}; its lines are kept and tried again")
+
     def close(self) -> None:
+        if self._unwritten:
+            self._append("")
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._forgiving():
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """TensorBoard's writer has a thread of its own; once that has failed, every call does."""
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            self._warn(f"TensorBoard events cannot be written any more: {error}")
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

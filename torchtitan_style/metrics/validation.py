@@ -17,13 +17,18 @@ def validate(
     model: Callable[..., tuple[Tensor, Tensor]],
     batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     dp_group: dist.ProcessGroup,
-) -> dict[str, float]:
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Mean over all tokens of all ranks' ``batches`` (inputs, labels, -100 for none, and documents or None; [B, T]).
 
-    model: (inputs, labels, documents) → sum of the token losses, number of right guesses.
+    model: (inputs, labels, documents) → sum of the token losses, number of right guesses. stop: asked before every
+    batch, by all ranks equally often; once it says yes, None is returned.
     """
     sums = None
     for inputs, labels, documents in batches:
+        if stop():
+            return None
         loss, right = model(inputs, labels, documents)
         part = torch.stack((loss.double(), right.double(), (labels != -100).sum().double()))
         sums = part if sums is None else sums + part

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtitan_style.config.schema import Optimizer
 
-__all__ = ["adamw", "is_decayed", "step_if_finite"]
+__all__ = ["adamw", "is_decayed", "step_if"]
 
 
 def adamw(parameters: Mapping[str, Tensor], config: Optimizer) -> torch.optim.AdamW:
@@ -44,12 +44,12 @@ def is_decayed(name: str, parameter: Tensor, config: Optimizer) -> bool:
     return parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in config.no_decay)
 
 
-def step_if_finite(optimizer: torch.optim.AdamW, grad_norm: Tensor) -> None:
-    """Update the weights, or leave them and the optimizer's state as they are if ``grad_norm`` is not finite.
+def step_if(optimizer: torch.optim.AdamW, sound: Tensor) -> None:
+    """Update the weights, or leave them and the optimizer's state as they are unless ``sound``, a 0-dim bool.
 
     The decision is taken on the device, without waiting for it: the fused kernel has a flag for it,
-    made for loss scaling. ``grad_norm`` is global, so all ranks decide alike.
+    made for loss scaling.
     """
     optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchtitan_style.config.schema import LRScheduler, Optimizer
 from torchtitan_style.config.schema import Muon as MuonConfig
 
-from .adamw import adamw, step_if_finite
+from .adamw import adamw, step_if
 from .muon import Muon
 from .schedule import lr_factor
 
@@ -48,10 +48,10 @@ class Optimizers:
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {n: p for n, p in named.items() if config.name == "muon" and is_hidden_matrix(n, p)}
-        self.scheduler, self.total_steps = scheduler, total_steps
+        self.total_steps = total_steps
         self.adamw = adamw({n: p for n, p in named.items() if n not in hidden}, config)
         self.muon: Muon | None = None
-        self.peaks = {"lr": config.lr}
+        self.peaks, self.schedulers = {"lr": config.lr}, {"lr": scheduler}
         if hidden:
             self.muon = Muon(
                 list(hidden.values()),
@@ -61,8 +61,12 @@ class Optimizers:
                 dtype=dtype,
                 head_dims=[rows_together(name, config.muon, head_dim=head_dim) for name in hidden],
             )
-            self.muon_scheduler = config.muon.schedule(scheduler)
-            self.peaks["lr_muon"] = config.muon_lr
+            self.peaks["lr_muon"], self.schedulers["lr_muon"] = config.muon_lr, config.muon.schedule(scheduler)
+        device = next(iter(named.values())).device
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        """Taken so far: on the device, which decides of each whether it is taken."""
+        every = [self.learning_rates(update) for update in range(1, total_steps + 1)]
+        self._tables = {name: torch.tensor([rates[name] for rates in every], device=device) for name in self.peaks}
 
     @property
     def state(self) -> Mapping[Tensor, dict[str, Any]]:
@@ -74,19 +78,25 @@ class Optimizers:
             if optimizer is not None:
                 optimizer.zero_grad()
 
-    def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Those of ``step`` (from 1), by the name they have in the metrics."""
-        rates = {"lr": self.peaks["lr"] * lr_factor(step, self.scheduler, total_steps=self.total_steps)}
+    def learning_rates(self, update: int) -> dict[str, float]:
+        """Those of an update (from 1), by the name they have in the metrics."""
+        return {
+            name: peak * lr_factor(update, self.schedulers[name], total_steps=self.total_steps)
+            for name, peak in self.peaks.items()
+        }
+
+    def step_if(self, sound: Tensor) -> None:
+        """Update all weights; or none, and no state, unless ``sound``: a 0-dim bool on the device, the same on all
+        ranks. The schedules go on with each update, so a step that is left out does not count for them."""
+        rates = {name: torch.take(table, self.updates) for name, table in self._tables.items()}
         for group in self.adamw.param_groups:
             group["lr"] = rates["lr"]
+        step_if(self.adamw, sound)
         if self.muon:
-            factor = lr_factor(step, self.muon_scheduler, total_steps=self.total_steps)
-            rates["lr_muon"] = self.peaks["lr_muon"] * factor
             self.muon.param_groups[0]["lr"] = rates["lr_muon"]
-        return rates
+            self.muon.step_if(sound)
+        self.updates += sound
 
-    def step_if_finite(self, grad_norm: Tensor) -> None:
-        """Update all weights, or none and no state if ``grad_norm``, which is the same on all ranks, is not finite."""
-        step_if_finite(self.adamw, grad_norm)
-        if self.muon:
-            self.muon.step_if_finite(grad_norm)
+    def start_after(self, updates: int) -> None:
+        """Go on as after so many updates."""
+        self.updates.fill_(updates)

@@ -48,46 +48,45 @@ class Muon(torch.optim.Optimizer):
         self.exchange = Exchange(self.matrices, dtype=dtype) if _world_size() > 1 else None
 
     @torch.no_grad()
-    def step_if_finite(self, grad_norm: Tensor) -> None:
-        """Update the weights, or leave them and the momentum as they are if ``grad_norm`` is not finite.
+    def step_if(self, sound: Tensor) -> None:
+        """Update the weights, or leave them and the momentum as they are unless ``sound``.
 
-        Decided on the device, without waiting for it; ``grad_norm`` is the same on all ranks.
+        sound: a 0-dim bool on the device, which nobody waits for; the same on all ranks.
         """
-        finite = torch.isfinite(grad_norm)
         if self.exchange is None:
             for i in range(len(self.matrices)):
-                self._apply(i, self._orthogonal(i, self._direction(i, finite)), finite)
+                self._apply(i, self._orthogonal(i, self._direction(i, sound)), sound)
             return
         # While a round is computed, the next one is on its way in and the last one on its way out.
         rounds = self.exchange.rounds
-        incoming: Transfer | None = self._collect(rounds[0], finite) if rounds else None
+        incoming: Transfer | None = self._collect(rounds[0], sound) if rounds else None
         outgoing: tuple[list[int], Transfer] | None = None
         for this, following in zip(rounds, [*rounds[1:], None], strict=True):
             arriving = incoming
-            incoming = self._collect(following, finite) if following else None
+            incoming = self._collect(following, sound) if following else None
             assert arriving is not None
             whole = self.exchange.assemble(this, arriving)
             results = {i: self._orthogonal(i, direction) for i, direction in whole.items()}
             if outgoing:
-                self._apply_round(*outgoing, finite)
+                self._apply_round(*outgoing, sound)
             outgoing = this, self.exchange.distribute(this, results)
         if outgoing:
-            self._apply_round(*outgoing, finite)
+            self._apply_round(*outgoing, sound)
 
-    def _collect(self, matrices: list[int], finite: Tensor) -> Transfer:
+    def _collect(self, matrices: list[int], sound: Tensor) -> Transfer:
         assert self.exchange is not None
-        return self.exchange.collect(matrices, {i: self._direction(i, finite) for i in matrices})
+        return self.exchange.collect(matrices, {i: self._direction(i, sound) for i in matrices})
 
-    def _apply_round(self, matrices: list[int], transfer: Transfer, finite: Tensor) -> None:
+    def _apply_round(self, matrices: list[int], transfer: Transfer, sound: Tensor) -> None:
         assert self.exchange is not None
         for i, piece in self.exchange.pieces(matrices, transfer).items():
-            self._apply(i, piece, finite)
+            self._apply(i, piece, sound)
 
-    def _direction(self, index: int, finite: Tensor) -> Tensor:
+    def _direction(self, index: int, sound: Tensor) -> Tensor:
         """Take the gradient into the momentum; this rank's part of what is to be made orthogonal."""
         matrix = self.matrices[index]
         momentum, gradient = _local(self.state[matrix]["momentum_buffer"]), _local(matrix.grad)
-        gradient = torch.where(finite, gradient, momentum)
+        gradient = torch.where(sound, gradient, momentum)
         momentum.lerp_(gradient, 1 - self.config.momentum)
         direction = gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
         return direction.to(self.dtype)
@@ -95,10 +94,10 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal(self, index: int, direction: Tensor) -> Tensor:
         return orthogonalize(direction, rounds=self.config.ns_steps, head_dim=self.head_dims[index])
 
-    def _apply(self, index: int, orthogonal: Tensor, finite: Tensor) -> None:
+    def _apply(self, index: int, orthogonal: Tensor, sound: Tensor) -> None:
         """Decay and update this rank's part of a matrix."""
         group, matrix = self.param_groups[0], self.matrices[index]
-        lr = group["lr"] * finite  # 0 if not
+        lr = group["lr"] * sound  # 0 if not
         weight = _local(matrix)
         weight.mul_(1 - lr * group["weight_decay"])
         weight.sub_(orthogonal.to(weight.dtype) * (lr * self._scale(index)))

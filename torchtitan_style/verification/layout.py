@@ -28,6 +28,7 @@ from torchtitan_style.distributed.world import World
 from torchtitan_style.models.registry import MODELS
 from torchtitan_style.optim.adamw import is_decayed
 from torchtitan_style.optim.build import is_hidden_matrix, rows_together
+from torchtitan_style.optim.guard import StepGuard
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
 from torchtitan_style.step import DTYPES, build_model, build_optimizer, train_step
@@ -142,6 +143,7 @@ def compare(
     optimizer = build_optimizer(model, config)
     checks = [_names(model, expected["weights"]), _initial_weights(model, expected["weights"])]
 
+    guard = StepGuard(0.0, 2, world.device)
     batch = _batch(config, world)
     losses, norms, gradients = [], [], []
     for step in range(1, STEPS + 1):
@@ -153,13 +155,12 @@ def compare(
             step=step,
             config=config.model_copy(update={"training": clipped}),
             world=world,
+            guard=guard,
         )
         if step == 1:
             smallest = SMALLEST[DTYPES[precision]] * expected["largest_gradient"]
             gradients = _gradients(model, folder / "gradients.safetensors", world.device, smallest=smallest)
-        loss = result.loss.double()
-        dist.all_reduce(loss, group=world.dp_group)
-        losses.append(loss.item())
+        losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
     return [
         *checks,

@@ -1,0 +1,124 @@
+"""The manifest of a checkpoint: what its files were when it was written, and whether they still are.
+
+``manifest.json`` is written last. It has size and SHA-256 of every other file, the step, what a person wants to
+know of a checkpoint without opening it (mesh, torch version, tokenizer, data, losses), and a hash of all that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torchtitan_style.folders import fsync, sha256
+
+__all__ = ["MANIFEST", "file_entry", "problem_of", "read_manifest", "seal"]
+
+MANIFEST = "manifest.json"
+
+
+def problem_of(folder: Path, *, part: int = 0, of: int = 1, hashes: bool = True) -> str | None:
+    """What is wrong with the files of one checkpoint, or None.
+
+    part, of: look at every ``of``-th file only, from number ``part`` on, as one rank of several. hashes: read
+    the files; otherwise only their sizes are compared.
+    """
+    try:
+        manifest = read_manifest(folder)
+        files = list(manifest["files"].items())
+        if not files:
+            return f"{MANIFEST} lists no files"
+        if manifest["manifest_sha256"] != _digest(manifest):
+            return f"{MANIFEST} has changed since it was written"
+        listed = {name for name, _ in files}
+        read = (path for path in folder.iterdir() if _is_read(path.name))
+        if unlisted := sorted({path.name for path in read} - listed):
+            return f"{unlisted[0]} is not in {MANIFEST}"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    # Hashing is what takes the time, and lets go of Python's lock.
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda item: _problem_of_file(folder, *item, hashes=hashes), files[part::of])
+        return next((problem for problem in found if problem), None)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a resume reads a file of this name."""
+    return name in (".metadata", "train_state.json") or name.endswith(".distcp")
+
+
+def _problem_of_file(folder: Path, name: str, expected: Any, *, hashes: bool) -> str | None:
+    try:
+        size = (folder / name).stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+        if hashes and sha256(folder / name) != expected["sha256"]:
+            return f"{name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
+    except (KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error!r} of {name}"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError if it cannot be read."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Hash of all that a manifest says, but for the hash itself."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of one file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def seal(
+    temporary: Path,
+    final: Path,
+    *,
+    about: Mapping[str, Any],
+    known: Mapping[str, dict[str, Any]] | None = None,
+    durable: Iterable[str] = (),
+) -> None:
+    """Make a checkpoint of the files in ``temporary``: manifest, to disk, final name, in this order.
+
+    about: what else the manifest says, "step" at least. known: entries of files that were hashed as they were
+    written. durable: names of files that are on disk already.
+    """
+    known, durable = known or {}, set(durable)
+    paths = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*"))}
+    files = {name: known.get(name) or file_entry(path) for name, path in paths.items() if path.is_file()}
+    manifest = {**about, "files": files}
+    manifest["manifest_sha256"] = _digest(manifest)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for name, path in paths.items():
+        if name not in durable:
+            fsync(path)
+    fsync(temporary / MANIFEST)
+    fsync(temporary)
+    _publish(temporary, final)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give ``temporary`` its final name; what had that name is deleted only afterwards."""
+    replaced = final.with_name(f"tmp-replaced-{final.name}")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

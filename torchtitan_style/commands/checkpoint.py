@@ -1,0 +1,142 @@
+"""The ``checkpoint`` command: which checkpoints there are, what is in them, and whether they are whole.
+
+python -m torchtitan_style checkpoint list outputs/qwen3
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.checkpoint.manifest import MANIFEST, problem_of, read_manifest
+from torchtitan_style.config.layout import Layout
+from torchtitan_style.errors import UserError
+from torchtitan_style.folders import readable_bytes
+
+from .cli import Arguments, reported_errors
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: python -m torchtitan_style checkpoint list|verify|show DIR [--quick] [--json]
+
+  list DIR      the checkpoints of a run: step, size, layout, losses at the time, whole or not
+  verify DIR    read all files of a run's checkpoints, or of one, and compare them with what was written;
+                status 1 if one of them is not whole
+  show DIR      all that is known of one checkpoint (of a run: of its newest one), its files and settings
+
+  --quick       compare the sizes of files only, and do not read them
+  --json        one JSON object a line instead of a table
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    with reported_errors():
+        parser = Arguments(USAGE)
+        parser.add_argument("action", choices=("list", "verify", "show"))
+        parser.add_argument("folder", metavar="DIR", type=Path)
+        parser.add_argument("--quick", action="store_true")
+        parser.add_argument("--json", action="store_true")
+        options = parser.parse(arguments)
+        found = _find(options.folder)
+        if options.action == "show":
+            _show(found[0], as_json=options.json, hashes=not options.quick)
+            return
+        damaged = 0
+        if options.action == "list" and not options.json:
+            damaged = _list(found, hashes=not options.quick)
+        else:
+            for path in found:
+                about = _about(path, hashes=not options.quick)
+                damaged += about["problem"] is not None
+                print(json.dumps(about) if options.json else f"{path}: {about['problem'] or 'whole'}", flush=True)
+        if damaged and options.action == "verify":
+            raise SystemExit(1)
+
+
+def _find(folder: Path) -> list[Path]:
+    """The checkpoint that ``folder`` is, or those that it holds, newest first. Raises UserError if there are none."""
+    if (folder / MANIFEST).is_file() or (folder / "train_state.json").is_file():
+        return [folder]
+    for root in (folder / "checkpoint", folder):
+        checkpoints = CheckpointFolder(root)
+        if steps := checkpoints.steps():
+            return [checkpoints.path(step) for step in steps]
+    raise UserError(f"{folder}: {'has no checkpoints' if folder.is_dir() else 'there is no such folder'}")
+
+
+def _about(path: Path, *, hashes: bool) -> dict[str, Any]:
+    """What the manifest says, as far as it can be read, and what is wrong."""
+    problem = problem_of(path, hashes=hashes)
+    try:
+        manifest = read_manifest(path)
+        files = manifest.pop("files")
+        size = sum(entry["size"] for entry in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest, files = {}, {}
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    best = CheckpointFolder(path.parent).best() == manifest.get("step")
+    return {"path": str(path), "problem": problem, "bytes": size, **manifest, "best": best, "files": files}
+
+
+def _list(paths: list[Path], *, hashes: bool) -> int:
+    """Print a table; returns how many are not whole."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "size", "layout", "loss", "val. loss", "saved", "files", ""):
+        table.add_column(name, justify="right" if name in ("step", "size", "loss", "val. loss") else "left")
+    damaged = 0
+    for path in paths:
+        about = _about(path, hashes=hashes)
+        figures = about.get("figures", {})
+        damaged += about["problem"] is not None
+        table.add_row(
+            path.name.removeprefix("step-"),
+            readable_bytes(about["bytes"]),
+            str(Layout(**about["mesh"])) if about.get("mesh") else "",
+            *(f"{figures[key]:.4f}" if figures.get(key) is not None else "" for key in ("loss", "val_loss")),
+            _date(about),
+            about["problem"] or ("whole" if hashes else "sizes are right"),
+            "best" if about["best"] else "",
+        )
+    Console(highlight=False, soft_wrap=True).print(table)
+    return damaged
+
+
+def _show(path: Path, *, as_json: bool, hashes: bool) -> None:
+    about = _about(path, hashes=hashes)
+    if as_json:
+        print(json.dumps(about))
+        return
+    figures = about.get("figures", {})
+    lines = {
+        "checkpoint": path,
+        "step": about.get("step", "unknown"),
+        "saved": _date(about),
+        "layout": Layout(**about["mesh"]) if about.get("mesh") else "",
+        "loss": figures.get("loss"),
+        "validation loss": figures.get("val_loss"),
+        "best so far": "yes" if about["best"] else "no",
+        "torch": about.get("torch", ""),
+        "tokenizer": about.get("tokenizer", ""),
+        "data": ", ".join(about.get("data", [])),
+        "files": about["problem"] or ("whole" if hashes else "sizes are right"),
+    }
+    for name, value in lines.items():
+        if value not in ("", None):
+            print(f"{name:<16}{value}")
+    for name, entry in about["files"].items():
+        print(f"  {readable_bytes(entry['size']):>8}  {entry['sha256'][:16]}  {name}")
+    settings = path / "config.toml"
+    if settings.is_file():
+        print(f"\n{settings}:\n\n{settings.read_text(encoding='utf-8')}", end="")
+
+
+def _date(about: dict[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(about["time"])) if about.get("time") else ""

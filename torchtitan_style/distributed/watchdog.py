@@ -1,0 +1,190 @@
+"""Finds the rank that all others wait for.
+
+A thread of every rank tells the others, once a second, how long its main thread has got nowhere, and in which
+collective it was last. When nobody has got anywhere for too long, the ranks that still can leave their stacks
+in a file, name the one that is behind or does not answer, and end; the launcher ends or restarts the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["Watchdog"]
+
+_TICK = 1.0
+"""Seconds between signs of life."""
+
+
+class Watchdog:
+    """Made by all ranks together. ``folder`` is where stacks go; ``limit`` seconds without progress are too many.
+
+    A run of one process is never ended: nobody waits for it. Its stacks are left all the same.
+    """
+
+    def __init__(self, folder: Path, *, limit: float, warn: Callable[[str], None]) -> None:
+        self.folder, self.limit, self.warn = folder, limit, warn
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._step, self._since, self._parent = 0, time.monotonic(), os.getppid()
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        self._signs: dict[int, dict[str, Any]] = {}
+        """The last sign of life of each rank."""
+        self._heard = time.monotonic()
+        """When they were last asked for with success."""
+        if self.world_size > 1:
+            talk = partial(self._talk, _shared_store())
+            self._threads.append(threading.Thread(target=talk, name="watchdog's talk", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def beat(self, step: int | None = None) -> None:
+        """Something has got on; from any thread."""
+        self._since = time.monotonic()
+        if step is not None:
+            self._step = step
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout=2 * _TICK)  # a store that does not answer is not waited for
+
+    # In threads
+
+    def _talk(self, store: dist.TCPStore) -> None:
+        """Tell the others; listen to them at first, and when in doubt. Waits for ever if rank 0, which has the
+        store, does not answer."""
+        keys = [str(rank) for rank in range(self.world_size)]
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone, which its peers notice by themselves
+            for tick in itertools.count():
+                sign = self._sign_of_life()
+                store.set(str(self.rank), json.dumps(sign | {"tick": tick}))
+                if (not self._signs or sign["stalled"] > self.limit / 2) and store.check(keys):
+                    self._signs = {rank: json.loads(sign) for rank, sign in enumerate(store.multi_get(keys))}
+                self._heard = time.monotonic()
+                if self._closed.wait(_TICK):
+                    return
+
+    def _watch(self) -> None:
+        reported = False
+        while not self._closed.wait(_TICK):
+            if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                # The launcher was killed. Nobody would end this rank any more, so it is told to save and stop.
+                self._parent = os.getppid()
+                os.kill(os.getpid(), signal.SIGTERM)
+            stalled = time.monotonic() - self._since
+            if stalled <= self.limit:
+                reported = False
+            elif self.world_size > 1:
+                self._judge()
+            elif not reported:
+                self.warn(f"nothing has happened for {stalled:.0f} s at step {self._step}; {self._dump_stacks()}")
+                reported = True
+
+    def _sign_of_life(self) -> dict[str, Any]:
+        stalled = time.monotonic() - self._since
+        number, name = _last_collective() if stalled > 2 * _TICK else (0, "")
+        return {
+            "stalled": stalled,
+            "step": self._step,
+            "collective": number,
+            "name": name,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+    def _judge(self) -> None:
+        """End the process, if no other rank has got on lately either."""
+        before, patience = self._signs, 3 * _TICK
+        if self._closed.wait(patience):
+            return
+        now = {**self._signs, self.rank: self._sign_of_life()}
+        if time.monotonic() - self._heard > patience:
+            silent = [0]
+        else:
+            silent = [rank for rank in before if rank != self.rank and now[rank]["tick"] == before[rank]["tick"]]
+        answering = {rank: sign for rank, sign in now.items() if rank not in silent}
+        if any(sign["stalled"] < self.limit for sign in answering.values()) and silent != [0]:
+            return
+        if self.rank != min(answering):
+            time.sleep(_TICK)  # the launcher ends all when the first one ends
+        where = self._dump_stacks()
+        if self.rank == min(answering):
+            print(f"error: {_verdict(silent, answering)}; {where}", file=sys.stderr, flush=True)
+            for rank in silent:
+                # Stopped, it would outlive the launcher's SIGTERM. One on another host is left to the launcher there.
+                if now[rank]["host"] == socket.gethostname():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(now[rank]["pid"], signal.SIGKILL)
+        os._exit(1)
+
+    def _dump_stacks(self) -> str:
+        """Leave the stacks of all threads in a file; where, in words."""
+        file = self.folder / f"step-{self._step}-rank-{self.rank}.txt"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with file.open("w", encoding="utf-8") as stream:
+                faulthandler.dump_traceback(stream)
+        except OSError as error:
+            return f"stacks cannot be written: {error}"
+        return f"stacks are in {self.folder}"
+
+
+def _verdict(silent: list[int], answering: dict[int, Any]) -> str:
+    """Who holds up the others, in words."""
+    waiting = max(answering.values(), key=lambda sign: sign["collective"])
+    stalled, others = f"{waiting['stalled']:.0f} s", f"the others wait in {waiting['name']}"
+    if silent:
+        who = ", ".join(map(str, silent))
+        return (
+            f"rank {who} does not answer (stopped, or its host is gone); {others} after step {waiting['step']}, "
+            f"for {stalled}"
+        )
+    behind = min(answering, key=lambda rank: answering[rank]["collective"])
+    sign = answering[behind]
+    if sign["collective"] < waiting["collective"]:
+        return f"rank {behind} hangs after step {sign['step']} and {sign['name']}, for {stalled}; {others}"
+    return f"all ranks hang after step {sign['step']} in {waiting['name']}, for {stalled}"
+
+
+def _shared_store() -> dist.TCPStore:
+    """A store for all ranks, kept by rank 0: the launcher's own one is not there under every launcher."""
+    address = os.environ["MASTER_ADDR"]
+    wait = timedelta(seconds=10)
+    port: list[Any] = [None]
+    if dist.get_rank() == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=wait)
+        port = [store.port]
+    dist.broadcast_object_list(port, src=0)
+    if dist.get_rank() != 0:
+        store = dist.TCPStore(address, port[0], is_master=False, wait_for_workers=False, timeout=wait)
+    return store
+
+
+def _last_collective() -> tuple[int, str]:
+    """Number and description of the collective that this process began last."""
+    try:  # torch's flight recorder
+        from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
+
+        entries = json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False)).get("entries", [])
+        entry = max(entries, key=lambda entry: entry["record_id"])
+    except (ImportError, ValueError, TypeError, KeyError):  # not in this version of torch
+        return 0, "a collective"
+    number = entry["record_id"] + 1
+    return number, f"collective {number}, {entry['profiling_name']} of {entry['input_sizes']}"

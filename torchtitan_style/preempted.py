@@ -1,0 +1,31 @@
+"""``preempted.json``: left in the dump folder by a run that was told to stop and has saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .folders import fsync
+
+__all__ = ["clear_preempted", "is_preempted", "write_preempted"]
+
+_NAME = "preempted.json"
+
+
+def write_preempted(folder: Path, word: dict[str, Any]) -> None:
+    """``word``: step, checkpoint, signal, time."""
+    temporary = folder / f"{_NAME}.tmp"
+    temporary.write_text(json.dumps(word) + "\n", encoding="utf-8")
+    fsync(temporary)
+    temporary.rename(folder / _NAME)
+
+
+def is_preempted(folder: Path) -> bool:
+    """Whether the last run here has left it."""
+    return (folder / _NAME).exists()
+
+
+def clear_preempted(folder: Path) -> None:
+    """A run has begun."""
+    (folder / _NAME).unlink(missing_ok=True)

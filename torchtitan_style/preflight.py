@@ -1,0 +1,81 @@
+"""What can be known to go wrong before anything is built. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .checkpoint.folder import CheckpointFolder
+from .config import Config
+from .config.layout import plan_layout
+from .errors import UserError
+from .folders import readable_bytes
+from .models.qwen3.hf import parameter_shapes
+from .resuming import check_before_start
+from .run_lock import check_free
+
+__all__ = ["check_room", "checkpoint_bytes", "preflight"]
+
+
+def preflight(config: Config, *, world_size: int, say: Callable[[str], None]) -> None:
+    """Raise UserError if the dump folder cannot be written, is in use, has no room for the run's checkpoints, or
+    holds those of another run."""
+    folder = Path(config.job.dump_folder)
+    check_writable(folder)
+    check_free(folder)
+    check_before_start(config, dp=plan_layout(config.parallelism, world_size).dp)
+    check_room(config, say)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError if ``folder``, which need not exist, cannot be made or written to."""
+    existing = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
+
+
+def check_room(config: Config, say: Callable[[str], None]) -> None:
+    """Say how much room the run's checkpoints take; raise UserError if there is less."""
+    checkpoint, folder = config.checkpoint, Path(config.job.dump_folder)
+    if not checkpoint.enable:
+        return
+    size, steps = checkpoint_bytes(config), config.training.steps
+    saves = math.ceil(steps / checkpoint.interval)
+    kept = min(saves, checkpoint.keep_latest_k) if checkpoint.keep_latest_k else saves
+    if checkpoint.keep_latest_k and checkpoint.keep_every:
+        kept += steps // math.lcm(checkpoint.interval, checkpoint.keep_every)
+    kept += config.validation.enable and checkpoint.keep_best
+    kept += bool(checkpoint.keep_latest_k)  # an older one is deleted after a newer one is written
+    have = len(CheckpointFolder(folder / "checkpoint").steps())
+    needed = max(0, kept - have) * size
+    free = shutil.disk_usage(_existing(folder)).free
+    text = f"checkpoints take {readable_bytes(size)} each, at most {readable_bytes(kept * size)} at once"
+    if needed > free:
+        fewer = "lower checkpoint.keep_latest_k" if checkpoint.keep_latest_k else "set checkpoint.keep_latest_k"
+        raise UserError(
+            f"job.dump_folder: {text}, but only {readable_bytes(free)} are free in {folder}: {fewer}, or use another "
+            "--job.dump_folder"
+        )
+    say(f"{text}; {readable_bytes(free)} are free")
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Weights and optimizer state, in fp32; what else is in a checkpoint does not count beside them."""
+    total = 0
+    for name, shape in parameter_shapes(config.model.qwen3()).items():
+        muon = config.optimizer.name == "muon" and len(shape) == 2 and ".layers." in name
+        total += 4 * math.prod(shape) * (2 if muon else 3)
+    return total
+
+
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest of its parents that exists."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder

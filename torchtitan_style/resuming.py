@@ -1,0 +1,124 @@
+"""What a run must have in common with the checkpoint that it goes on from, and what may differ. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.folder import CheckpointFolder
+from .config import Config
+from .config.layout import plan_batch, plan_streams
+from .errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["changed_settings", "check_before_start", "check_same_run", "identity"]
+
+Identity = dict[str, dict[str, Any]]
+
+REPLACEABLE = ("weights", "tokenizer", "content")
+"""What of the data checkpoint.allow_changed_data lets change."""
+
+
+def identity(config: Config, *, dp: int) -> Identity:
+    """What a configuration says of its run that must stay the same; of the data, ``RunData`` knows more."""
+    shape = dataclasses.asdict(config.model.qwen3())
+    for name in ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings"):
+        del shape[name]
+    data, streams = config.data, None
+    if data.streaming:
+        streams = plan_streams(data, plan_batch(config.training, dp).global_batch_size, dp)
+    return {
+        "model": shape,
+        "training": {"seq_len": config.training.seq_len, "seed": config.training.seed},
+        "optimizer": {"name": config.optimizer.name},
+        "data": {
+            "streaming": data.streaming,
+            "packing": data.packing,
+            "num_streams": streams,
+            "corpora": list(data.corpora()),
+            "weights": data.weights(),
+        },
+    }
+
+
+def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: Path) -> list[str]:
+    """Compare what both have; returns what differs by leave of the configuration, in words.
+
+    Raises UserError with all that must not differ.
+    """
+    allowed, differences = [], []
+    for section, key, before, after in _differences(saved, now):
+        if section == "optimizer" and config.checkpoint.switch_optimizer:
+            allowed.append(f"the optimizer was {before}; {after} starts afresh")
+        elif section == "data" and key in REPLACEABLE and config.checkpoint.allow_changed_data:
+            allowed.append(f"{key} of the data changed; going on at the same place of the new")
+        else:
+            differences.append((section, key, f"{section}.{key} was {before}, is {after}"))
+    if not differences:
+        return allowed
+    hint = ""
+    if all(section == "optimizer" for section, _, _ in differences):
+        hint = ", allow it with --checkpoint.switch_optimizer"
+    elif all(section == "data" and key in REPLACEABLE for section, key, _ in differences):
+        hint = ", go on at the same place of the new data with --checkpoint.allow_changed_data"
+    raise UserError(
+        f"{checkpoint} is of another run: {'; '.join(text for *_, text in differences)}; put it back{hint}, or start "
+        "a new run with another --job.dump_folder"
+    )
+
+
+def _differences(saved: Identity, now: Identity) -> Iterator[tuple[str, str, Any, Any]]:
+    for section, values in now.items():
+        for key, value in values.items():
+            before = saved.get(section, {}).get(key)
+            if before != value:
+                yield section, key, before, value
+
+
+def check_before_start(config: Config, *, dp: int) -> None:
+    """Hold the configuration against the checkpoint that the run would go on from, as far as that goes without
+    reading the data. Raises UserError if it is of another run."""
+    folder = CheckpointFolder(Path(config.job.dump_folder) / "checkpoint")
+    wanted = config.checkpoint.load_step
+    if not config.checkpoint.enable or wanted == 0:
+        return
+    for step in folder.steps():
+        if wanted not in (-1, step):
+            continue
+        try:
+            saved = folder.train_state(step)["identity"]
+            check_same_run(saved, identity(config, dp=dp), config, folder.path(step))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # damaged: verification will say so
+        return
+
+
+def changed_settings(checkpoint: Path, config: Config) -> list[str]:
+    """Settings that are not those that ``checkpoint`` was made with, as "optimizer.lr 0.001 → 0.0005"."""
+    try:
+        before = _flat(tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
+    now = _flat(config.model_dump(exclude_none=True))
+    # Dimensions that the flavor decides are written out there, and are part of the run's identity.
+    keys = [key for key in now | before if key.partition(".")[0] != "model" or key in now]
+    return [
+        f"{key} {json.dumps(before.get(key))} → {json.dumps(now.get(key))}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

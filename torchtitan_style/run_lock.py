@@ -1,0 +1,114 @@
+"""One run at a time in a dump folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .folders import first_missing
+
+__all__ = ["check_free", "run_lock"]
+
+NAME = "run.lock"
+_STALE = 120.0
+"""Seconds without a sign of life after which a run on another host counts as gone."""
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; it is made if need be, and goes again if it is left empty.
+
+    The kernel lets go of the lock when the process ends, however it ends. Where a file system does not tell
+    other hosts of locks, they go by the file's time, which is kept fresh. Raises UserError if another run
+    holds it, or the folder cannot be written.
+    """
+    made = first_missing(folder)
+    file = _open(folder)
+    done = threading.Event()
+    try:
+        _take(file, folder)
+        while not _is_current(file, folder):  # the run before has just taken its file away
+            os.close(file)
+            file = _open(folder)
+            _take(file, folder)
+        keeper = threading.Thread(target=_keep_fresh, args=(folder / NAME, done), name="run lock", daemon=True)
+        keeper.start()
+        yield
+        (folder / NAME).unlink(missing_ok=True)
+    finally:
+        done.set()
+        os.close(file)
+        if made and [path.name for path in folder.glob("*")] in ([], [NAME]):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError if another run holds ``folder``. Leaves no trace."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            file = os.open(folder / NAME, os.O_RDWR)
+        except PermissionError:
+            return  # said by whoever wants to write
+        try:
+            _take(file, folder, write=False)
+        finally:
+            os.close(file)
+
+
+def _open(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
+
+
+def _is_current(file: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), (folder / NAME).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _take(file: int, folder: Path, *, write: bool = True) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise _in_use(folder, _holder(file)) from None
+    holder, me = _holder(file), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    age = time.time() - os.fstat(file).st_mtime
+    if holder and holder.get("host") != me["host"] and age < _STALE:
+        hint = f"; if it is gone, wait {_STALE - age:.0f} s"
+        raise _in_use(folder, holder, f", whose last sign of life is {age:.0f} s old{hint}")
+    if write:
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps(me).encode(), 0)
+
+
+def _holder(file: int) -> dict[str, Any]:
+    try:
+        found = json.loads(os.pread(file, 4096, 0))
+        return found if isinstance(found, dict) else {}
+    except ValueError:  # just made
+        return {}
+
+
+def _in_use(folder: Path, holder: dict[str, Any], more: str = "") -> UserError:
+    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+    return UserError(f"job.dump_folder: {folder} is in use by another run, {who}{more}; use another --job.dump_folder")
+
+
+def _keep_fresh(path: Path, done: threading.Event) -> None:
+    while not done.wait(_STALE / 6):
+        with contextlib.suppress(OSError):
+            os.utime(path)

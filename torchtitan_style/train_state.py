@@ -1,0 +1,33 @@
+"""What a run knows of itself, as every checkpoint has it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .metrics.log import SkippedSteps
+
+__all__ = ["TrainState"]
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that a resumed run goes on from, beside weights and optimizer state."""
+
+    step: int = 0
+    rows_seen: int = 0
+    best_val_loss: float | None = None
+    validated_step: int | None = None
+    """The last step that was validated."""
+    skipped: SkippedSteps = dataclasses.field(default_factory=SkippedSteps)
+    rewinds: int = 0
+    """In a row, without getting past the step that the first one left from, which is ``furthest_step``."""
+    furthest_step: int = 0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
+    """What the next loss is compared with."""
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Where the data is: what ``Loader.start`` takes."""
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> TrainState:
+        return cls(**saved | {"skipped": SkippedSteps(**saved["skipped"])})
