@@ -33,7 +33,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     holds it, or the folder cannot be written.
     """
     made = first_missing(folder)
-    file = _open(folder)
+    file, held = _open(folder), False
     done = threading.Event()
     try:
         _take(file, folder)
@@ -41,14 +41,16 @@ def run_lock(folder: Path) -> Iterator[None]:
             os.close(file)
             file = _open(folder)
             _take(file, folder)
+        held = True
         keeper = threading.Thread(target=_keep_fresh, args=(folder / NAME, done), name="run lock", daemon=True)
         keeper.start()
         yield
-        (folder / NAME).unlink(missing_ok=True)
     finally:
         done.set()
+        if held:
+            (folder / NAME).unlink(missing_ok=True)
         os.close(file)
-        if made and [path.name for path in folder.glob("*")] in ([], [NAME]):
+        if made and not any(folder.glob("*")):
             shutil.rmtree(made, ignore_errors=True)
 
 
