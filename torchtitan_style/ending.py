@@ -2,7 +2,7 @@
 
 A signal to stop is only taken note of once training has begun: the loop asks ``told_to_stop`` between
 steps, agrees with the other ranks, saves and ends with status 0. Before that, and at a second Ctrl-C, it
-ends the process at once.
+ends the process at once; what was prepared of the data so far is kept.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
+from .preempted import write_preempted
 from .signals import STOP_SIGNALS
 
 __all__ = ["ending_at_once", "interruptible", "on_interrupt", "stop_gracefully", "told_to_stop"]
@@ -56,8 +58,6 @@ def stop_gracefully() -> None:
     """From now on a signal to stop is taken note of, and does not end the process."""
     global _graceful
     _graceful = True
-    if _received:  # on the way here, held back or while the last lines ran
-        raise KeyboardInterrupt
 
 
 def told_to_stop() -> signal.Signals | None:
@@ -66,12 +66,17 @@ def told_to_stop() -> signal.Signals | None:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Exit with status 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1) when ended at once, without a traceback.
+def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) -> Iterator[None]:
+    """Without a traceback exit with status 130 at Ctrl-C and 143 at SIGTERM, or 138 at SIGUSR1.
+
+    dump_folder: a scheduler that ends the process by SIGTERM or SIGUSR1 before there is anything to save finds
+    preempted.json there all the same, and status 0. gracefully: take note of signals from the beginning.
 
     A signal reaches all ranks. One of them may be told first by the others' broken connections, so
     any error after a signal counts as its consequence; without one, a line says whose fault it is not.
     """
+    global _graceful
+    _graceful = gracefully
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
     try:
@@ -91,8 +96,14 @@ def interruptible() -> Iterator[None]:
                 farewell()
         sys.stdout.flush()
         sys.stderr.flush()
+        number = signal.Signals(_received[0][0])
+        status = 128 + number
+        if dump_folder and not _graceful and number != signal.SIGINT and dump_folder.is_dir():
+            with contextlib.suppress(OSError):
+                write_preempted(dump_folder, step=0, checkpoint=None, signal=number.name)
+                status = 0
         # Not sys.exit: leaving the process group in order would wait for ranks that are gone.
-        os._exit(128 + _received[0][0])
+        os._exit(status)
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 from .commands.torchrun import count_gpus, start_ranks
+from .ending import interruptible
 from .errors import UserError
 from .preempted import clear_preempted, is_preempted
 from .preflight import preflight
@@ -70,7 +71,8 @@ def main(arguments: list[str]) -> None:
         if node_rank == "0":
             from .preparation import prepare_data
 
-            prepare_data(config, dp=plan_layout(config.parallelism, nproc * nnodes).dp, say=print)
+            with interruptible(Path(config.job.dump_folder)):
+                prepare_data(config, dp=plan_layout(config.parallelism, nproc * nnodes).dp, say=print)
     rendezvous = ["--standalone"]
     if nnodes > 1:
         endpoint = os.environ["RDZV_ENDPOINT"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
 
 from .folders import fsync
 
@@ -13,8 +13,9 @@ __all__ = ["clear_preempted", "is_preempted", "write_preempted"]
 _NAME = "preempted.json"
 
 
-def write_preempted(folder: Path, word: dict[str, Any]) -> None:
-    """``word``: step, checkpoint, signal, time."""
+def write_preempted(folder: Path, *, step: int, checkpoint: str | None, signal: str | None) -> None:
+    """step: the last one; checkpoint: its path, if there is one; signal: its name, if this process received it."""
+    word = {"step": step, "checkpoint": checkpoint, "signal": signal, "time": time.time()}
     temporary = folder / f"{_NAME}.tmp"
     temporary.write_text(json.dumps(word) + "\n", encoding="utf-8")
     fsync(temporary)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +109,18 @@ class Trainer:
                     result = self._train_step()
                 self._after_step(result)
             self.log.flush()
-            if state.step < steps or self._validation_is_due():
+            finished = state.step == steps and not self._validation_is_due()
+            if not finished:
                 self._leave()
             self.checkpointer.close()
+        except RunError:
+            self.checkpointer.wait()
+            raise
         finally:
             self.data.loader.close()
             self.log.close()
             self.watchdog.close()
-        if not self.told_to_stop or state.step == steps:
+        if finished:
             self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
 
     def _train_step(self) -> StepResult:
@@ -183,8 +186,8 @@ class Trainer:
         self.checkpointer.close()
         saved = str(folder.path(step)) if self.checkpointer.saved_step == step else None
         number = told_to_stop()
-        word = {"step": step, "checkpoint": saved, "signal": number.name if number else None, "time": time.time()}
-        on_main(lambda: write_preempted(self.dump_folder, word))
+        signal = number.name if number else None
+        on_main(lambda: write_preempted(self.dump_folder, step=step, checkpoint=saved, signal=signal))
         where = f"; the checkpoint is {saved}" if saved else ""
         self.display.say(f"stopped at step {step}, as told{where}. The same command goes on from there.")
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan_style.config.schema import Checkpoint
-from torchtitan_style.distributed.world import on_main
+from torchtitan_style.distributed.world import on_main, patient_group
 from torchtitan_style.errors import RunError, UserError
 from torchtitan_style.optim.build import Optimizers
 
@@ -63,7 +63,7 @@ class Checkpointer:
         self.saved_step: int | None = None
         """The last step whose checkpoint is in its place."""
         # A save in the background must not get its messages mixed up with those of training.
-        self._group = dist.new_group(backend="gloo") if config.enable else None
+        self._group = patient_group() if config.enable else None
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.under_way: Future[None] | None = None
@@ -122,6 +122,11 @@ class Checkpointer:
             if self.config.on_error == "stop":
                 raise self._failure from None
             self.say(f"{self._failure}; going on, as checkpoint.on_error says")
+
+    def wait(self) -> None:
+        """Let a save in the background end, whatever becomes of it."""
+        if self.under_way is not None:
+            self.under_way.exception()
 
     def close(self) -> None:
         """Finish the last save. Raises RunError if it failed, whatever ``on_error`` says: there is no next one."""

@@ -33,6 +33,8 @@ def problem_of(folder: Path, *, part: int = 0, of: int = 1, hashes: bool = True)
         files = list(manifest["files"].items())
         if not files:
             return f"{MANIFEST} lists no files"
+        if "manifest_sha256" not in manifest:
+            return f"{MANIFEST} has no hash of itself: it has changed, or is of an older version"
         if manifest["manifest_sha256"] != _digest(manifest):
             return f"{MANIFEST} has changed since it was written"
         listed = {name for name, _ in files}

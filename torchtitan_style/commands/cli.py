@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib.metadata
 import os
 import sys
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 OLDEST_TORCH = (2, 11)
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+"""What is wrong with a disk, and not with the program."""
 
 VERDICT = "TORCHTITAN_STYLE_VERDICT"
 """Environment variable with the name of a file, in which a rank leaves the status that it has ended with after an
@@ -158,6 +162,11 @@ def reported_errors() -> Iterator[None]:
         if verdict := os.environ.get(VERDICT):
             Path(verdict).write_text(str(status), encoding="utf-8")
         raise SystemExit(status) from None
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `... --help | head`

@@ -6,6 +6,7 @@ python -m torchtitan_style train --config train_configs/qwen3.toml --training.st
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from torchtitan_style.config import load_config
 from torchtitan_style.ending import ending_at_once, interruptible
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> None:
         if "RANK" not in os.environ:  # else the launcher has done it
             preflight(config, world_size=1, say=print)
             check_initial_weights(config)
-        with interruptible():
+        # Several ranks have the data prepared, and agree on when to stop from the beginning.
+        with interruptible(Path(config.job.dump_folder), gracefully=world_size > 1):
             from torchtitan_style.trainer import train  # imports torch
 
             train(config, world_size=world_size)

@@ -21,9 +21,12 @@ from torchtitan_style.config.layout import Layout
 
 from .device import backend, current_device
 
-__all__ = ["World", "destroy_world", "init_world", "on_main", "set_timeout"]
+__all__ = ["World", "destroy_world", "init_world", "on_main", "patient_group", "set_timeout"]
 
 T = TypeVar("T")
+
+_patient: set[dist.ProcessGroup] = set()
+"""Groups whose timeout stays as it is."""
 
 _SLACK = 60
 """Seconds that torch waits longer than the watchdog, which can tell for whom."""
@@ -80,11 +83,18 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
 
 
 def set_timeout(seconds: int) -> None:
-    """Change how long a collective may take, in all groups made so far; again for the watchdog."""
+    """Change how long the watchdog waits, and so a collective may take, in all groups made so far."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-    for group in _world.pg_map:
+    for group in _world.pg_map.keys() - _patient:
         _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
+
+
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks in which they may wait for hours, for what takes some of them longer than the others."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    _patient.add(group)
+    return group
 
 
 def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
