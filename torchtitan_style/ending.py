@@ -77,10 +77,11 @@ def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) 
     """
     global _graceful
     _graceful = gracefully
-    for number in STOP_SIGNALS:
-        signal.signal(number, _note)
+    before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
     try:
         yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
     except BaseException as error:
         if not _received and _lost_connection(error):
             time.sleep(1)  # the launcher's signal may be on its way: then nothing needs to be said

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from torchtitan_style.signals import STOP_SIGNALS
+
 from .cli import VERDICT
 
 __all__ = ["count_gpus", "start_ranks"]
@@ -54,6 +56,8 @@ def start_ranks(
     # With torchrun's own store the ranks of a restart find the addresses of those before them (torch 2.13, gloo).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     sys.stdout.flush()
+    for number in STOP_SIGNALS:  # until torchrun handles them
+        signal.signal(number, _quit)
 
     import logging
 
@@ -65,7 +69,7 @@ def start_ranks(
         raise SignalException(f"told to stop by {signal.Signals(number).name}", signal.SIGTERM)
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    signal.signal(signal.SIGUSR1, end)  # torchrun itself handles the other ones
+    signal.signal(signal.SIGUSR1, end)  # which torchrun leaves alone
     command = [*options, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
         command.append(f"--shutdown-timeout={shutdown_timeout}")
@@ -86,3 +90,7 @@ def start_ranks(
             rank, failure = error.get_first_failure()
             print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
             raise SystemExit(1) from None
+
+
+def _quit(number: int, _frame: object) -> None:
+    os._exit(128 + number)  # an exception would end torch's import in an abort
