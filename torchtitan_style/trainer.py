@@ -209,11 +209,11 @@ class Trainer:
                 f"rewound {state.rewinds - 1} times without getting past step {state.furthest_step} "
                 "(training.max_skipped_steps); a lower optimizer.lr or training.max_norm may help"
             )
-        saved = TrainState.from_json(on_main(lambda: checkpointer.folder.train_state(found))["state"])
-        kept = ("rows_seen", "data", "rewinds", "furthest_step")  # the data goes on
-        self.state = dataclasses.replace(saved, **{name: getattr(state, name) for name in kept})
-        self._restore(found)
         self.display.warn(f"going back to step {found}, and on with the data after step {state.step}")
+        saved = TrainState.from_json(on_main(lambda: checkpointer.folder.train_state(found))["state"])
+        for name in ("step", "best_val_loss", "validated_step", "skipped", "recent_losses"):  # the data goes on
+            setattr(state, name, getattr(saved, name))
+        self._restore(found)
         self.log.close()
         self._open_log()
         return True
@@ -393,6 +393,7 @@ class Trainer:
             learning_rates=self.optimizer.learning_rates,
             skipped=self.state.skipped,
             max_skipped=config.training.max_skipped_steps,
+            rewinds=config.training.spike_action == "rewind",
             settings=config.model_dump(),
             corpora=self.data.mixture,
             report_padding=config.data.packing == "best_fit",

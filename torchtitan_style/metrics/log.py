@@ -70,18 +70,20 @@ class TrainingLog:
         learning_rates: Callable[[int], dict[str, float]],
         skipped: SkippedSteps,
         max_skipped: int,
+        rewinds: bool,
         settings: dict[str, Any],
         corpora: Sequence[str],
         report_padding: bool,
         on_problems: Callable[[list[Problem]], None],
     ) -> None:
         """learning_rates: those of an update, by name. skipped: is kept up to date. max_skipped: how many in a row
-        are let pass. corpora: names of the corpora of a mixture. on_problems: called by all ranks with their own
+        are let pass; with ``rewinds`` the caller sees to those that spiked. corpora: names of the corpora of a mixture. on_problems: called by all ranks with their own
         documents that could not be read, if some rank has any."""
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding, self.on_problems = corpora, report_padding, on_problems
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
-        self.learning_rates, self.skipped, self.max_skipped = learning_rates, skipped, max_skipped
+        self.learning_rates, self.skipped = learning_rates, skipped
+        self.max_skipped, self.rewinds = max_skipped, rewinds
         self.spiked = False
         """Whether a step was skipped though its figures were finite."""
         self.last: dict[str, Any] = {}
@@ -147,7 +149,7 @@ class TrainingLog:
         for record in records:
             if "skipped" in record:
                 self._report_skipped(record)
-        if self.skipped.in_a_row > self.max_skipped:
+        if self.skipped.in_a_row > self.max_skipped and not (self.rewinds and self.spiked):
             raise RunError(
                 f"{self.skipped.in_a_row} steps in a row were skipped (training.max_skipped_steps is "
                 f"{self.max_skipped}); the weights were not changed by them. A lower optimizer.lr or "
