@@ -77,8 +77,9 @@ class TrainingLog:
         on_problems: Callable[[list[Problem]], None],
     ) -> None:
         """learning_rates: those of an update, by name. skipped: is kept up to date. max_skipped: how many in a row
-        are let pass; with ``rewinds`` the caller sees to those that spiked. corpora: names of the corpora of a mixture. on_problems: called by all ranks with their own
-        documents that could not be read, if some rank has any."""
+        are let pass; with ``rewinds`` the caller sees to those that spiked. corpora: names of the corpora of a
+        mixture. on_problems: called by all ranks with their own documents that could not be read, if some rank has
+        any."""
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding, self.on_problems = corpora, report_padding, on_problems
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
