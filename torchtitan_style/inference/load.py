@@ -47,8 +47,8 @@ def load_model(
 
     dtype: to compute in and to keep the weights in; None: bf16 where the hardware multiplies it, else fp32.
     device: None: the GPU if there is one, else the CPU. compile: the steps of a single row, which
-    takes a while here and makes each of them faster. world: the ranks to split the model over, each of which calls
-    this. say: told of checkpoints that were passed over.
+    takes a while here and makes each of them faster; not with several ranks. world: the ranks to split the model over,
+    each of which calls this. say: told of checkpoints that were passed over.
 
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
@@ -65,8 +65,6 @@ def load_model(
     ranks = 1 if tp_mesh is None else tp_mesh.size()
     if problem := split_problem(found.config, ranks):
         raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")
-    if compile and tp_mesh is not None:
-        raise UserError("--compile: does not apply to a model that is split over processes; leave it out")
     if compile and (problem := compiler_problem(device)):
         raise UserError(f"--compile: {problem}; leave it out")
     _check_memory(found.config, str(source), dtype=dtype, device=device, ranks=ranks, compile=compile)
