@@ -106,7 +106,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [1, 1, C] times weight [O, C] transposed, as sums that a compiler fuses with what is before and after.
 
     The matrix is read as several parts side by side: one sum waits for each of its additions, and memory for one
-    address after the other, and with four of both a core reads half as much again.
+    address after the other, and with four of both a core reads bf16 up to twice as fast.
     """
     parts = _PARTS if weight.shape[0] % _PARTS == 0 else 1
     row = x.flatten().float()
