@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py                                  # Qwen3-0.6B's shape, bf16, batch 1 and 8
     python benchmarks/generate.py --flavor small --dtype float32
-    python benchmarks/generate.py --compile --repeats 2            # Transformers' compiled static cache too: minutes
+    python benchmarks/generate.py --compile --repeats 2            # compiled ones too: minutes
 
 Weights are random and the same on both sides, prompts are random tokens, tokens are chosen greedily, and as many are
 drawn everywhere. Contenders take turns within one process; figures are medians. Prefill is the time to the first
@@ -22,6 +22,7 @@ import transformers
 
 from torchtitan_style.distributed.device import current_device, name, synchronize
 from torchtitan_style.inference.cache import KVCache
+from torchtitan_style.inference.compiled import CompiledStep
 from torchtitan_style.inference.decode import Decoder
 from torchtitan_style.inference.sampling import Sampler
 from torchtitan_style.inference.settings import Sampling
@@ -34,13 +35,13 @@ Run = Callable[[torch.Tensor, int], tuple[float, float, torch.Tensor]]
 """(prompts [B, T], new tokens) → seconds of prefill, seconds of decode, new tokens [B, N]."""
 
 
-def ours(model: Qwen3ForCausalLM, config: Qwen3Config) -> Run:
+def ours(model: Qwen3ForCausalLM, config: Qwen3Config, *, step: CompiledStep | None = None) -> Run:
     windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
 
     def run(prompts: torch.Tensor, new: int) -> tuple[float, float, torch.Tensor]:
         sampler = Sampler(Sampling(temperature=0.0), seeds=range(len(prompts)))
         cache = KVCache(windows, capacity=prompts.shape[1] + new)
-        decoder = Decoder(model, prompts.tolist(), sampler, cache=cache, device=prompts.device)
+        decoder = Decoder(model, prompts.tolist(), sampler, cache=cache, device=prompts.device, step=step)
         tokens = [drawn for drawn, _ in zip(decoder, range(new), strict=False)]
         return decoder.speed.prefill_seconds, decoder.speed.decode_seconds, torch.tensor(tokens).T
 
@@ -79,7 +80,9 @@ class _Clock:
     def end(self) -> None: ...
 
 
-def build(config: Qwen3Config, dtype: torch.dtype, device: torch.device) -> tuple[Qwen3ForCausalLM, torch.nn.Module]:
+def build(
+    config: Qwen3Config, dtype: torch.dtype, device: torch.device, *, compile: bool
+) -> tuple[Qwen3ForCausalLM, torch.nn.Module]:
     """Both models with the same random weights."""
     torch.manual_seed(0)
     # What has no weights, such as the rotary frequencies, stays fp32.
@@ -88,7 +91,7 @@ def build(config: Qwen3Config, dtype: torch.dtype, device: torch.device) -> tupl
     hf = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**arguments), dtype=dtype).eval()
     hf.load_state_dict(model.state_dict(), strict=True)
     model, hf = model.to(device), hf.to(device)
-    fuse(model.eval())
+    fuse(model.eval(), compile=compile)
     return model, hf
 
 
@@ -115,16 +118,20 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="Transformers' compiled static cache too")
+    parser.add_argument("--compile", action="store_true", help="ours and Transformers' static cache compiled too")
     options = parser.parse_args()
     config, dtype, device = FLAVORS[options.flavor], getattr(torch, options.dtype), current_device()
-    model, hf = build(config, dtype, device)
+    model, hf = build(config, dtype, device, compile=options.compile)
     contenders = {
         "ours": ours(model, config),
         "HF, dynamic cache": theirs(hf, cache="dynamic", compile=False),
         "HF, static cache": theirs(hf, cache="static", compile=False),
     }
     if options.compile:
+        begin = time.perf_counter()
+        step = CompiledStep(model, config, device)
+        print(f"compiled in {time.perf_counter() - begin:.1f} s")
+        contenders["ours, compiled"] = ours(model, config, step=step)
         contenders["HF, static cache, compiled"] = theirs(hf, cache="static", compile=True)
 
     rate = bandwidth(device)
@@ -137,6 +144,8 @@ def main() -> None:
         flush=True,
     )
     for batch in options.batch:
+        if batch > 1:
+            contenders.pop("ours, compiled", None)  # a step of several rows is not compiled
         prompts = torch.randint(0, config.vocab_size, (batch, options.prompt), device=device)
         runs: dict[str, list[tuple[float, float, torch.Tensor]]] = {contender: [] for contender in contenders}
         for repeat in range(options.repeats + 1):
@@ -158,7 +167,7 @@ def report(
     decode = {
         who: batch * (options.new - 1) / statistics.median(run[1] for run in found) for who, found in runs.items()
     }
-    best_prefill, best_decode = (max(v for who, v in x.items() if who != "ours") for x in (prefill, decode))
+    best_prefill, best_decode = (max(v for who, v in x.items() if who.startswith("HF")) for x in (prefill, decode))
     print(
         f"\nbatch {batch:<20} {'prefill':>10} {'of HF best':>11} {'decode':>10} {'of HF best':>11} {'of bandwidth':>13}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -142,6 +143,13 @@ def test_ranks_that_cannot_share_the_heads_say_so_once(folder: Path) -> None:
 )
 def test_mistakes_are_one_message(folder: Path, arguments: list[str], message: str, capsys: Any) -> None:
     assert message in mistake("generate", "--checkpoint", folder, *arguments, capsys=capsys)
+
+
+def test_a_model_that_is_split_is_not_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torchtitan_style.commands.generate.ending_at_once", contextlib.nullcontext)
+    found = mistake("generate", "--checkpoint", folder, "--prompt", "x", "--compile", capsys=capsys)
+    assert "--compile: does not apply to a model that is split over processes" in found
 
 
 def test_an_unknown_checkpoint_is_one_message(folder: Path, capsys: Any) -> None:

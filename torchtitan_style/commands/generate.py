@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> None:
         options = _parse(arguments)
         if ranks > 1 and options.device:
             raise UserError("--device: does not apply under torchrun, where each process has a device of its own")
+        if ranks > 1 and options.compile:
+            raise UserError("--compile: does not apply to a model that is split over processes; leave it out")
         check_torch()
         world = _join(ranks) if ranks > 1 else None
         try:

@@ -25,7 +25,8 @@ TEXT_OPTIONS = """\
                            left out: what generation_config.json recommends, else 0.7, 40, 1, 0, 1
   --seed S                 the same seed, the same text; left out: another one each time
   --dtype TYPE             bfloat16 or float32; left out: bfloat16 where the hardware computes in it
-  --device DEVICE          cpu, cuda, cuda:1; left out: a GPU if there is one"""
+  --device DEVICE          cpu, cuda, cuda:1; left out: a GPU if there is one
+  --compile                compile the steps of a single text: a wait at the start, then faster; needs a C++ compiler"""
 
 _SAMPLING: dict[str, type] = {
     "temperature": float,
@@ -44,6 +45,7 @@ def add_text_options(parser: Arguments, *, max_new_tokens: int) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--device")
+    parser.add_argument("--compile", action="store_true")
 
 
 def check_text_options(options: argparse.Namespace) -> None:
@@ -74,6 +76,7 @@ def load(options: argparse.Namespace, *, world: World | None = None) -> TextMode
         options.checkpoint,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
+        compile=options.compile,
         world=world,
         say=lambda line: print(line, file=sys.stderr),
     )

@@ -87,6 +87,23 @@ class KVCache:
             keys, values = keys[:, :, :stop], values[:, :, :stop]
         return keys, values, self._mask(window, t, keys.shape[2], k.device)
 
+    def slots(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer the storage of keys and values [B, K, S, D], with room for one more position, to write there.
+
+        S is the window, or a multiple of 256 above the positions so far. Position i is in slot i % S. All of a storage
+        is never given: that would be contiguous, for which a compiler makes another graph.
+        """
+        s = (self.length // _BLOCK + 1) * _BLOCK
+        found = []
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            assert keys is not None
+            assert values is not None
+            if self.windows[layer] is None and s >= keys.shape[2]:
+                keys, values = self._grown(layer, keys, s), self._grown(layer, values, s)
+                self._keys[layer], self._values[layer] = keys, values
+            found.append((keys[:, :, :s], values[:, :, :s]))
+        return found
+
     def advance(self, t: int) -> None:
         """Count the ``t`` positions that a forward pass has added in all layers."""
         self.length += t

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cache import KVCache
+from .compiled import CompiledStep
 from .sampling import Sampler
 
 __all__ = ["Decoder", "Speed"]
@@ -62,7 +63,8 @@ class Decoder:
 
     model: (ids [B, T], positions=, cache=) → logits [B, 1, V]. prompts: token ids, none empty. cache: made for them,
     empty or, for a single prompt, with what is before it. copies: rows that continue each prompt, which is prefilled
-    once. group: the ranks that compute the same rows; all take the tokens that the first one draws.
+    once. step: takes the model's place for one more token where there is one row. group: the ranks that compute the
+    same rows; all take the tokens that the first one draws.
 
     >>> decoder = Decoder(model, [[1, 2, 3], [4, 5]], sampler, cache=cache, device=device)
     >>> for tokens in decoder:  # one per row
@@ -78,6 +80,7 @@ class Decoder:
         cache: KVCache,
         device: torch.device,
         copies: int = 1,
+        step: CompiledStep | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model, self.cache, self.sampler, self.group, self.device = model, cache, sampler, group, device
@@ -89,6 +92,7 @@ class Decoder:
         longest = max(map(len, prompts))
         self._ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # [B, T]
         self._copies = copies
+        self._step = step if len(self.rows) == 1 else None
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields a token for each of ``rows``, until none is kept or the caller has enough."""
@@ -127,7 +131,10 @@ class Decoder:
     def _forward(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
             ids = ids.to(self.device)
-            logits: Tensor = self.model(ids, positions=self.cache.positions(ids), cache=self.cache)
+            if self._step is not None and ids.shape[1] == 1 and self.cache.length:
+                logits = self._step(ids, cache=self.cache)
+            else:
+                logits = self.model(ids, positions=self.cache.positions(ids), cache=self.cache)
             self.cache.advance(ids.shape[1])
             if len(ids) == 1:
                 self.fed += ids[0].tolist()

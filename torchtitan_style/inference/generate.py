@@ -16,6 +16,7 @@ from torchtitan_style.errors import UserError
 from torchtitan_style.models.qwen3.config import Qwen3Config
 
 from .cache import KVCache
+from .compiled import CompiledStep
 from .decode import Decoder, Speed
 from .sampling import Sampler
 from .settings import Sampling
@@ -58,10 +59,11 @@ class TextModel:
         device: torch.device,
         stop_tokens: set[int],
         sampling: Sampling,
+        step: CompiledStep | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model, self.config, self.tokenizer, self.assets = model, config, tokenizer, assets
-        self.device, self.group = device, group
+        self.device, self.step, self.group = device, step, group
         self.stop_tokens = stop_tokens
         """Tokens that end a text."""
         self.sampling = sampling
@@ -179,6 +181,7 @@ class TextModel:
             cache=self.new_cache(rows, capacity=capacity) if cache is None else cache,
             device=self.device,
             copies=num_samples,
+            step=self.step,
             group=self.group,
         )
         texts = [TextStream(self.tokenizer.decode, stop=stop, before=prompt) for prompt in prompts]

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
-from torchtitan_style.distributed.device import available_memory, bf16_is_fast, current_device
+from torchtitan_style.distributed.device import available_memory, bf16_is_fast, compiler_problem, current_device
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.errors import UserError
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
@@ -27,6 +27,7 @@ from torchtitan_style.models.qwen3.config import Qwen3Config
 from torchtitan_style.models.qwen3.inference import fuse, split, split_problem
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 
+from .compiled import CompiledStep
 from .generate import TextModel
 from .settings import Sampling
 
@@ -38,16 +39,18 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
     world: World | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TextModel:
     """The model in ``source``: a run folder, a checkpoint, or a model folder in Transformers' format.
 
     dtype: to compute in and to keep the weights in; None: bf16 where the hardware multiplies it, else fp32.
-    device: None: the GPU if there is one, else the CPU. world: the ranks to split the model over, each of which
-    calls this. say: told of checkpoints that were passed over.
+    device: None: the GPU if there is one, else the CPU. compile: the steps of a single row, which
+    takes a while here and makes each of them faster; not with several ranks. world: the ranks to split the model over,
+    each of which calls this. say: told of checkpoints that were passed over.
 
-    Raises UserError if there is none, it is damaged, has no tokenizer, or does not fit into memory.
+    Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
 
     def verified() -> Path:
@@ -62,24 +65,33 @@ def load_model(
     ranks = 1 if tp_mesh is None else tp_mesh.size()
     if problem := split_problem(found.config, ranks):
         raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")
-    _check_memory(found.config, str(source), dtype=dtype, device=device, ranks=ranks)
+    if compile and (problem := compiler_problem(device)):
+        raise UserError(f"--compile: {problem}; leave it out")
+    _check_memory(found.config, str(source), dtype=dtype, device=device, ranks=ranks, compile=compile)
     stored_dtypes(found)  # raises if a tensor is missing
     stop_tokens, sampling = _generation_settings(found.assets, tokenizer)
+    model = _build(found, dtype=dtype, device=device, tp_mesh=tp_mesh, compile=compile)
     return TextModel(
-        _build(found, dtype=dtype, device=device, tp_mesh=tp_mesh),
+        model,
         found.config,
         tokenizer,
         assets=found.assets,
         device=device,
         stop_tokens=stop_tokens,
         sampling=sampling,
+        step=CompiledStep(model, found.config, device) if compile else None,
         group=None if tp_mesh is None else tp_mesh.get_group(),
     )
 
 
 @torch.no_grad()
 def _build(
-    found: HFFolder | SavedModel, *, dtype: torch.dtype, device: torch.device, tp_mesh: DeviceMesh | None
+    found: HFFolder | SavedModel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_mesh: DeviceMesh | None,
+    compile: bool,
 ) -> Qwen3ForCausalLM:
     with torch.device("meta"):
         model = Qwen3ForCausalLM(found.config)
@@ -89,7 +101,7 @@ def _build(
     model.to_empty(device=device)
     model.tie_weights()  # to_empty may have given each module a parameter of its own
     load_weights(found, dict(model.named_parameters()))
-    fuse(model.eval(), group=None if tp_mesh is None else tp_mesh.get_group())
+    fuse(model.eval(), group=None if tp_mesh is None else tp_mesh.get_group(), compile=compile)
     return model
 
 
@@ -108,9 +120,13 @@ def _device(name: torch.device | str | None) -> torch.device:
     return device
 
 
-def _check_memory(config: Qwen3Config, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int) -> None:
+def _check_memory(
+    config: Qwen3Config, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, compile: bool
+) -> None:
     # A tied head is a second matrix once it is packed.
     numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+    if compile and dtype == torch.bfloat16 and device.type == "cpu":  # packed and not packed
+        numbers += config.num_matmul_parameters
     here = ranks if device.type == "cpu" else 1  # ranks of this host share its memory
     needed, available = numbers * dtype.itemsize * here // ranks, available_memory(device)
     if needed > available:
