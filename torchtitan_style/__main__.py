@@ -6,20 +6,29 @@ python -m torchtitan_style --help
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
+from typing import Any
 
-try:
-    from .commands import chat, checkpoint, export_hf, generate, import_hf, prepare, train, verify
-    from .commands.cli import reported_errors
-    from .config.help import section_help, section_names
-    from .errors import UserError
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed in {sys.executable}; ./run_train.sh --setup-only sets everything up and "
-        "prints the Python to use (as .venv/bin/python)",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+
+def _imported(module: str) -> Any:
+    """A module of the package. Exits with a message if it needs a package that is not installed."""
+    try:
+        return importlib.import_module(module, __package__)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed in {sys.executable}; ./run_train.sh --setup-only sets everything up "
+            "and prints the Python to use (as .venv/bin/python)",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+_imported(".commands.cli")
+
+from .commands.cli import reported_errors  # noqa: E402
+from .config.help import section_help, section_names  # noqa: E402
+from .errors import UserError  # noqa: E402
 
 USAGE = f"""\
 usage: python -m torchtitan_style COMMAND [...]
@@ -45,16 +54,7 @@ Sections: {", ".join(section_names()[:8])},
 GPU (NPROC=4 ./run_train.sh for another number).
 """
 
-COMMANDS = {
-    "train": train.main,
-    "prepare": prepare.main,
-    "generate": generate.main,
-    "chat": chat.main,
-    "checkpoint": checkpoint.main,
-    "import-hf": import_hf.main,
-    "export-hf": export_hf.main,
-    "verify": verify.main,
-}
+COMMANDS = ("train", "prepare", "generate", "chat", "checkpoint", "import-hf", "export-hf", "verify")
 
 
 def main(arguments: list[str]) -> None:
@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> None:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise UserError(f'there is no command "{name}"; {hint}')
-    COMMANDS[name](rest)
+    # Only now: each imports what it needs, and --help is to be there at once.
+    _imported(f".commands.{name.replace('-', '_')}").main(rest)
 
 
 def console() -> None:

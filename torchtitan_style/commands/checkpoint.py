@@ -105,7 +105,10 @@ def _list(paths: list[Path], *, hashes: bool) -> int:
             about["problem"] or ("whole" if hashes else "sizes are right"),
             "best" if about["best"] else "",
         )
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # rich takes 80, and would cut what is wrong
+    console.print(table)
     return damaged
 
 

@@ -162,13 +162,13 @@ def reported_errors() -> Iterator[None]:
         if verdict := os.environ.get(VERDICT):
             Path(verdict).write_text(str(status), encoding="utf-8")
         raise SystemExit(status) from None
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `... --help | head`
         sys.stderr.close()
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
