@@ -28,7 +28,7 @@ from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenize import is_held_out
 from torchtitan_style.data.tokenizer import Tokenizer
 
-PHASES = [(1, 1), (2, 0), (4, 1), (2, 3), (1, 0), (4, 0), (2, 1)]
+PHASES = [(1, 1), (2, 0), (4, 1), (2, 3), (1, 0)]
 """Ranks and workers from one resume to the next."""
 STEPS = 3
 """Steps of a phase."""
