@@ -8,7 +8,9 @@ does, which is what torchrun starts as a rank.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -63,6 +65,7 @@ def _fork_on_request(path: str) -> None:
 
     for name in _IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a fork's collections leave alone what they would have to copy
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
         listener.listen()
@@ -83,7 +86,12 @@ def _fork_on_request(path: str) -> None:
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
         os.close(fd)
-    _run(*json.loads(request))
+    status = _run(*json.loads(request))
+    # To take apart all that was imported takes seconds.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _wait_and_tell(pid: int, connection: socket.socket) -> None:
@@ -97,8 +105,10 @@ def _wait_and_tell(pid: int, connection: socket.socket) -> None:
     os._exit(0)
 
 
-def _run(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
+def _run(arguments: list[str], environment: dict[str, str], cwd: str) -> int:
+    """Run what was asked for, and return the exit status."""
     import runpy
+    import traceback
 
     os.environ.clear()
     os.environ.update(environment)
@@ -106,14 +116,23 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     if arguments[0] == "-u":
         arguments = arguments[1:]
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        sys.path[0] = cwd
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = arguments
-        sys.path[0] = os.path.dirname(arguments[0])
-        runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            sys.path[0] = cwd
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            sys.path[0] = os.path.dirname(arguments[0])
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _be_a_fork(path: str, arguments: list[str]) -> None:

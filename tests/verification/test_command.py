@@ -20,6 +20,15 @@ def verify(python: Python) -> Python:
     return lambda *arguments: python("-m", "torchtitan_style", "verify", *arguments, cwd=ROOT)
 
 
+def interpreter(*arguments: object, package: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """As a user would start it, with the package in a folder."""
+    command = [sys.executable, "-m", "torchtitan_style", "verify", *map(str, arguments)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(package)}
+    return subprocess.run(
+        command, env=environment, cwd=package, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     config = transformers.Qwen3Config(
@@ -34,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 
 def test_a_layout_that_is_right(verify: Python, tmp_path: Path) -> None:
     config = ["--config", "train_configs/qwen3.toml", "--parallelism.tensor_parallel_degree", "2"]
-    done = verify(*config, *TINY, "--training.local_batch_size", "2", "--compile.enable", "true")
+    done = verify(*config, *TINY, "--training.local_batch_size", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     # -1 counts as 2; both precisions; every parameter of two layers
     assert "4 processes (dp 2 × tp 2)" in done.stdout
@@ -46,6 +55,13 @@ def test_a_layout_that_is_right(verify: Python, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_compiled_model_that_is_right() -> None:
+    done = interpreter(*TINY, "--world-size", "1", "--training.local_batch_size", "2", "--compile.enable", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("every gradient of step 1") == 2
+    assert "everything agrees" in done.stdout
+
+
 def test_a_layout_that_is_wrong(tmp_path: Path) -> None:
     """The package with one line left out: a norm that sees a part of the positions, its gradient not summed."""
     for name in ("torchtitan_style", "train_configs"):
@@ -55,11 +71,7 @@ def test_a_layout_that_is_wrong(tmp_path: Path) -> None:
     source = file.read_text()
     assert source.count(line) == 1
     file.write_text(source.replace(line, ""))
-    done = subprocess.run(
-        [sys.executable, "-m", "torchtitan_style", "verify", *TINY,
-         "--parallelism.tensor_parallel_degree", "2", "--world-size", "2"],
-        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    done = interpreter("--parallelism.tensor_parallel_degree", "2", "--world-size", "2", *TINY, package=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG" in done.stdout
     assert "model.layers.1.post_attention_layernorm.weight: off by" in done.stdout
