@@ -165,6 +165,7 @@ def test_an_epoch_of_all_streams_has_every_document_once(
     first_epoch: Counter[tuple[int, ...]] = Counter()
     for number in range(8):
         options: dict[str, Any] = {"num_streams": 8, "packing": packing, "seq_len": SEQ_LEN, "seed": 5}
+        options["tokenizer"] = tokenizer
         stream = Stream(number, corpora, [1.0], None, **options)
         seen: Counter[tuple[int, int]] = Counter()
         rows = []
