@@ -1,4 +1,4 @@
-"""Folders that are complete or not there."""
+"""Folders that are complete or not there, and what is in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["first_missing", "fsync", "locked", "new_folder", "readable_bytes", "sha256"]
+__all__ = ["copy_folder", "first_missing", "fsync", "locked", "new_folder", "readable_bytes", "sha256"]
 
 
 @contextlib.contextmanager
@@ -36,15 +36,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def readable_bytes(count: float) -> str:
@@ -84,3 +75,24 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if made and not output.exists():
             shutil.rmtree(made, ignore_errors=True)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Put a copy of ``source`` in the place of ``target``."""
+    temporary = target.parent / f"{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file. Raises UserError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, Python
 from safetensors.torch import load_file, save_file
 from tiny_hf import hf_model, write_tokenizer
 from torch import Tensor
@@ -533,13 +533,23 @@ def test_an_interruption_leaves_nothing(write: Write, tmp_path: Path, monkeypatc
 # The command line
 
 
-def command(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m torchtitan_style …``, where the Hub cannot be reached."""
+def interpreter(*arguments: object, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m torchtitan_style …`` as a user would."""
     line = [sys.executable, "-m", "torchtitan_style", *map(str, arguments)]
-    environment = ENVIRONMENT | {"HF_HOME": str(cwd / "hub")}
     return subprocess.run(
-        line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options
+        line, env=ENVIRONMENT, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options
     )
+
+
+@pytest.fixture(scope="module")
+def command(python: Python) -> Python:
+    """Run ``python -m torchtitan_style …``, where the Hub cannot be reached."""
+
+    def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+        environment = ENVIRONMENT | {"HF_HOME": str(cwd / "hub")}
+        return python("-m", "torchtitan_style", *arguments, environment=environment, cwd=cwd)
+
+    return run
 
 
 def no_large_files() -> None:
@@ -551,7 +561,7 @@ def no_large_files() -> None:
 @pytest.mark.parametrize("name", ["import-hf", "export-hf"])
 def test_a_disk_that_is_really_full_is_one_message(source: Path, checkpoint: Path, tmp_path: Path, name: str) -> None:
     given = ["--hf", source] if name == "import-hf" else ["--checkpoint", checkpoint]
-    process = command(name, *given, "--output", "out", cwd=tmp_path, preexec_fn=no_large_files)
+    process = interpreter(name, *given, "--output", "out", cwd=tmp_path, preexec_fn=no_large_files)
     assert list(tmp_path.iterdir()) == []
     assert process.returncode == 2, process.stderr
     assert process.stderr.startswith("error: --output out: cannot be written: ")
@@ -559,11 +569,11 @@ def test_a_disk_that_is_really_full_is_one_message(source: Path, checkpoint: Pat
 
 
 def test_both_commands_do_what_the_functions_do(source: Path, checkpoint: Path, tmp_path: Path) -> None:
-    process = command("import-hf", "--hf", source, "--output", "imported", cwd=tmp_path)
+    process = interpreter("import-hf", "--hf", source, "--output", "imported", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("imported: 0.2 M parameters")
     options = ["--dtype", "bfloat16", "--max-shard-size", "100KB"]
-    process = command("export-hf", "--checkpoint", "imported", "--output", "out", *options, cwd=tmp_path)
+    process = interpreter("export-hf", "--checkpoint", "imported", "--output", "out", *options, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     assert_same_bits(
@@ -603,7 +613,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_message(
-    source: Path, checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
+    command: Python, source: Path, checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     before = contents(source)
     arguments = [argument.format(source=source, checkpoint=checkpoint) for argument in arguments]
@@ -631,7 +641,7 @@ def test_a_size_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("name", ["import-hf", "export-hf"])
-def test_help(tmp_path: Path, name: str) -> None:
+def test_help(command: Python, tmp_path: Path, name: str) -> None:
     process = command(name, "--help", cwd=tmp_path)
     assert process.returncode == 0
     assert process.stdout.startswith(f"usage: python -m torchtitan_style {name} ")

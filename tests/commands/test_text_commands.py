@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT
+from conftest import ENVIRONMENT, Python
 from tiny_hf import hf_model, write_tokenizer
 
 from torchtitan_style import load_model
@@ -42,17 +42,22 @@ def expected(folder: Path) -> list[str]:
     return load_model(folder, dtype=torch.float32).generate(PROMPTS, temperature=0.0, max_new_tokens=16)
 
 
-def command(*arguments: object, input: str = "", ranks: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m"]
-    if ranks:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    done = subprocess.run(
-        [*start, "torchtitan_style", *map(str, arguments)],
-        env=ENVIRONMENT, input=input.encode(), capture_output=True, timeout=200, check=False,
-    )  # fmt: skip
-    done.stdout, done.stderr = (text.decode() for text in (done.stdout, done.stderr))
-    assert done.returncode == status, done.stderr[-2000:]
-    return done
+@pytest.fixture(scope="module")
+def command(python: Python) -> Python:
+    """Run ``python -m torchtitan_style``, or ranks of it: command("generate", …)."""
+
+    def run(*arguments: object, input: str = "", ranks: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
+        line = ["-m", "torchtitan_style", *map(str, arguments)]
+        if ranks:
+            torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            line = [sys.executable, "-m", *torchrun, *line]
+            done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+        else:
+            done = python(*line, input=input, timeout=200)
+        assert done.returncode == status, done.stderr[-2000:]
+        return done
+
+    return run
 
 
 def mistake(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,7 +75,7 @@ def mistake(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
 # generate
 
 
-def test_one_prompt_is_text_and_nothing_else(folder: Path, expected: list[str]) -> None:
+def test_one_prompt_is_text_and_nothing_else(command: Python, folder: Path, expected: list[str]) -> None:
     done = command("generate", "--checkpoint", folder, "--prompt", PROMPTS[0], "--seed", 5, *GREEDY)
     assert done.stdout == f"{PROMPTS[0]}{expected[0]}\n"
     assert re.fullmatch(
@@ -78,12 +83,14 @@ def test_one_prompt_is_text_and_nothing_else(folder: Path, expected: list[str]) 
     )
 
 
-def test_standard_input_is_one_prompt(folder: Path, expected: list[str]) -> None:
+def test_standard_input_is_one_prompt(command: Python, folder: Path, expected: list[str]) -> None:
     done = command("generate", "--checkpoint", folder, *GREEDY, input=PROMPTS[1] + "\n")
     assert done.stdout == f"{PROMPTS[1]}{expected[1]}\n"
 
 
-def test_json_has_a_line_for_each_sample_of_each_prompt(folder: Path, expected: list[str], tmp_path: Path) -> None:
+def test_json_has_a_line_for_each_sample_of_each_prompt(
+    command: Python, folder: Path, expected: list[str], tmp_path: Path
+) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:], PROMPTS[0]]), encoding="utf-8")
     done = command(
@@ -105,19 +112,19 @@ def test_json_has_a_line_for_each_sample_of_each_prompt(folder: Path, expected: 
         assert 1 <= line["new_tokens"] <= 16
 
 
-def test_several_prompts_are_shown_one_after_the_other(folder: Path, expected: list[str]) -> None:
+def test_several_prompts_are_shown_one_after_the_other(command: Python, folder: Path, expected: list[str]) -> None:
     named = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     done = command("generate", "--checkpoint", folder, *named, *GREEDY)
     assert done.stdout == (f"--- 1 of 2 ---\n{PROMPTS[0]}{expected[0]}\n--- 2 of 2 ---\n{PROMPTS[1]}{expected[1]}\n")
 
 
-def test_two_ranks_write_what_one_process_writes(folder: Path, expected: list[str]) -> None:
+def test_two_ranks_write_what_one_process_writes(command: Python, folder: Path, expected: list[str]) -> None:
     named = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     done = command("generate", "--checkpoint", folder, *named, "--json", *GREEDY, ranks=2)
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == expected
 
 
-def test_ranks_that_cannot_share_the_heads_say_so_once(folder: Path) -> None:
+def test_ranks_that_cannot_share_the_heads_say_so_once(command: Python, folder: Path) -> None:
     done = command("generate", "--checkpoint", folder, "--prompt", "x", ranks=3, status=1)
     assert done.stderr.count("error: ") == 1
     assert "3 ranks cannot share the model's num_key_value_heads of 4 evenly" in done.stderr
@@ -284,7 +291,7 @@ def test_what_a_model_writes_does_not_steer_the_terminal(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "a\ufffd[31mb\ufffd\ufffdc\ufffd\n        d"
 
 
-def test_a_chat_through_a_pipe(folder: Path) -> None:
+def test_a_chat_through_a_pipe(command: Python, folder: Path) -> None:
     model = load_model(folder, dtype=torch.float32)
     first = model.generate("def", temperature=0.0, max_new_tokens=16)
     second = model.generate("def" + first + "it", temperature=0.0, max_new_tokens=16)
@@ -293,7 +300,7 @@ def test_a_chat_through_a_pipe(folder: Path) -> None:
     assert done.stderr.count("tokens/s") == 4
 
 
-def test_a_conversation_beyond_the_models_positions_is_said(tmp_path: Path) -> None:
+def test_a_conversation_beyond_the_models_positions_is_said(command: Python, tmp_path: Path) -> None:
     hf_model(max_position_embeddings=32).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     lines = "def\n" + "it is a long question " * 20 + "\n/reset\nit\n"

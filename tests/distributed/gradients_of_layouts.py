@@ -37,10 +37,22 @@ COMPILE = {
 }
 
 
-def combinations() -> list[tuple[str, str, str]]:
-    """(compile, embeddings, recomputation); the whole-model graph only where it differs from the blocks'."""
+def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, str, str]]:
+    """(compile, embeddings, recomputation) for a layout.
+
+    The embeddings are outside the blocks: graphs of blocks are the same with either kind, and each kind has two. The
+    whole-model graph is there only where it differs from the blocks'. Graphs know nothing of copies, and of the
+    degree of tensor parallelism only the sizes.
+    """
+    eager = list(itertools.product(("eager",), ("tied", "untied"), RECOMPUTE))
+    if dp_replicate > 1 or tp > 2:
+        return [*eager, ("block", "untied", "op"), ("model", "tied", "none")]
     return [
-        *itertools.product(("eager", "block"), ("tied", "untied"), RECOMPUTE),
+        *eager,
+        ("block", "tied", "none"),
+        ("block", "untied", "op"),
+        ("block", "tied", "full"),
+        ("block", "untied", "2"),
         ("model", "tied", "none"),
         ("model", "untied", "op"),
     ]
@@ -113,7 +125,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     *degrees, output = sys.argv[1:]
     world = init_world(Layout(*map(int, degrees)), timeout_seconds=300)
-    results = {"/".join(c): compare(world, *c) for c in combinations()}
+    results = {"/".join(c): compare(world, *c) for c in combinations(*map(int, degrees))}
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     destroy_world()

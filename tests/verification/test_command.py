@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, Python
 
 TINY = ["--model.flavor", "debug", "--training.seq_len", "32"]
 
 
-def verify(*arguments: object, package: Path = ROOT) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def verify(python: Python) -> Python:
+    return lambda *arguments: python("-m", "torchtitan_style", "verify", *arguments, cwd=ROOT)
+
+
+def interpreter(*arguments: object, package: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """As a user would start it, with the package in a folder."""
     command = [sys.executable, "-m", "torchtitan_style", "verify", *map(str, arguments)]
     environment = ENVIRONMENT | {"PYTHONPATH": str(package)}
     return subprocess.run(
@@ -35,9 +41,9 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_layout_that_is_right(tmp_path: Path) -> None:
+def test_a_layout_that_is_right(verify: Python, tmp_path: Path) -> None:
     config = ["--config", "train_configs/qwen3.toml", "--parallelism.tensor_parallel_degree", "2"]
-    done = verify(*config, *TINY, "--training.local_batch_size", "2", "--compile.enable", "true")
+    done = verify(*config, *TINY, "--training.local_batch_size", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     # -1 counts as 2; both precisions; every parameter of two layers
     assert "4 processes (dp 2 × tp 2)" in done.stdout
@@ -49,6 +55,13 @@ def test_a_layout_that_is_right(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_compiled_model_that_is_right() -> None:
+    done = interpreter(*TINY, "--world-size", "1", "--training.local_batch_size", "2", "--compile.enable", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("every gradient of step 1") == 2
+    assert "everything agrees" in done.stdout
+
+
 def test_a_layout_that_is_wrong(tmp_path: Path) -> None:
     """The package with one line left out: a norm that sees a part of the positions, its gradient not summed."""
     for name in ("torchtitan_style", "train_configs"):
@@ -58,7 +71,7 @@ def test_a_layout_that_is_wrong(tmp_path: Path) -> None:
     source = file.read_text()
     assert source.count(line) == 1
     file.write_text(source.replace(line, ""))
-    done = verify("--parallelism.tensor_parallel_degree", "2", "--world-size", "2", *TINY, package=tmp_path)
+    done = interpreter("--parallelism.tensor_parallel_degree", "2", "--world-size", "2", *TINY, package=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG" in done.stdout
     assert "model.layers.1.post_attention_layernorm.weight: off by" in done.stdout
@@ -66,7 +79,7 @@ def test_a_layout_that_is_wrong(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_is_right(model: Path) -> None:
+def test_a_model_that_is_right(verify: Python, model: Path) -> None:
     done = verify("--hf", model)
     assert done.returncode == 0, done.stdout + done.stderr
     for check in ("names of parameters", "bit for bit", "logits", "greedy text", "loss", "every gradient"):
@@ -74,7 +87,7 @@ def test_a_model_that_is_right(model: Path) -> None:
     assert done.stderr == ""
 
 
-def test_a_tolerance_of_the_users(model: Path) -> None:
+def test_a_tolerance_of_the_users(verify: Python, model: Path) -> None:
     done = verify("--hf", model, "--tolerance", "1e-12")
     assert done.returncode == 1
     assert "1e-12" in done.stdout
@@ -95,13 +108,13 @@ def test_a_tolerance_of_the_users(model: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_message(arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_message(verify: Python, arguments: list[str], message: str) -> None:
     done = verify(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_help() -> None:
+def test_help(verify: Python) -> None:
     assert "--world-size N" in verify("--help").stdout
     assert "tensor_parallel_degree" in verify("--help", "parallelism").stdout

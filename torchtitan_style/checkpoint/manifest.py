@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torchtitan_style.errors import UserError
 from torchtitan_style.folders import fsync, sha256
 
 __all__ = ["MANIFEST", "file_entry", "problem_of", "read_manifest", "seal"]
@@ -65,7 +66,7 @@ def _problem_of_file(folder: Path, name: str, expected: Any, *, hashes: bool) ->
             return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{name} is missing"
-    except OSError as error:
+    except (OSError, UserError) as error:
         return f"{name} cannot be read: {error}"
     except (KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error!r} of {name}"

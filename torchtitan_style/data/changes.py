@@ -11,10 +11,10 @@ from typing import Any
 
 from torchtitan_style.config.schema import Corpus, Data
 from torchtitan_style.errors import UserError
+from torchtitan_style.folders import sha256
 
 from .corpus import SourceFile, source_files
 from .prepared import Prepared
-from .tokenize import sha256
 from .tokenizer import Tokenizer
 
 __all__ = ["change_of", "sample_hash", "source_entry", "tokenizer_in_folder"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from .mixture import choose
 from .problems import Problem
 from .rows import Rows, RowSource, batch_hash, row_order
 from .streams import Stream, StreamedCorpus
+from .tokenizer import Tokenizer
 
 __all__ = ["Batch", "Loader", "Microbatch", "PreparedSteps", "StepSource", "StreamedSteps", "validation_batches"]
 
@@ -138,6 +140,7 @@ class StreamedSteps:
         return [(streams[:, None] * self.rows_each + each).ravel() for streams in shares]
 
     def steps(self, state: State, places: NDArray[np.int64]) -> Iterator[Part]:
+        tokenizer = Tokenizer(Path(self.corpora[0].recipe.tokenizer))  # one for all streams
         streams = [
             Stream(
                 number,
@@ -145,6 +148,7 @@ class StreamedSteps:
                 self.weights,
                 state.get(str(number)),
                 num_streams=self.num_streams,
+                tokenizer=tokenizer,
                 **self.options,
             )
             for number in np.unique(places // self.rows_each).tolist()

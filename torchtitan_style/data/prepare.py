@@ -21,12 +21,12 @@ import numpy as np
 
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
-from torchtitan_style.folders import first_missing, fsync, locked
+from torchtitan_style.folders import copy_folder, first_missing, fsync, locked
 
 from .changes import change_of, sample_hash, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
 from .documents import EMPTY, read_records
-from .prepared import FORMAT, Prepared, copy_folder, read_prepared
+from .prepared import FORMAT, Prepared, read_prepared
 from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments, describe
 from .streams import StreamedCorpus
 from .tokenize import PARTS, Progress, Recipe, file_entry, is_held_out, tokenize

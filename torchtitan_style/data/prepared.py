@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from torchtitan_style.errors import UserError
+from torchtitan_style.folders import sha256
 
 from .packing import Piece, best_fit, pieces_of
 from .rows import BestFitRows, ConcatRows, RowSource
 from .shards import TokenShards
-from .tokenize import PARTS, sha256
+from .tokenize import PARTS
 from .tokenizer import Tokenizer
 
 __all__ = ["FORMAT", "Prepared", "read_prepared"]
@@ -171,7 +171,6 @@ class Prepared:
     def _packed(self, name: str, start: int, stop: int, seq_len: int) -> Iterator[list[Piece]]:
         """Rows of the documents between these tokens, packed shard by shard, so that memory stays bounded."""
         corpus = self.manifest["corpora"][name]
-        at = 0
         for part in PARTS:
             at = corpus["tokens"]["train"] if part == "validation" else 0
             for file in sorted(corpus["files"]):
@@ -200,12 +199,3 @@ def _tokenizer_hash(folder: Path) -> str | None:
         return Tokenizer(folder).fingerprint
     except UserError:
         return None
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Put a copy of ``source`` in the place of ``target``."""
-    temporary = target.parent / f"{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)

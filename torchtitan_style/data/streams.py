@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,10 +230,10 @@ class Stream:
         packing: str,
         seq_len: int,
         seed: int,
+        tokenizer: Tokenizer,
     ) -> None:
         self.number, self.weights, self.key = number, weights, f"{seed}/{number}"
         self.rows_taken = [0] * len(corpora) if state is None else list(state["rows"])
-        tokenizer = Tokenizer(Path(corpora[0].recipe.tokenizer))
         self.documents = [_Documents(corpus, number, num_streams, seed, tokenizer) for corpus in corpora]
         places = [[0, 0, 0, 0]] * len(corpora) if state is None else state["places"]
         self._packers = [

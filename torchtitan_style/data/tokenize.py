@@ -25,14 +25,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchtitan_style.errors import RunError, UserError
+from torchtitan_style.errors import RunError
+from torchtitan_style.folders import sha256
 
 from .corpus import SourceFile
 from .documents import EMPTY, Record, parquet_groups, read_records
 from .problems import Problem, problem_of
 from .tokenizer import Tokenizer
 
-__all__ = ["PARTS", "Progress", "Recipe", "Unit", "is_held_out", "plan_units", "sha256", "tokenize"]
+__all__ = ["PARTS", "Progress", "Recipe", "Unit", "file_entry", "is_held_out", "plan_units", "tokenize"]
 
 PARTS = ("train", "validation")
 _BATCH_BYTES = 2**19
@@ -358,15 +359,3 @@ def _lines_that_begin(path: Path, start: int, stop: int) -> int:
             count += block.count(b"\n")
             at += len(block)
     return count
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file. Raises UserError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
