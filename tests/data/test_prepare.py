@@ -618,10 +618,10 @@ def test_what_was_half_made_of_something_else_is_not_gone_on_with(
     large_corpus(tmp_path, 3)
     done = tokenize._tokenize_unit
 
-    def stop(number: int, *arguments: Any) -> None:
+    def stop(job: Any, number: int, *arguments: Any) -> None:
         if number == 2:
             raise KeyboardInterrupt
-        done(number, *arguments)
+        done(job, number, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenize, "_tokenize_unit", stop)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from torchtitan_style.data.tokenize import lines_of_progress
+
 __all__ = ["progress_bar", "tokenizing_bar"]
 
 
@@ -28,22 +30,19 @@ def tokenizing_bar() -> Iterator[tuple[Callable[[int, int, int], None], Callable
     the bar. Without a terminal there is a line of progress every ten seconds."""
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[speed]}"))
     console = Console(highlight=False, soft_wrap=True)
-    begin = last = time.monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        bar.disable = not console.is_terminal
-        task = bar.add_task("", total=None, speed="", visible=console.is_terminal)
 
-        def say(line: str) -> None:
-            console.print(line, markup=False)
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    if not console.is_terminal:
+        yield lines_of_progress(say), say
+        return
+    begin = time.monotonic()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, speed="")
 
         def progress(done: int, total: int, tokens: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            speed = f"{tokens / max(now - begin, 1e-9):,.0f} tokens/s"
+            speed = f"{tokens / max(time.monotonic() - begin, 1e-9):,.0f} tokens/s"
             bar.update(task, completed=done, total=total, speed=speed)
-            if not console.is_terminal and now - last >= 10:
-                last = now
-                left = (now - begin) * (total - done) / max(done, 1)
-                say(f"tokenized {done / max(total, 1):.0%}: {speed}, about {left:,.0f} s left")
 
         yield progress, say

@@ -13,7 +13,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from torchtitan_style.errors import UserError
 from .corpus import SourceFile
 from .network import is_permanent, wait_before
 
-__all__ = ["EMPTY", "PLACE_NAMES", "Record", "parquet_groups", "read_records"]
+__all__ = ["EMPTY", "PLACE_NAMES", "Record", "parquet_groups", "read_records", "texts_of"]
 
 EMPTY = "empty"
 """The problem of a document that is well but holds no text."""
@@ -307,3 +307,11 @@ def _cut(block: bytes) -> int:
     while cut > len(block) - 4 and block[cut - 1] & 0xC0 == 0x80:
         cut -= 1
     return cut - 1 if block[cut - 1] >= 0xC0 else len(block)
+
+
+def texts_of(files: Sequence[SourceFile], *, text_key: str, max_bytes: int) -> Iterator[str]:
+    """The texts of all documents that can be read."""
+    for file in files:
+        for record in read_records(file, text_key=text_key, max_bytes=max_bytes):
+            if not record.problem:
+                yield record.text

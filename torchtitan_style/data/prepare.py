@@ -11,33 +11,29 @@ import contextlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
 from torchtitan_style.folders import copy_folder, first_missing, fsync, locked
 
-from .changes import change_of, sample_hash, source_entry, tokenizer_in_folder
+from .changes import change_of, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
-from .documents import EMPTY, read_records
+from .documents import EMPTY
+from .held_out import hold_out
+from .make_tokenizer import make_tokenizer
 from .prepared import FORMAT, Prepared, read_prepared
 from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments, describe
 from .streams import StreamedCorpus
-from .tokenize import PARTS, Progress, Recipe, file_entry, is_held_out, tokenize
-from .tokenizer import Tokenizer, copy_pretrained, train
+from .tokenize import PARTS, Progress, Recipe, lines_of_progress, tokenize
+from .tokenizer import Tokenizer
 
 __all__ = ["prepare", "streamed_corpora"]
 
 Complete = Callable[[Prepared, Callable[[str], None]], None]
-
-_TOKENIZER_TRAINING_CHARACTERS = 2**28
-"""Text that a tokenizer is trained on at most: more does not change a small vocabulary much."""
 
 
 def prepare(
@@ -95,7 +91,7 @@ def prepare(
                 validation_tokens=validation_tokens,
                 say=say,
                 complete=complete,
-                progress=progress or _lines(say),
+                progress=progress or lines_of_progress(say),
                 processes=processes or _cpus(),
                 # A model knows its tokens: other data is read with the same ones.
                 trained=dump_folder / "tokenizer" if is_running else None,
@@ -128,7 +124,7 @@ def _settings(config: Data, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _share(tokens: int, weight: float) -> int:
+def _held_out_share(tokens: int, weight: float) -> int:
     """Held-out tokens that a corpus of this weight has to have."""
     return -int(-tokens * weight // 1)
 
@@ -136,7 +132,7 @@ def _share(tokens: int, weight: float) -> int:
 def _lacks_held_out(present: Prepared, config: Data, wanted: int) -> bool:
     """Whether validation has been turned on or made longer since a streamed corpus's held-out tokens were collected."""
     return config.streaming and any(
-        corpus["tokens"]["validation"] < _share(wanted, weight) and not corpus["exhausted"]
+        corpus["tokens"]["validation"] < _held_out_share(wanted, weight) and not corpus["exhausted"]
         for corpus, weight in zip(present.manifest["corpora"].values(), config.weights(), strict=True)
     )
 
@@ -165,7 +161,7 @@ def _make(
             "sources": {name: [asdict(file) for file in files] for name, files in sources.items()},
         }
         _begin(staging, plan, say)
-        tokenizer = _make_tokenizer(config, sources, staging, settings["vocab_size"], say, trained)
+        tokenizer = make_tokenizer(config, sources, staging, settings["vocab_size"], say, trained)
         recipe = {
             "tokenizer": str(staging / "tokenizer"),
             "max_document_bytes": config.max_document_bytes,
@@ -179,24 +175,19 @@ def _make(
             place.mkdir(exist_ok=True)
             own = Recipe(**recipe, text_key=corpus.text_key)
             if config.streaming:
-                corpora[name], bad = _hold_out(sources[name], place, own, _share(validation_tokens, weight), say)
-            else:
-                corpora[name], bad = _tokenize(
-                    sources[name], place, own, processes, progress, max_bad=config.max_bad_documents
-                )
+                wanted = _held_out_share(validation_tokens, weight)
+                corpora[name] = hold_out(sources[name], place, own, wanted, say)
+                continue
+            corpora[name], bad = _tokenize(
+                sources[name], place, own, processes, progress, max_bad=config.max_bad_documents
+            )
             problems += bad
             _list_problems(problems, staging, dump_folder, config.max_bad_documents)
-            if not config.streaming and sum(corpora[name]["documents"].values()):
+            if sum(corpora[name]["documents"].values()):
                 _report(name, corpora[name], say)
-        if not config.streaming and (empty := [n for n, c in corpora.items() if not sum(c["documents"].values())]):
-            bad = [problem for problem in problems if problem["problem"] != EMPTY]
-            if bad:
-                BadDocuments(dump_folder / FILE_NAME, limit=len(problems)).add(problems)
-            shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
-            raise UserError(
-                f"data.paths: the corpus{f' {empty[0]}' if empty[0] else ''} is empty: "
-                + (f"none of its documents can be read:{shown}" if bad else "its files hold no text")
-            )
+        for name, corpus_entry in corpora.items():
+            if not config.streaming and not sum(corpus_entry["documents"].values()):
+                raise _empty(name, problems, dump_folder)
         _report_problems(problems, dump_folder, say)
         manifest = {
             "format": FORMAT,
@@ -244,61 +235,6 @@ def _begin(staging: Path, plan: dict[str, Any], say: Callable[[str], None]) -> N
     temporary.rename(file)
 
 
-def _make_tokenizer(
-    config: Data,
-    sources: dict[str, list[SourceFile]],
-    staging: Path,
-    vocab_size: int,
-    say: Callable[[str], None],
-    trained: Path | None,
-) -> Tokenizer:
-    """trained: where one trained on the corpus is already, if there is one."""
-    folder = staging / "tokenizer"
-    if not folder.exists():
-        temporary = staging / "tokenizer.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        if config.tokenizer == "train" and trained and (trained / "tokenizer.json").exists():
-            shutil.copytree(trained, temporary)
-        elif config.tokenizer == "train":
-            say(f"training a tokenizer of {vocab_size} tokens on the corpus")
-            train(_training_texts(config, sources), temporary, vocab_size=vocab_size)
-        else:
-            try:
-                copy_pretrained(config.tokenizer, temporary)
-            except UserError as error:
-                raise UserError(f"data.tokenizer: {error}") from None
-        temporary.rename(folder)
-    try:
-        tokenizer = Tokenizer(folder)
-    except UserError as error:
-        raise UserError(f"data.tokenizer: {error}") from None
-    if tokenizer.num_ids > vocab_size:
-        raise UserError(
-            f'model.vocab_size: {vocab_size} is too small for the tokenizer "{config.tokenizer}", whose ids go up '
-            f"to {tokenizer.num_ids - 1}; set model.vocab_size to {-(-tokenizer.num_ids // 128) * 128}, or, if "
-            "weights are loaded, data.tokenizer to theirs"
-        )
-    return tokenizer
-
-
-def _training_texts(config: Data, sources: dict[str, list[SourceFile]]) -> Iterator[str]:
-    """The beginning of every corpus, as much of each as its weight says."""
-    for (name, corpus), weight in zip(config.corpora().items(), config.weights(), strict=True):
-        room = int(_TOKENIZER_TRAINING_CHARACTERS * weight)
-        for text in _texts(sources[name], corpus.text_key, config.max_document_bytes):
-            yield text[:room]
-            room -= len(text)
-            if room <= 0:
-                break
-
-
-def _texts(files: list[SourceFile], text_key: str, max_bytes: int) -> Iterator[str]:
-    for file in files:
-        for record in read_records(file, text_key=text_key, max_bytes=max_bytes):
-            if not record.problem:
-                yield record.text
-
-
 def _tokenize(
     files: list[SourceFile], place: Path, recipe: Recipe, processes: int, progress: Progress, *, max_bad: int
 ) -> tuple[dict[str, Any], list[Problem]]:
@@ -312,39 +248,16 @@ def _tokenize(
     return entry, problems
 
 
-def _hold_out(
-    files: list[SourceFile], place: Path, recipe: Recipe, wanted: int, say: Callable[[str], None]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """The first held-out documents of a streamed corpus, until there are ``wanted`` tokens."""
-    entry: dict[str, Any] = {
-        "documents": dict.fromkeys(PARTS, 0),
-        "tokens": dict.fromkeys(PARTS, 0),
-        "sources": [source_entry(file, "" if file.is_remote else sample_hash(Path(file.url))) for file in files],
-        "files": {},
-        "exhausted": False,
-    }
-    if not wanted:
-        return entry, []
-    say("collecting held-out documents from the beginning of the stream")
-    tokenizer = Tokenizer(Path(recipe.tokenizer))
-    lengths: list[int] = []
-    path = place / "validation-00000.bin"
-    with path.open("wb") as shard:
-        shard.write(np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes())
-        for text in _texts(files, recipe.text_key, recipe.max_document_bytes):
-            if is_held_out(text, recipe.validation_fraction):
-                ids = [*tokenizer.encode(text), tokenizer.end_of_text]
-                shard.write(np.array(ids, dtype=recipe.dtype).tobytes())
-                lengths.append(len(ids))
-            if sum(lengths) >= wanted:
-                break
-        else:
-            entry["exhausted"] = True
-    path.with_suffix(".index").write_bytes(np.array(lengths, dtype="<u4").tobytes())
-    entry["documents"]["validation"] = len(lengths)
-    entry["tokens"]["validation"] = sum(lengths) + 1
-    entry["files"] = {file.name: file_entry(file) for file in (path, path.with_suffix(".index"))}
-    return entry, []
+def _empty(name: str, problems: list[Problem], dump_folder: Path) -> UserError:
+    """What to say of a corpus without a document; those that cannot be read are listed in the dump folder."""
+    bad = [problem for problem in problems if problem["problem"] != EMPTY]
+    if bad:
+        BadDocuments(dump_folder / FILE_NAME, limit=len(problems)).add(problems)
+    shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
+    return UserError(
+        f"data.paths: the corpus{f' {name}' if name else ''} is empty: "
+        + (f"none of its documents can be read:{shown}" if bad else "its files hold no text")
+    )
 
 
 def _report(name: str, corpus: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -414,22 +327,6 @@ def streamed_corpora(config: Data, prepared: Prepared, *, vocab_size: int) -> li
         )
         for name, corpus in config.corpora().items()
     ]
-
-
-def _lines(say: Callable[[str], None]) -> Progress:
-    """Progress as a line every ten seconds."""
-    begin = last = time.monotonic()
-
-    def progress(done: int, total: int, tokens: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < 10 or not done:
-            return
-        last = now
-        left = (now - begin) * (total - done) / done
-        say(f"tokenized {done / total:.0%}: {tokens / (now - begin):,.0f} tokens/s, about {left:,.0f} s left")
-
-    return progress
 
 
 def _cpus() -> int:

@@ -33,7 +33,17 @@ from .documents import EMPTY, Record, parquet_groups, read_records
 from .problems import Problem, problem_of
 from .tokenizer import Tokenizer
 
-__all__ = ["PARTS", "Progress", "Recipe", "Unit", "file_entry", "is_held_out", "plan_units", "tokenize"]
+__all__ = [
+    "PARTS",
+    "Progress",
+    "Recipe",
+    "Unit",
+    "file_entry",
+    "is_held_out",
+    "lines_of_progress",
+    "plan_units",
+    "tokenize",
+]
 
 PARTS = ("train", "validation")
 _BATCH_BYTES = 2**19
@@ -59,6 +69,24 @@ class Recipe:
     validation_fraction: float
     vocab_size: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One corpus on its way into one folder."""
+
+    files: Sequence[SourceFile]
+    units: list[Unit]
+    folder: Path
+    recipe: Recipe
+
+    def todo(self) -> list[int]:
+        """Units that are not done."""
+        return [number for number in range(len(self.units)) if _done(self.folder, number) is None]
+
+    def local(self) -> list[int]:
+        """Files of this machine, which are hashed."""
+        return [number for number, file in enumerate(self.files) if not file.is_remote]
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -109,54 +137,31 @@ def tokenize(
     Returns what is in each unit, the documents that cannot be read, and the SHA-256 of each local file. Stops early,
     with the units done so far, when more than ``max_bad`` documents cannot be read.
     """
-    units = plan_units(files)
-    total = sum(file.size for file in files)
-    todo = [number for number in range(len(units)) if _done(folder, number) is None]
-    hashes: list[str] = [""] * len(files)
-    local = [number for number, file in enumerate(files) if not file.is_remote]
-    if processes == 1 or total < _ALONE or len(units) == 1:
+    job = _Job(files, plan_units(files), folder, recipe)
+    total, units = sum(file.size for file in files), len(job.units)
+    if processes == 1 or total < _ALONE or units == 1:
         counter = _Counter()
         tokenizer = Tokenizer(Path(recipe.tokenizer))
-        for number in todo:
-            _tokenize_unit(number, units[number], files, folder, recipe, tokenizer, counter)
+        for number in job.todo():
+            _tokenize_unit(job, number, tokenizer, counter)
             progress(counter.read, total, counter.made)
             if counter.bad > max_bad:
                 break
-        for number in local:
-            hashes[number] = sha256(Path(files[number].url))
+        hashes = {number: sha256(Path(files[number].url)) for number in job.local()}
     else:
-        skipped = total * (len(units) - len(todo)) // len(units)
-        _in_processes(
-            units,
-            todo,
-            files,
-            folder,
-            recipe,
-            hashes,
-            local,
-            processes,
-            lambda read, made: progress(read + skipped, total, made),
-            max_bad,
+        skipped = total * (units - len(job.todo())) // units
+        hashes = _in_processes(
+            job, processes, lambda read, made: progress(read + skipped, total, made), max_bad=max_bad
         )
-    found = [(unit, content) for number, unit in enumerate(units) if (content := _done(folder, number))]
+    found = [(unit, content) for number, unit in enumerate(job.units) if (content := _done(folder, number))]
     problems = _problems(files, found)
-    assert len(found) == len(units) or len(problems) > max_bad, "every unit is done"
-    return [content for _, content in found], problems, hashes
+    assert len(found) == units or len(problems) > max_bad, "every unit is done"
+    return [content for _, content in found], problems, [hashes.get(number, "") for number in range(len(files))]
 
 
-def _in_processes(
-    units: list[Unit],
-    todo: list[int],
-    files: Sequence[SourceFile],
-    folder: Path,
-    recipe: Recipe,
-    hashes: list[str],
-    local: list[int],
-    processes: int,
-    progress: Callable[[int, int], None],
-    max_bad: int,
-) -> None:
-    """Tokenize the units ``todo`` and fill in ``hashes`` of the ``local`` files, by several processes."""
+def _in_processes(job: _Job, processes: int, progress: Callable[[int, int], None], *, max_bad: int) -> dict[int, str]:
+    """Tokenize what is left to do, by several processes. Returns the hash of each local file."""
+    todo, local = job.todo(), job.local()
     # Not forked: threads of this process, torch's or the tokenizer's, may hold locks at that moment.
     context = multiprocessing.get_context("spawn")
     counter = _Counter(context)
@@ -164,11 +169,11 @@ def _in_processes(
         min(processes, len(todo) + len(local)) or 1,
         mp_context=context,
         initializer=_start_process,
-        initargs=(os.getpid(), list(files), folder, recipe, counter),
+        initargs=(os.getpid(), job, counter),
     )
     try:
-        tokenized = [pool.submit(_unit_of_process, number, units[number]) for number in todo]
-        hashed = {number: pool.submit(sha256, Path(files[number].url)) for number in local}
+        tokenized = [pool.submit(_unit_of_process, number) for number in todo]
+        hashed = {number: pool.submit(sha256, Path(job.files[number].url)) for number in local}
         waiting: set[concurrent.futures.Future[Any]] = {*tokenized, *hashed.values()}
         while waiting and counter.bad <= max_bad:
             finished, waiting = concurrent.futures.wait(
@@ -177,8 +182,7 @@ def _in_processes(
             for future in finished:
                 future.result()
             progress(counter.read, counter.made)
-        for number, digest in hashed.items():
-            hashes[number] = digest.result() if digest.done() else ""
+        return {number: digest.result() for number, digest in hashed.items() if digest.done()}
     except concurrent.futures.process.BrokenProcessPool:
         raise RunError(
             "a process that tokenizes was killed, perhaps for want of memory; the same command goes on where it was"
@@ -186,6 +190,22 @@ def _in_processes(
     finally:
         counter.stop.value = 1
         pool.shutdown(cancel_futures=True)
+
+
+def lines_of_progress(say: Callable[[str], None]) -> Progress:
+    """Progress as a line every ten seconds."""
+    begin = last = time.monotonic()
+
+    def progress(done: int, total: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 10 or not done:
+            return
+        last = now
+        left = (now - begin) * (total - done) / done
+        say(f"tokenized {done / total:.0%}: {tokens / (now - begin):,.0f} tokens/s, about {left:,.0f} s left")
+
+    return progress
 
 
 class _Counter:
@@ -219,12 +239,11 @@ _process: dict[str, Any] = {}
 """In a process of the pool: what its jobs have in common."""
 
 
-def _start_process(parent: int, files: list[SourceFile], folder: Path, recipe: Recipe, counter: _Counter) -> None:
+def _start_process(parent: int, job: _Job, counter: _Counter) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread each
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    tokenizer = Tokenizer(Path(recipe.tokenizer))
-    _process.update(files=files, folder=folder, recipe=recipe, tokenizer=tokenizer, counter=counter)
+    _process.update(job=job, tokenizer=Tokenizer(Path(job.recipe.tokenizer)), counter=counter)
 
 
 def _end_with(parent: int) -> None:
@@ -234,20 +253,13 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _unit_of_process(number: int, unit: Unit) -> None:
-    _tokenize_unit(number, unit, **_process)
+def _unit_of_process(number: int) -> None:
+    _tokenize_unit(number=number, **_process)
 
 
-def _tokenize_unit(
-    number: int,
-    unit: Unit,
-    files: Sequence[SourceFile],
-    folder: Path,
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    counter: _Counter,
-) -> None:
+def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Counter) -> None:
     """Write one unit's shard."""
+    folder, recipe = job.folder, job.recipe
     documents = {"train": 0, "validation": 0}
     tokens = {"train": 0, "validation": 0}
     bad: list[tuple[int, int, str]] = []  # part of the unit, place, problem
@@ -260,8 +272,8 @@ def _tokenize_unit(
             for part, shard in shards.items():
                 shard.write(end_of_text)
                 tokens[part] = 1
-        for place, (file_number, span) in enumerate(unit):
-            file = files[file_number]
+        for place, (file_number, span) in enumerate(job.units[number]):
+            file = job.files[file_number]
             read = read_records(file, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes, span=span)
             before = span[0] if span and file.format == "jsonl" else 0
             for batch in _batches(read):
