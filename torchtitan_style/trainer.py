@@ -26,7 +26,7 @@ from .distributed.garbage import GarbageCollector
 from .distributed.watchdog import Watchdog
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
 from .ending import on_interrupt, stop_gracefully, told_to_stop
-from .errors import RunError
+from .errors import RunError, UserError
 from .inference.sample import sample
 from .metrics.display import Display
 from .metrics.log import StepResult, TrainingLog
@@ -36,7 +36,7 @@ from .metrics.validation import validate
 from .models.qwen3.config import FLAVORS
 from .optim.guard import StepGuard
 from .preempted import clear_preempted, write_preempted
-from .resuming import changed_settings, check_same_run, identity
+from .resuming import Identity, changed_settings, check_same_run, identity
 from .run_data import RunData
 from .run_lock import run_lock
 from .signals import shielding_children
@@ -89,35 +89,37 @@ class Trainer:
     def run(self) -> None:
         """Resume if there is something to resume, and train to the last step, or until told to stop."""
         self._resume()
-        state, steps = self.state, self.config.training.steps
-        if state.step >= steps and not self._validation_is_due():
+        steps = self.config.training.steps  # and self.state, which a rewind replaces
+        if self.state.step >= steps and not self._validation_is_due():
             self.display.say(
-                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to go on, or "
+                f"{self.dump_folder} is trained to step {self.state.step} already; raise training.steps to go on, or "
                 "start a new run with another --job.dump_folder"
             )
             return
-        if state.step:
-            on_main(lambda: self.checkpointer.folder.set_aside_after(state.step, self.display.warn))
+        if self.state.step:
+            on_main(lambda: self.checkpointer.folder.set_aside_after(self.state.step, self.display.warn))
         with shielding_children():
-            self.data.loader.start(state.data)
+            self.data.loader.start(self.state.data)
         self._open_log()
         try:
             self._stopping()  # a signal may have come meanwhile
             self._catch_up_on_validation()
-            while state.step < steps and not self._stopping():
-                state.step += 1
-                with profile_step(self.config.profiling, state.step, folder=self.dump_folder, rank=self.world.rank):
+            while self.state.step < steps and not self._stopping():
+                self.state.step += 1
+                with profile_step(
+                    self.config.profiling, self.state.step, folder=self.dump_folder, rank=self.world.rank
+                ):
                     result = self._train_step()
                 self._after_step(result)
             self.log.flush()
-            if state.step < steps or self._validation_is_due():
+            if self.state.step < steps or self._validation_is_due():
                 self._leave()
             self.checkpointer.close()
         finally:
             self.data.loader.close()
             self.log.close()
             self.watchdog.close()
-        if not self.told_to_stop or state.step == steps:
+        if not self.told_to_stop or self.state.step == steps:
             self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
 
     def _train_step(self) -> StepResult:
@@ -206,7 +208,7 @@ class Trainer:
                 f"rewound {state.rewinds - 1} times without getting past step {state.furthest_step} "
                 "(training.max_skipped_steps); a lower optimizer.lr or training.max_norm may help"
             )
-        saved = TrainState.from_json(on_main(lambda: checkpointer.folder.train_state(found))["state"])
+        saved, _ = self._read_state(found)
         kept = ("rows_seen", "data", "rewinds", "furthest_step")  # the data goes on
         self.state = dataclasses.replace(saved, **{name: getattr(state, name) for name in kept})
         self._restore(found)
@@ -306,16 +308,26 @@ class Trainer:
             self._start_from_weights()
             return
         path = self.checkpointer.folder.path(step)
-        saved, manifest = on_main(lambda: (self.checkpointer.folder.train_state(step), read_manifest(path)))
-        for difference in check_same_run(saved["identity"], self.identity, self.config, path):
+        state, saved_identity = self._read_state(step)
+        manifest = on_main(lambda: read_manifest(path))
+        for difference in check_same_run(saved_identity, self.identity, self.config, path):
             self.display.warn(difference)
         if changes := changed_settings(path, self.config):
             self.display.say(f"going on with other settings than before: {', '.join(changes)}")
         dropout = max(self.model_config.dropout, self.model_config.attention_dropout)
-        if dropout and manifest["mesh"] != self.checkpointer.about["mesh"]:
+        if dropout and manifest.get("mesh") != self.checkpointer.about["mesh"]:
             self.display.warn("on another layout than before dropout draws other numbers")
-        self.state = TrainState.from_json(saved["state"])
-        self._restore(step, optimizer=saved["identity"]["optimizer"] == self.identity["optimizer"])
+        self.state = state
+        self._restore(step, optimizer=saved_identity["optimizer"] == self.identity["optimizer"])
+
+    def _read_state(self, step: int) -> tuple[TrainState, Identity]:
+        """What the checkpoint of ``step`` says of the run. Raises UserError if no run wrote that."""
+        path = self.checkpointer.folder.path(step)
+        try:
+            saved = on_main(lambda: self.checkpointer.folder.train_state(step))
+            return TrainState.from_json(saved["state"]), saved["identity"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: its train_state.json cannot be used: {error!r}") from None
 
     def _restore(self, step: int, *, optimizer: bool = True) -> None:
         """Bring weights, optimizer and what goes with them to where they were at ``step``, as ``state`` has it."""
