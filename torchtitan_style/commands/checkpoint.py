@@ -6,6 +6,7 @@ python -m torchtitan_style checkpoint list outputs/qwen3
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def _list(paths: list[Path], *, hashes: bool) -> int:
             about["problem"] or ("whole" if hashes else "sizes are right"),
             "best" if about["best"] else "",
         )
-    Console(highlight=False, soft_wrap=True).print(table)
+    # A line each, where nobody has a screen of some width.
+    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 250).print(table)
     return damaged
 
 
