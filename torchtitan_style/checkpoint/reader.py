@@ -64,6 +64,11 @@ class _Unpickler(pickle.Unpickler):
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader with an allow-list for the metadata. Tensors are read with ``weights_only`` by DCP itself."""
 
+    def check_metadata(self) -> None:
+        """Raise UserError unless it can be read. To be called before DCP reads it, which takes any error for a
+        checkpoint of another kind."""
+        self.read_metadata()
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
         try:
