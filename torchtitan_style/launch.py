@@ -101,7 +101,7 @@ def _take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
             continue
         name = "--max-restarts"
         text = argument.partition("=")[2] if "=" in argument else next(given, "nothing")
-    if not text:
+    if not text and name == "MAX_RESTARTS":
         return rest, None
     if not text.isdecimal():
         raise UserError(f'{name}: must be a whole number, not "{text}"')

@@ -32,7 +32,9 @@ def preflight(config: Config, *, world_size: int, say: Callable[[str], None]) ->
 
 def check_writable(folder: Path) -> None:
     """Raise UserError if ``folder``, which need not exist, cannot be made or written to."""
-    existing = _existing(folder)
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass

@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["changed_settings", "check_before_start", "check_same_run", "identity"]
+__all__ = ["Identity", "changed_settings", "check_before_start", "check_same_run", "identity"]
 
 Identity = dict[str, dict[str, Any]]
 

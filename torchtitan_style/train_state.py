@@ -30,4 +30,5 @@ class TrainState:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:
-        return cls(**saved | {"skipped": SkippedSteps(**saved["skipped"])})
+        """What an older version did not write is as at the start of a run."""
+        return cls(**saved | {"skipped": SkippedSteps(**saved.get("skipped", {}))})

@@ -25,7 +25,7 @@ from .distributed.garbage import GarbageCollector
 from .distributed.watchdog import Watchdog
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
 from .ending import on_interrupt, stop_gracefully, told_to_stop
-from .errors import RunError
+from .errors import RunError, UserError
 from .inference.sample import sample
 from .metrics.display import Display
 from .metrics.log import StepResult, TrainingLog
@@ -35,7 +35,7 @@ from .metrics.validation import validate
 from .models.qwen3.config import FLAVORS
 from .optim.guard import StepGuard
 from .preempted import clear_preempted, write_preempted
-from .resuming import changed_settings, check_same_run, identity
+from .resuming import Identity, changed_settings, check_same_run, identity
 from .run_data import RunData
 from .run_lock import run_lock
 from .signals import shielding_children
@@ -210,7 +210,7 @@ class Trainer:
                 "(training.max_skipped_steps); a lower optimizer.lr or training.max_norm may help"
             )
         self.display.warn(f"going back to step {found}, and on with the data after step {state.step}")
-        saved = TrainState.from_json(on_main(lambda: checkpointer.folder.train_state(found))["state"])
+        saved, _ = self._read_state(found)
         for name in ("step", "best_val_loss", "validated_step", "skipped", "recent_losses"):  # the data goes on
             setattr(state, name, getattr(saved, name))
         self._restore(found)
@@ -309,16 +309,26 @@ class Trainer:
             self._start_from_weights()
             return
         path = self.checkpointer.folder.path(step)
-        saved, manifest = on_main(lambda: (self.checkpointer.folder.train_state(step), read_manifest(path)))
-        for difference in check_same_run(saved["identity"], self.identity, self.config, path):
+        state, saved_identity = self._read_state(step)
+        manifest = on_main(lambda: read_manifest(path))
+        for difference in check_same_run(saved_identity, self.identity, self.config, path):
             self.display.warn(difference)
         if changes := changed_settings(path, self.config):
             self.display.say(f"going on with other settings than before: {', '.join(changes)}")
         dropout = max(self.model_config.dropout, self.model_config.attention_dropout)
-        if dropout and manifest["mesh"] != self.checkpointer.about["mesh"]:
+        if dropout and manifest.get("mesh") != self.checkpointer.about["mesh"]:
             self.display.warn("on another layout than before dropout draws other numbers")
-        self.state = TrainState.from_json(saved["state"])
-        self._restore(step, optimizer=saved["identity"]["optimizer"] == self.identity["optimizer"])
+        self.state = state
+        self._restore(step, optimizer=saved_identity["optimizer"] == self.identity["optimizer"])
+
+    def _read_state(self, step: int) -> tuple[TrainState, Identity]:
+        """What the checkpoint of ``step`` says of the run. Raises UserError if no run wrote that."""
+        path = self.checkpointer.folder.path(step)
+        try:
+            saved = on_main(lambda: self.checkpointer.folder.train_state(step))
+            return TrainState.from_json(saved["state"]), saved["identity"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: its train_state.json cannot be used: {error!r}") from None
 
     def _restore(self, step: int, *, optimizer: bool = True) -> None:
         """Bring weights, optimizer and what goes with them to where they were at ``step``, as ``state`` has it."""

@@ -225,8 +225,10 @@ class Checkpointer:
         tensors = self._tensors()
         if not optimizer:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+        reader = SafeReader(self.folder.path(step))
+        on_main(reader.check_metadata)
         try:
-            dcp.load(tensors, storage_reader=SafeReader(self.folder.path(step)), process_group=self._group)
+            dcp.load(tensors, storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
             raise UserError(f"{self.folder.path(step)} cannot be loaded: {_reason(error)}") from None
         self.saved_step = step

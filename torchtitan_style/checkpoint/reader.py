@@ -115,6 +115,11 @@ class SafeReader(dcp.FileSystemReader):
         planner.commit_tensor(item, target)
         return True
 
+    def check_metadata(self) -> None:
+        """Raise UserError unless it can be read. To be called before DCP reads it, which takes any error for a
+        checkpoint of another kind."""
+        self.read_metadata()
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
         try:

@@ -28,8 +28,10 @@ def load_weights(source: HFFolder | SavedModel, parameters: Mapping[str, Tensor]
     """
     if isinstance(source, SavedModel):
         tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+        reader = SafeReader(source.path)
+        reader.check_metadata()
         with without_warnings():
-            dcp.load(tensors, storage_reader=SafeReader(source.path))
+            dcp.load(tensors, storage_reader=reader)
         return
     # In the order of the files, so that each is opened once.
     stored = source.tensors

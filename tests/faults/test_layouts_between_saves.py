@@ -1,0 +1,41 @@
+"""A run that goes on with another layout each time: the same state, the same data, the same curve."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.faults.runs import Runs, records, same_tensors, steps
+
+LAYOUTS = [(4, 1, 0), (4, 2, 0), (1, 1, 2), (4, 4, 0), (4, 1, 1)]
+"""Processes, tensor parallel degree, data workers."""
+
+
+def test_a_run_goes_on_in_other_layouts(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    folder = runs.folder("run")
+    for number, (nproc, tp, workers) in enumerate(LAYOUTS):
+        loaded, before = tmp_path / f"loaded-{number}", 4 * number
+        options = ["--training.steps", before + 4, "--parallelism.tensor_parallel_degree", tp,
+                   "--data.num_workers", workers, "--validation.enable", "false"]  # fmt: skip
+        fault = {"kind": "save_what_was_loaded", "folder": str(loaded)}
+        run = runs(folder, *options, nproc=nproc, faults=[fault])
+        if number:
+            assert f"resuming after step {before}" in run.output
+            assert "dropout" not in run.output
+            same_tensors(loaded, folder / f"checkpoint/step-{before}", tmp_path)
+    assert records(folder, "batch_hash") == records(whole, "batch_hash")
+    assert records(folder, "lr") == records(whole, "lr")
+    for step, loss in steps(whole).items():
+        assert abs(steps(folder)[step] - loss) < 1e-5, step
+
+    shutil.rmtree(folder / "checkpoint/step-20")
+    dropout = ["--model.dropout", 0.1, "--training.steps", 17, "--validation.enable", "false"]
+    output = runs(folder, *dropout).output
+    assert "resuming after step 16" in output
+    assert "on another layout than before dropout draws other numbers" in output
+
+
+def test_a_save_in_the_background_is_the_same(runs: Runs, whole_of_two: Path, tmp_path: Path) -> None:
+    run = runs("run", "--checkpoint.async_mode", "async", nproc=2)
+    for step in (12, 16, 20):
+        same_tensors(run.folder / f"checkpoint/step-{step}", whole_of_two / f"checkpoint/step-{step}", tmp_path)

@@ -1,0 +1,101 @@
+"""Two runs and one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import Runs
+from torchtitan_style.errors import UserError
+from torchtitan_style.run_lock import check_free, run_lock
+
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_second_run_is_refused_and_names_the_first(runs: Runs, tmp_path: Path, nproc: int) -> None:
+    mark = tmp_path / "mark"
+    fault = {"kind": "hold_step", "step": 2, "mark": str(mark)}
+    first = runs.start("run", "--training.steps", 4, nproc=nproc, faults=[fault])
+    first.until(Path(f"{mark}.0").exists, "step 2")
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
+    second = runs(first.folder, nproc=3 - nproc, status=2)
+    holder = f"process {first.ranks()[0]} on {HOST}"
+    assert f"error: job.dump_folder: {first.folder} is in use by another run, {holder}" in second.output
+    assert len(second.output.splitlines()) == 1
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()} == before
+    Path(f"{mark}.go").touch()
+    assert first.wait() == 0, first.output
+    assert not (first.folder / "run.lock").exists()
+
+
+def gone() -> int:
+    """The pid of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
+
+
+def write_lock(folder: Path, host: str, pid: int, *, age: float = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    lock = folder / "run.lock"
+    lock.write_text(json.dumps({"host": host, "pid": pid, "since": 0}))
+    os.utime(lock, (time.time() - age, time.time() - age))
+    return lock
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_over(runs: Runs, tmp_path: Path) -> None:
+    folder = runs.folder("run")
+    write_lock(folder, HOST, gone())
+    runs(folder, "--training.steps", 1)
+    assert not (folder / "run.lock").exists()
+
+
+def test_a_lock_of_another_host_counts_while_it_is_fresh(tmp_path: Path) -> None:
+    lock = write_lock(tmp_path, "elsewhere", 7, age=50)
+    content = lock.read_text()
+    for enter in (lambda: run_lock(tmp_path).__enter__(), lambda: check_free(tmp_path)):
+        with pytest.raises(UserError, match=r"process 7 on elsewhere, whose last sign of life is 50 s old; if it is "
+                                            r"gone, wait (70|69) s"):  # fmt: skip
+            enter()
+        assert lock.read_text() == content
+    write_lock(tmp_path, "elsewhere", 7, age=130)
+    check_free(tmp_path)
+    assert json.loads(lock.read_text())["host"] == "elsewhere"
+    with run_lock(tmp_path):
+        assert json.loads(lock.read_text()) | {"since": 0} == {"host": HOST, "pid": os.getpid(), "since": 0}
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {HOST}"):
+            check_free(tmp_path)
+    assert not lock.exists()
+
+
+def test_a_lock_is_kept_fresh(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("torchtitan_style.run_lock._STALE", 0.3)
+    with run_lock(tmp_path):
+        lock = tmp_path / "run.lock"
+        os.utime(lock, (0, 0))
+        deadline = time.monotonic() + 20
+        while lock.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_lock_leaves_no_empty_folder_behind(tmp_path: Path) -> None:
+    with run_lock(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / "run.lock").exists()
+    assert not (tmp_path / "a").exists()
+    check_free(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_lock_file_with_nonsense_is_taken_over(tmp_path: Path) -> None:
+    for content in ("", "[]", "not JSON", '{"pid":'):
+        (tmp_path / "run.lock").write_text(content)
+        with run_lock(tmp_path):
+            pass
