@@ -44,8 +44,9 @@ def ending_at_once() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk, or a reader that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 0 if status is None else 1)
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from .checkpoint.folder import CheckpointFolder
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 from .commands.torchrun import count_gpus, start_ranks
@@ -87,8 +88,13 @@ def main(arguments: list[str]) -> None:
         on_gpus=gpus > 0,
         max_restarts=3 if restarts is None else restarts,
         shutdown_timeout=config.comm.shutdown_timeout_seconds,
-        has_saved=lambda: is_preempted(folder),
+        has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
     )
+
+
+def _is_trained(folder: Path, steps: int) -> bool:
+    """Whether a run has its last checkpoint."""
+    return max(CheckpointFolder(folder / "checkpoint").steps(), default=0) >= steps
 
 
 def _take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:

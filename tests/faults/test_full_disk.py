@@ -97,6 +97,25 @@ def test_a_full_disk_is_warned_of_and_later_saves_work(runs: Runs, tmp_path: Pat
     assert sorted(records(run.folder, "val_loss")) == [0, 8, 16, 20]
 
 
+def test_output_that_goes_to_the_full_disk_does_not_end_the_run(runs: Runs, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    faults = [
+        {"kind": "hold_step", "step": 10, "mark": str(tmp_path / "mark")},
+        {"kind": "hold_step", "step": 15, "mark": str(again)},
+    ]
+    run = runs.start("run", "--checkpoint.on_error", "warn", faults=faults)
+    saved_and_held(run, tmp_path / "mark")
+    limit(run, 1000)
+    (tmp_path / "mark.go").touch()
+    run.until(Path(f"{again}.0").exists, "step 15")
+    limit(run, resource.RLIM_INFINITY)
+    again.with_suffix(".go").touch()
+    assert run.wait() == 0, run.output
+    assert "step 20/20" in run.output
+    assert whole_ones(run.folder)[:2] == [20, 16]
+    assert sorted(steps(run.folder)) == list(range(1, 21))
+
+
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_the_last_save_must_not_fail(runs: Runs, tmp_path: Path, mode: str) -> None:
     options = ["--checkpoint.async_mode", mode, "--checkpoint.on_error", "warn"]

@@ -92,6 +92,20 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(
     same_tensors(folder / "checkpoint/step-20", reference / "checkpoint/step-20", tmp_path)
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_run_that_is_told_to_stop_in_its_last_save_is_done(runs: Runs, tmp_path: Path, nproc: int) -> None:
+    mark = tmp_path / "mark"
+    options = ["--training.steps", 4, "--validation.enable", "false"]
+    run = runs.start("run", *options, nproc=nproc, faults=[{"kind": "hold_save", "step": 4, "mark": str(mark)}])
+    run.until(lambda: all(Path(f"{mark}.{rank}").exists() for rank in range(nproc)), "the last save")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 0, run.output
+    assert "Traceback" not in run.output
+    assert "done: 4 steps" in run.output
+    assert not (run.folder / "preempted.json").exists()
+    assert CheckpointFolder(run.folder / "checkpoint").problem(4) is None
+
+
 def test_a_second_ctrl_c_ends_at_once(runs: Runs, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     run = runs.start("run", faults=[{"kind": "hang", "steps": [6], "mark": str(mark)}])

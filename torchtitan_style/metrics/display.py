@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +23,8 @@ class Display:
 
     def say(self, text: str, *, style: str = "") -> None:
         """A line of text, as it is."""
-        self._console.print(Text(text, style=style))
+        with _forgiving():
+            self._console.print(Text(text, style=style))
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}", style="yellow")
@@ -72,5 +75,17 @@ class Display:
     def sample(self, prompt: str, continuation: str) -> None:
         """Generated text, the prompt set apart."""
         text = Text(prompt, style="bold") + Text(continuation, style="cyan")
-        for line in text.split("\n"):
-            self._console.print(Text("    ") + line)
+        with _forgiving():
+            for line in text.split("\n"):
+                self._console.print(Text("    ") + line)
+
+
+@contextlib.contextmanager
+def _forgiving() -> Iterator[None]:
+    """Lines may go to a file on a disk that is full; that must not end the run. A reader that is gone does."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
