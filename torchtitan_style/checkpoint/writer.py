@@ -7,6 +7,7 @@ tensor of a file in memory until the file is closed. The format is the same.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import io
 import os
@@ -43,21 +44,24 @@ class HashingWriter(dcp.FileSystemWriter):
         self.entries: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        prefix = plan.storage_data.prefix
         results: list[WriteResult] = []
         with_crc = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # the hash covers more, and this takes half of the time
+        files: dict[str, _HashedFile] = {}
         try:
             items = list(plan.items)
             while items:
-                name = f"{prefix}{len(self.entries)}.distcp"
-                with _HashedFile(Path(self.path) / name) as file:
-                    while items and (file.size == 0 or file.size < self.max_file_size):
-                        results.append(_write(file, name, items.pop(0), planner))
-                        self.advance()
-                self.entries[name] = {"size": file.size, "sha256": file.sha256}
+                name = f"{plan.storage_data.prefix}{len(files)}.distcp"
+                file = files[name] = _HashedFile(Path(self.path) / name)
+                while items and (file.size == 0 or file.size < self.max_file_size):
+                    results.append(_write(file, name, items.pop(0), planner))
+                    self.advance()
+                file.end()
+            self.entries = {name: file.entry() for name, file in files.items()}
         finally:
             torch.serialization.set_crc32_options(with_crc)
+            for file in files.values():
+                file.close()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -71,9 +75,10 @@ def _write(file: _HashedFile, name: str, item: WriteItem, planner: SavePlanner) 
             tensor = data.detach().cpu()
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()  # torch.save would write all of what it is a part of
+            file.read_later.append(tensor)
             torch.save(tensor, file)  # type: ignore[arg-type]
         else:
-            file.write(data.getbuffer())
+            file.write(data.getvalue())
     except RuntimeError as error:
         raise file.failure or error from None  # torch's own complaint hides the cause
     length = file.size - start
@@ -81,43 +86,63 @@ def _write(file: _HashedFile, name: str, item: WriteItem, planner: SavePlanner) 
 
 
 class _HashedFile(io.RawIOBase):
-    """A new file that is hashed while it is written, and on disk when it is closed without an error."""
+    """A new file, hashed by a thread of its own that may lag behind, and then sees to it that it is on disk, while the
+    next file is written already."""
 
     def __init__(self, path: Path) -> None:
-        self.size, self.sha256 = 0, ""
+        self.size = 0
         self.failure: OSError | None = None
+        self.read_later: list[Tensor] = []
+        """Whose memory is still to be hashed: as much as the file has."""
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1)
+        self._small = bytearray()
+        """What is too little to wake the thread for."""
+        self._thread = ThreadPoolExecutor(1)
+        self._tasks: list[concurrent.futures.Future[None]] = []
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            if len(view) < 2**16:  # not worth waking up a thread
-                self._digest.update(view)
-                self._file.write(view)
-            else:
-                hashed = self._hasher.submit(self._digest.update, view)  # lets go of Python's lock, as writing does
-                try:
-                    self._file.write(view)
-                finally:
-                    hashed.result()  # the memory is the caller's again when this returns
+            self._file.write(view)
         except OSError as error:
             self.failure = error
             raise
+        if len(view) < 2**16:
+            self._small += view
+        else:  # a tensor's values, where the tensor has them
+            self._hash_small()
+            self._tasks.append(self._thread.submit(self._digest.update, view))
         self.size += len(view)
         return len(view)
+
+    def _hash_small(self) -> None:
+        if self._small:
+            self._tasks.append(self._thread.submit(self._digest.update, bytes(self._small)))
+            self._small.clear()
 
     def writable(self) -> bool:
         return True
 
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self._hasher.shutdown()
-        self.sha256 = self._digest.hexdigest()
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+    def end(self) -> None:
+        """Nothing more will be written."""
+        self._hash_small()
+        self._tasks.append(self._thread.submit(self._sync))
+
+    def _sync(self) -> None:
+        self.read_later.clear()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it, once it is on disk. Raises OSError if it could not get there."""
+        for task in self._tasks:
+            task.result()
+        return {"size": self.size, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._file.close()
 
 
 class StagedPlanner(dcp.DefaultSavePlanner):
