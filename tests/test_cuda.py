@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT
+
+from tests.conftest import ENVIRONMENT
 
 pytestmark = [
     pytest.mark.cuda,

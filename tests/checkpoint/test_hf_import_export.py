@@ -18,11 +18,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from conftest import ENVIRONMENT, Python
 from safetensors.torch import load_file, save_file
 from tiny_hf import hf_model, write_tokenizer
 from torch import Tensor
 
+from tests.conftest import ENVIRONMENT, Python
 from torchtitan_style.checkpoint import hf_export
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.hf_import import import_hf

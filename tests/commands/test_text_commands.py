@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, Python
 from tiny_hf import hf_model, write_tokenizer
 
+from tests.conftest import ENVIRONMENT, Python
 from torchtitan_style import load_model
 from torchtitan_style.__main__ import main
 from torchtitan_style.commands.screen import Screen

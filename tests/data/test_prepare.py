@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import transformers
-from conftest import ENVIRONMENT
 
+from tests.conftest import ENVIRONMENT
 from torchtitan_style.config import load_config
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data import tokenize

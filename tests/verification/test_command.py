@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ENVIRONMENT, ROOT, Python
+
+from tests.conftest import ENVIRONMENT, ROOT, Python
 
 TINY = ["--model.flavor", "debug", "--training.seq_len", "32"]
 
