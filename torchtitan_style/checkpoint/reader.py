@@ -11,6 +11,7 @@ import dataclasses
 import pickle
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.futures import Future
 from torchtitan_style.errors import UserError
 
 __all__ = ["SafeReader", "without_warnings"]
+
+_FILES_AT_ONCE = 4
 
 _ALLOWED = {
     ("pathlib", "Path"),
@@ -78,15 +81,16 @@ class SafeReader(dcp.FileSystemReader):
         self._metadata = metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        left = []
-        with contextlib.ExitStack() as stack:
-            files: dict[str, Any] = {}
-            for item in plan.items:
-                name = self.storage_data[item.storage_index].relative_path
-                if name not in files:
-                    files[name] = stack.enter_context((Path(self.path) / name).open("rb"))
-                if not self._read_straight(item, files[name], planner):
-                    left.append(item)
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+
+        def read(name: str) -> list[ReadItem]:
+            with (Path(self.path) / name).open("rb") as file:
+                return [item for item in by_file[name] if not self._read_straight(item, file, planner)]
+
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            left = [item for items in pool.map(read, by_file) for item in items]
         return super().read_data(dataclasses.replace(plan, items=left), planner)
 
     def _read_straight(self, item: ReadItem, file: Any, planner: LoadPlanner) -> bool:
