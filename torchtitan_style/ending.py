@@ -61,9 +61,9 @@ def stop_gracefully() -> None:
     _graceful = True
 
 
-def told_to_stop() -> signal.Signals | None:
-    """The signal that this process was told to stop with, or None."""
-    return signal.Signals(_received[0][0]) if _received else None
+def told_to_stop() -> int:
+    """The signal that this process was told to stop with, or 0."""
+    return _received[0][0] if _received else 0
 
 
 @contextlib.contextmanager

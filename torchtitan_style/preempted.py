@@ -13,8 +13,8 @@ __all__ = ["clear_preempted", "is_preempted", "write_preempted"]
 _NAME = "preempted.json"
 
 
-def write_preempted(folder: Path, *, step: int, checkpoint: str | None, signal: str | None) -> None:
-    """step: the last one; checkpoint: its path, if there is one; signal: its name, if this process received it."""
+def write_preempted(folder: Path, *, step: int, checkpoint: str | None, signal: str) -> None:
+    """step: the last one; checkpoint: its path, if there is one; signal: its name."""
     word = {"step": step, "checkpoint": checkpoint, "signal": signal, "time": time.time()}
     temporary = folder / f"{_NAME}.tmp"
     temporary.write_text(json.dumps(word) + "\n", encoding="utf-8")

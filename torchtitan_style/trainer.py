@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ class Trainer:
         )
         self._build_model()
         self._build_checkpointer()
-        self.is_warm = self.told_to_stop = False
+        self.is_warm = False
+        self.told_to_stop = 0
+        """The signal that the ranks have agreed to stop for."""
         self.save_asked_about: Any = None
         self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(self._interrupted()))
@@ -169,13 +172,12 @@ class Trainer:
     def _stopping(self) -> bool:
         """Whether all ranks are to stop now, as one of them was told to. Asked by all equally often."""
         if not self.told_to_stop:
-            told, busy = self.agreement.exchange(told_to_stop() is not None, self.checkpointer.is_busy)
-            self.told_to_stop = bool(told)
+            self.told_to_stop, busy = self.agreement.exchange(told_to_stop(), self.checkpointer.is_busy)
             if not busy and self.save_asked_about is self.checkpointer.under_way:
                 self.checkpointer.finish()  # nobody waits: it is done on all ranks
             self.save_asked_about = self.checkpointer.under_way
             self.watchdog.beat()
-        return self.told_to_stop
+        return bool(self.told_to_stop)
 
     def _leave(self) -> None:
         """Save, and leave word that the run stopped before its end, so that a scheduler can start it again."""
@@ -185,9 +187,8 @@ class Trainer:
             self._save(best=False)
         self.checkpointer.close()
         saved = str(folder.path(step)) if self.checkpointer.saved_step == step else None
-        number = told_to_stop()
-        signal = number.name if number else None
-        on_main(lambda: write_preempted(self.dump_folder, step=step, checkpoint=saved, signal=signal))
+        name = signal.Signals(self.told_to_stop).name
+        on_main(lambda: write_preempted(self.dump_folder, step=step, checkpoint=saved, signal=name))
         where = f"; the checkpoint is {saved}" if saved else ""
         self.display.say(f"stopped at step {step}, as told{where}. The same command goes on from there.")
 

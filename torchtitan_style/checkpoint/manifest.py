@@ -119,8 +119,9 @@ def seal(
 
 def _publish(temporary: Path, final: Path) -> None:
     """Give ``temporary`` its final name; what had that name is deleted only afterwards."""
-    replaced = final.with_name(f"tmp-replaced-{final.name}")
+    replaced = final.with_name(f"set-aside-{final.name}")  # which nothing deletes, should this be cut short
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     fsync(final.parent)

@@ -57,7 +57,8 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
     """
     device = current_device()
     timeout = timedelta(seconds=timeout_seconds + _SLACK)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "16")  # have torch remember the last collectives, for the watchdog
+    if device.type == "cpu":  # have gloo remember the last collectives for the watchdog, as NCCL does by itself
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "16")
     if not dist.is_initialized():
         if "RANK" in os.environ:
             dist.init_process_group(backend(device), timeout=timeout)
