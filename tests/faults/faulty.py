@@ -108,9 +108,9 @@ def held(mark: str, stubborn: bool = False) -> None:
     if mine.exists():  # once
         return
     mine.touch()
-    while not Path(f"{mark}.go").exists() and (stubborn or told_to_stop() is None):
+    while not Path(f"{mark}.go").exists() and (stubborn or not told_to_stop()):
         time.sleep(0.01)
-        if told_to_stop() is not None:
+        if told_to_stop():
             Path(f"{mark}.told.{rank()}").touch()
 
 

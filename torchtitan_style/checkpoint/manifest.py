@@ -119,10 +119,12 @@ def seal(
 
 def _publish(temporary: Path, final: Path) -> None:
     """Give ``temporary`` its final name; what had that name is deleted only afterwards."""
-    replaced = final.with_name(f"set-aside-{final.name}")  # which nothing deletes, should this be cut short
+    replaced = None
     if final.exists():
+        replaced = final.with_name(f"set-aside-{final.name}")  # which nothing deletes, should this be cut short
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
