@@ -130,7 +130,7 @@ def test_a_wrong_number_of_restarts_is_refused(capsys, monkeypatch, text: str) -
         with pytest.raises(SystemExit) as end:
             main(arguments)
         assert end.value.code == 2
-        assert "error: --max-restarts: must be a whole number, not " in capsys.readouterr().err
+        assert "error: --max-restarts: must be a whole number, 0 or more, not " in capsys.readouterr().err
 
 
 def test_a_wrong_number_of_restarts_in_the_environment_is_refused(capsys, monkeypatch) -> None:
@@ -139,4 +139,4 @@ def test_a_wrong_number_of_restarts_in_the_environment_is_refused(capsys, monkey
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2
-    assert 'error: MAX_RESTARTS: must be a whole number, not "often"' in capsys.readouterr().err
+    assert 'error: MAX_RESTARTS: must be a whole number, 0 or more, not "often"' in capsys.readouterr().err

@@ -242,7 +242,19 @@ def test_going_back_to_an_older_step_leaves_the_newer_course_aside(launch, confi
     old = (tmp_path / "checkpoint" / "step-10" / "manifest.json").read_text()
     succeed(launch(*common, "--training.steps", "10", "--checkpoint.load_step", "5", "--optimizer.lr", "1e-2"))
     assert (tmp_path / "checkpoint" / "set-aside-step-10" / "manifest.json").read_text() == old
-    assert (tmp_path / "checkpoint" / "step-10" / "manifest.json").read_text() != old
+    new = (tmp_path / "checkpoint" / "step-10" / "manifest.json").read_text()
+    assert new != old
+    # Once: the same command, as a scheduler gives it again, goes on where that course is.
+    back = [*common, "--checkpoint.load_step", "5", "--optimizer.lr", "1e-2"]
+    assert "trained to step 10 already" in succeed(launch(*back, "--training.steps", "10"))
+    assert "resuming after step 10" in succeed(launch(*back, "--training.steps", "11"))
+    assert (tmp_path / "checkpoint" / "step-10" / "manifest.json").read_text() == new
+    # Another step is another wish, and nothing that was set aside is lost.
+    assert "resuming after step 10" in succeed(
+        launch(*common, "--checkpoint.load_step", "10", "--training.steps", "11")
+    )
+    assert (tmp_path / "checkpoint" / "set-aside-step-10" / "manifest.json").read_text() == old
+    assert (tmp_path / "checkpoint" / "set-aside-step-11").exists()
 
 
 RESUME_MISTAKES = {

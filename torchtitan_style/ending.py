@@ -93,9 +93,10 @@ def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) 
                 os._exit(1)
         if not _received:
             raise
-        for farewell in _farewell:
-            with contextlib.suppress(Exception):
-                farewell()
+        if isinstance(error, KeyboardInterrupt):  # and no consequence of another rank's end
+            for farewell in _farewell:
+                with contextlib.suppress(Exception):
+                    farewell()
         sys.stdout.flush()
         sys.stderr.flush()
         number = signal.Signals(_received[0][0])

@@ -110,7 +110,7 @@ def _take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
     if not text and name == "MAX_RESTARTS":
         return rest, None
     if not text.isdecimal():
-        raise UserError(f'{name}: must be a whole number, not "{text}"')
+        raise UserError(f'{name}: must be a whole number, 0 or more, not "{text}"')
     return rest, int(text)
 
 

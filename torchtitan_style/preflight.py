@@ -57,7 +57,7 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
     have = len(CheckpointFolder(folder / "checkpoint").steps())
     needed = max(0, kept - have) * size
     free = shutil.disk_usage(_existing(folder)).free
-    text = f"checkpoints take {readable_bytes(size)} each, at most {readable_bytes(kept * size)} at once"
+    text = f"checkpoints take about {readable_bytes(size)} each, at most {readable_bytes(kept * size)} at once"
     if needed > free:
         fewer = "lower checkpoint.keep_latest_k" if checkpoint.keep_latest_k else "set checkpoint.keep_latest_k"
         raise UserError(

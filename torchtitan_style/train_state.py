@@ -23,6 +23,8 @@ class TrainState:
     rewinds: int = 0
     """In a row, without getting past the step that the first one left from, which is ``furthest_step``."""
     furthest_step: int = 0
+    went_back_to: int = 0
+    """The checkpoint.load_step that this course began with; 0: none."""
     recent_losses: list[float] = dataclasses.field(default_factory=list)
     """What the next loss is compared with."""
     data: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,16 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        step = self.checkpointer.find(self.config.checkpoint.load_step)
+        if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+            self.display.warn(f"a process of this run has died; starting again ({restarts} of {most} times)")
+        wanted = self.config.checkpoint.load_step
+        if wanted > 0 and on_main(lambda: self.checkpointer.folder.newest_state().get("went_back_to")) == wanted:
+            self.display.say(
+                f"the run has gone back to step {wanted} before: going on from the newest checkpoint since"
+            )
+            wanted = -1
+        step = self.checkpointer.find(wanted)
         if step is None:
             self._start_from_weights()
             return
@@ -319,6 +329,8 @@ class Trainer:
         dropout = max(self.model_config.dropout, self.model_config.attention_dropout)
         if dropout and manifest.get("mesh") != self.checkpointer.about["mesh"]:
             self.display.warn("on another layout than before dropout draws other numbers")
+        if wanted > 0:
+            state.went_back_to = wanted
         self.state = state
         self._restore(step, optimizer=saved_identity["optimizer"] == self.identity["optimizer"])
 

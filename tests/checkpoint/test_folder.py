@@ -203,6 +203,15 @@ def test_a_deletion_that_was_cut_short_leaves_no_checkpoint(folder: CheckpointFo
     assert names(folder) == ["step-10"]
 
 
+def test_what_is_set_aside_is_never_deleted(folder: CheckpointFolder) -> None:
+    for _ in range(3):
+        save(folder, 5, 10)
+        folder.set_aside_after(5, lambda line: None)
+    save(folder, 10)
+    folder.retain(1, pytest.fail)
+    assert names(folder) == ["set-aside-step-10", "set-aside-step-10-2", "set-aside-step-10-3", "step-10"]
+
+
 def test_the_best_is_a_line_with_its_name(folder: CheckpointFolder) -> None:
     save(folder, 5, 10)
     folder.set_best(5)

@@ -84,6 +84,14 @@ class CheckpointFolder:
     def train_state(self, step: int) -> dict[str, Any]:
         return json.loads((self.path(step) / "train_state.json").read_text(encoding="utf-8"))
 
+    def newest_state(self) -> dict[str, Any]:
+        """What the newest checkpoint, whole or not, says of the run's state; {} if it cannot be read."""
+        try:
+            state = self.train_state(self.steps()[0])["state"]
+            return state if isinstance(state, dict) else {}
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return {}
+
     def set_best(self, step: int) -> None:
         """Name ``step`` as the best, in one go."""
         temporary = self.root / "best.tmp"
@@ -119,8 +127,10 @@ class CheckpointFolder:
         a course that it leaves, and would be resumed from next time."""
         for later in self.steps():
             if later > step:
-                aside = self.root / f"set-aside-{self.path(later).name}"
-                shutil.rmtree(aside, ignore_errors=True)
+                aside, number = self.root / f"set-aside-{self.path(later).name}", 1
+                while aside.exists():
+                    number += 1
+                    aside = aside.with_name(f"set-aside-{self.path(later).name}-{number}")
                 self.path(later).rename(aside)
                 say(f"the checkpoint of step {later} is now {aside}")
         if (self.best() or 0) > step:

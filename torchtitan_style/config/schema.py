@@ -360,8 +360,8 @@ class Checkpoint(Section):
     goes on at the same place of the new data, so rows may come twice or not at all. A tokenizer that was trained on
     the corpus is kept."""
     load_step: int = Field(-1, ge=-1)
-    """Step to resume from; -1: the newest that verifies. 0: start from scratch, which needs a dump
-    folder without checkpoints."""
+    """Step to resume from; -1: the newest that verifies. Gone back to once: started again, the run goes on from its
+    newest checkpoint since. 0: start from scratch, which needs a dump folder without checkpoints."""
 
 
 class Validation(Section):
