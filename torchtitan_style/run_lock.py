@@ -20,6 +20,8 @@ from .folders import first_missing
 __all__ = ["check_free", "run_lock"]
 
 NAME = "run.lock"
+_DYING = 1.0
+"""Seconds that a process which was just killed may take to let go."""
 _STALE = 120.0
 """Seconds without a sign of life after which a run on another host counts as gone."""
 
@@ -83,10 +85,15 @@ def _is_current(file: int, folder: Path) -> bool:
 
 
 def _take(file: int, folder: Path, *, write: bool = True) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise _in_use(folder, _holder(file)) from None
+    patience = time.monotonic() + _DYING
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > patience:
+                raise _in_use(folder, _holder(file)) from None
+            time.sleep(0.05)
     holder, me = _holder(file), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     age = time.time() - os.fstat(file).st_mtime
     if holder and holder.get("host") != me["host"] and age < _STALE:
