@@ -154,7 +154,7 @@ class Trainer:
             self.watchdog.limit = config.comm.train_timeout_seconds
             self.is_warm = True
         last = step == config.training.steps
-        validates = config.validation.enable and (last or step % config.validation.freq == 0)
+        validates = self._validation_is_due()
         saves = config.checkpoint.enable and (last or step % config.checkpoint.interval == 0)
         if validates or saves:
             self.log.flush()  # stops the run if too many steps were skipped

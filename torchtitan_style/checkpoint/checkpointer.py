@@ -115,7 +115,7 @@ class Checkpointer:
         try:
             under_way.result()
         except (OSError, CheckpointException) as error:
-            on_main(self._clear_away)
+            on_main(self.folder.remove_unfinished)
             self._failure = RunError(
                 f"the checkpoint of step {self._step} could not be saved: {_reason(error)}; {self._last_good()}"
             )
@@ -171,9 +171,6 @@ class Checkpointer:
                 self.folder.retain(self.config.keep_latest_k, self.say, keep_every=self.config.keep_every)
             except OSError as error:
                 self.say(f"old checkpoints in {self.folder.root} cannot be deleted: {error}")
-
-    def _clear_away(self) -> None:
-        self.folder.remove_unfinished()
 
     def _last_good(self) -> str:
         """Where to go on from, in words."""

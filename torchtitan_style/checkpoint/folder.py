@@ -78,8 +78,7 @@ class CheckpointFolder:
         """
         temporary = self.root / f"tmp-step-{step}"
         (temporary / "train_state.json").write_text(json.dumps(train_state, indent=2) + "\n", encoding="utf-8")
-        known = known or {}
-        seal(temporary, self.path(step), about={"step": step, **(about or {})}, known=known, durable=known)
+        seal(temporary, self.path(step), about={"step": step, **(about or {})}, known=known)
 
     def train_state(self, step: int) -> dict[str, Any]:
         return json.loads((self.path(step) / "train_state.json").read_text(encoding="utf-8"))

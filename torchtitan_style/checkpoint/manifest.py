@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,21 +96,20 @@ def seal(
     *,
     about: Mapping[str, Any],
     known: Mapping[str, dict[str, Any]] | None = None,
-    durable: Iterable[str] = (),
 ) -> None:
     """Make a checkpoint of the files in ``temporary``: manifest, to disk, final name, in this order.
 
     about: what else the manifest says, "step" at least. known: entries of files that were hashed as they were
-    written. durable: names of files that are on disk already.
+    written, and are on disk already.
     """
-    known, durable = known or {}, set(durable)
+    known = known or {}
     paths = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*"))}
     files = {name: known.get(name) or file_entry(path) for name, path in paths.items() if path.is_file()}
     manifest = {**about, "files": files}
     manifest["manifest_sha256"] = _digest(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name, path in paths.items():
-        if name not in durable:
+        if name not in known:
             fsync(path)
     fsync(temporary / MANIFEST)
     fsync(temporary)
