@@ -1,168 +1,358 @@
-"""Tokens per second of a training step: ours against Hugging Face Transformers' Qwen3, side by side.
+"""Time and memory of a training step: ours against Hugging Face Transformers' Qwen3 and LitGPT's, side by side.
 
-    python benchmarks/train_step.py                       # the default model and batch
-    python benchmarks/train_step.py --rows 4 --seq-len 512 --repeats 20
+    python benchmarks/train_step.py                                  # the default model and batch
+    python benchmarks/train_step.py --model 100M --rows 4 --seq-len 1024
+    python benchmarks/train_step.py --model 1.7B --rows 2 --seq-len 4096   # on a GPU
 
-All contenders have the same dimensions, batch, optimizer (fused AdamW), clipping and bf16 compute
-with fp32 master weights, and take turns step by step in one process, so that a slow moment of the
-machine hits all of them. Figures are medians. Also measured: the share of the machine's own bf16
-matrix-multiplication rate, and what our wrapping costs on one process against the bare model.
+All contenders have the same dimensions, batch, optimizer (fused AdamW on fp32 weights), clipping and bf16 compute.
+Each has a process of its own and takes turns with ours; ratios are medians over the turns. What a process can
+reach at most, the rate of one large bf16 matrix multiplication, takes its turns too. Memory is what a step takes
+at most beyond what the libraries take. LitGPT takes part where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import transformers
-from torch import nn
+from race import Racer, Turns, machine, ratio, serve, start, table
 
-from torchtitan_style.config.layout import Layout
-from torchtitan_style.config.schema import ActivationCheckpoint, Compile, Optimizer
-from torchtitan_style.distributed.device import name, peak_flops, synchronize
-from torchtitan_style.distributed.loss import chunked_cross_entropy
-from torchtitan_style.distributed.world import World, init_world
+from torchtitan_style.config import Config, load_config
+from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
-from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
-from torchtitan_style.models.qwen3.parallelize import parallelize_qwen3
-from torchtitan_style.optim.adamw import build_optimizer, step_if_finite
-from torchtitan_style.optim.clip import clip_grad_norm_
 
-Step = Callable[[], None]
+SHAPES = {"100M": (768, 2048, 12, 12, 4, 64, 32_768)}
+"""Beside the flavors: hidden and intermediate size, layers, heads, key/value heads, head size, vocabulary."""
+
+LR = 3e-4
 
 
-def ours(config: Qwen3Config, world: World, batch: torch.Tensor, *, compile: bool) -> Step:
-    """The training step of ``Trainer.train_step`` on one process."""
-    model = Qwen3ForCausalLM(config).to(world.device)
-    parallelize_qwen3(
-        model,
-        world.mesh,
-        activation_checkpoint=ActivationCheckpoint(),
-        compile=Compile(enable=compile),
-        param_dtype=torch.bfloat16,
-        reduce_dtype=torch.float32,
-        reshard_after_forward=True,
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The command line that sets the shape, for our config."""
+    given = {
+        "training.seq_len": arguments.seq_len,
+        "training.global_batch_size": arguments.rows,
+        "training.local_batch_size": arguments.rows,
+        "optimizer.lr": LR,
+        "lr_scheduler.warmup_steps": 0,
+        "activation_checkpoint.mode": arguments.recompute,
+    }
+    if arguments.model in FLAVORS:
+        given["model.flavor"] = arguments.model
+    else:
+        hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[arguments.model]
+        given |= {
+            "model.hidden_size": hidden,
+            "model.intermediate_size": intermediate,
+            "model.num_hidden_layers": layers,
+            "model.max_window_layers": layers,
+            "model.num_attention_heads": heads,
+            "model.num_key_value_heads": kv_heads,
+            "model.head_dim": head_dim,
+            "model.vocab_size": vocabulary,
+        }
+    if FLAVORS.get(arguments.model, FLAVORS["small"]).max_position_embeddings < arguments.seq_len:
+        given["model.max_position_embeddings"] = arguments.seq_len
+    return [text for key, value in given.items() for text in (f"--{key}", str(value))] + arguments.ours
+
+
+def make_config(arguments: argparse.Namespace, *more: str) -> Config:
+    return load_config(DEFAULT_CONFIG, [*overrides(arguments), *more], world_size=1)
+
+
+def tokens(config: Qwen3Config, arguments: argparse.Namespace, device: str) -> torch.Tensor:
+    """[rows, seq_len + 1]"""
+    generator = torch.Generator().manual_seed(0)
+    shape = (arguments.rows, arguments.seq_len + 1)
+    return torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
+
+
+# The contenders, each in its own process
+
+
+def ours(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
+    """What ``train`` runs at each step, without logging and data."""
+    from torchtitan_style.config.layout import plan_layout
+    from torchtitan_style.data.loader import Batch, Microbatch
+    from torchtitan_style.distributed.world import init_world
+    from torchtitan_style.optim.guard import StepGuard
+    from torchtitan_style.step import build_model, build_optimizer, train_step
+
+    enabled = "false" if compile == "eager" else "true"
+    scope = "block" if compile == "eager" else compile
+    config = make_config(arguments, "--compile.enable", enabled, "--compile.scope", scope)
+    world = init_world(plan_layout(config.parallelism, 1), timeout_seconds=600)
+    model = build_model(config, world, warn=print)
+    optimizer = build_optimizer(model, config)
+    guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
+    ids = tokens(config.model.qwen3(), arguments, turns.device)
+    batch = Batch([Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)], hash=0)
+    step = 0
+
+    def run() -> None:
+        nonlocal step
+        step += 1
+        train_step(model, optimizer, batch, step=step, config=config, world=world, guard=guard)
+
+    serve(turns, run)
+
+
+def hf_model(arguments: argparse.Namespace, attention: str) -> Any:
+    """Transformers' Qwen3 with fp32 weights, and our config of it."""
+    import transformers
+
+    config = make_config(arguments).model.qwen3()
+    transformers.logging.set_verbosity_error()
+    model = transformers.Qwen3ForCausalLM._from_config(
+        transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=config.tie_word_embeddings,
+            max_position_embeddings=config.max_position_embeddings,
+            use_cache=False,
+        ),
+        attn_implementation=attention,
+        dtype=torch.float32,
     )
-    return _our_step(model, batch)
+    if arguments.recompute == "full":
+        model.gradient_checkpointing_enable()
+    return model.train(), config
 
 
-def bare(config: Qwen3Config, world: World, batch: torch.Tensor, *, compile: bool) -> Step:
-    """The same model, loss and optimizer in a bare loop: autocast makes the bf16 copies of the weights."""
-    model = Qwen3ForCausalLM(config).to(world.device)
-    model.lm_head.loss_function = chunked_cross_entropy(world.mesh["tp"].get_group(), compiled=compile)
-    head = model.lm_head
-    head.forward = lambda hidden, labels: head.loss_function(hidden, head.weight.to(torch.bfloat16), labels)
-    if compile:
-        for layer in model.model.layers:
-            layer.forward = torch.compile(layer.forward)
-    return _our_step(model, batch, autocast=True)
-
-
-def _our_step(model: nn.Module, batch: torch.Tensor, *, autocast: bool = False) -> Step:
-    optimizer = build_optimizer(model, Optimizer())
-    inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
-            loss, _ = model(inputs, labels)
-        (loss / labels.numel()).backward()
-        step_if_finite(optimizer, clip_grad_norm_(model.parameters(), 1.0))
-
-    return step
-
-
-def hugging_face(config: Qwen3Config, world: World, batch: torch.Tensor, *, compile: bool) -> Step:
-    """Transformers' model with its own loss, in a bare loop."""
-    hf_config = transformers.Qwen3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=config.max_position_embeddings,
-        use_cache=False,
-    )
-    model = transformers.Qwen3ForCausalLM(hf_config).to(world.device).train()
-    if compile:
+def hf(arguments: argparse.Namespace, turns: Turns, attention: str, compile: str) -> None:
+    """Transformers' model and loss in a bare loop."""
+    model, config = hf_model(arguments, attention)
+    model.to(turns.device)
+    if compile == "compiled":
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    inputs = batch[:, :-1].contiguous()
+    ids = tokens(config, arguments, turns.device)[:, :-1].contiguous()
+    bare_loop(turns, model, lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def trainer(arguments: argparse.Namespace, turns: Turns, attention: str, compile: str) -> None:
+    """Transformers' Trainer."""
+    import tempfile
+
+    import transformers
+
+    class TakeTurns(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_arguments: Any, **_named: Any) -> None:
+            turns.step_is_done()
+
+    model, config = hf_model(arguments, attention)
+    ids = tokens(config, arguments, "cpu")[:, :-1]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                folder,
+                per_device_train_batch_size=arguments.rows,
+                max_steps=10**6,
+                learning_rate=LR,
+                bf16=True,
+                optim="adamw_torch_fused",
+                max_grad_norm=1.0,
+                torch_compile=compile == "compiled",
+                use_cpu=turns.device == "cpu",
+                dataloader_pin_memory=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                logging_steps=10**6,
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            callbacks=[TakeTurns()],
+        )
+        turns.wait()
+        trainer.train()
+
+
+def litgpt(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
+    """LitGPT's model and its chunked loss, as its ``pretrain`` calls them."""
+    from litgpt.config import Config as LitConfig
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    config = make_config(arguments).model.qwen3()
+    model = GPT(
+        LitConfig(
+            name="qwen3",
+            block_size=arguments.seq_len,
+            vocab_size=config.vocab_size,
+            padded_vocab_size=config.vocab_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_query_groups=config.num_key_value_heads,
+            n_embd=config.hidden_size,
+            head_size=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            rotary_percentage=1.0,
+            rope_base=int(config.rope_theta),
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_qk=True,
+            norm_eps=config.rms_norm_eps,
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    model.to(turns.device)
+    forward = torch.compile(model) if compile == "compiled" else model
+    ids = tokens(config, arguments, turns.device)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    bare_loop(turns, model, lambda: chunked_cross_entropy(forward(inputs), labels))
+
+
+def bare_loop(turns: Turns, model: Any, loss: Callable[[], torch.Tensor]) -> None:
+    """The step that people write by hand: autocast, fused AdamW, clipping."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(batch.device.type, torch.bfloat16):
-            loss = model(input_ids=inputs, labels=inputs).loss
-        loss.backward()
+        with torch.autocast(turns.device, torch.bfloat16):
+            value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return step
+    serve(turns, step)
+
+
+def matmul(arguments: argparse.Namespace, turns: Turns) -> None:
+    """What one process can do: as many operations as a step of the model has, in large square matrices."""
+    size = 8192 if turns.device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=turns.device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    count = matmul_count(arguments, size)
+
+    def step() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    serve(turns, step)
+
+
+def matmul_count(arguments: argparse.Namespace, size: int) -> int:
+    return max(1, round(step_flops(arguments) / (2 * size**3)))
+
+
+def step_flops(arguments: argparse.Namespace) -> float:
+    config = make_config(arguments).model.qwen3()
+    return config.flops_per_token(arguments.seq_len) * arguments.rows * arguments.seq_len
+
+
+CONTENDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "ours, one graph": (ours, ("model",)),
+    "ours, a graph per block": (ours, ("block",)),
+    "ours, eager": (ours, ("eager",)),
+    "HF loop, compiled": (hf, ("sdpa", "compiled")),
+    "HF loop, compiled, attention as matmuls": (hf, ("eager", "compiled")),
+    "HF loop, eager": (hf, ("sdpa", "eager")),
+    "HF Trainer, compiled": (trainer, ("sdpa", "compiled")),
+    "HF Trainer, eager": (trainer, ("sdpa", "eager")),
+    "LitGPT, compiled": (litgpt, ("compiled",)),
+    "LitGPT, eager": (litgpt, ("eager",)),
+    "large matmuls": (matmul, ()),
+}
+"""Name → function that serves it, and what it is given. The first is what the others are compared with."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flavor", default="small", choices=FLAVORS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="small", choices=[*FLAVORS, *SHAPES])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--recompute", default="none", choices=["none", "full"], help="activation checkpointing")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders with this in the name")
     parser.add_argument("--json", help="also write the figures to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.serve:
+        function, given = CONTENDERS[arguments.serve]
+        function(arguments, Turns(device), *given)  # does not return
+    make_config(arguments)  # so that a mistake shows at once
 
-    config = FLAVORS[arguments.flavor]
-    world = init_world(Layout(1, 1, 1), timeout_seconds=600)
-    shape = (arguments.rows, arguments.seq_len + 1)
-    batch = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(world.device)
-    build = {
-        "ours, compiled": lambda: ours(config, world, batch, compile=True),
-        "ours, eager": lambda: ours(config, world, batch, compile=False),
-        "ours, unwrapped, compiled": lambda: bare(config, world, batch, compile=True),
-        "ours, unwrapped, eager": lambda: bare(config, world, batch, compile=False),
-        "HF Transformers, compiled": lambda: hugging_face(config, world, batch, compile=True),
-        "HF Transformers, eager": lambda: hugging_face(config, world, batch, compile=False),
-    }
-    steps, seconds = {}, {}
-    for label, make in build.items():
-        steps[label] = make()
-        start = time.perf_counter()
-        for _ in range(3):
-            steps[label]()
-        synchronize(world.device)
-        print(f"warmed up {label} in {time.perf_counter() - start:.1f} s", flush=True)
-        seconds[label] = []
-    for _ in range(arguments.repeats):
-        for label, step in steps.items():
-            start = time.perf_counter()
-            step()
-            synchronize(world.device)
-            seconds[label].append(time.perf_counter() - start)
+    names = [n for n in CONTENDERS if not arguments.only or any(text in n for text in arguments.only)]
+    names = [n for n in names if "LitGPT" not in n or importlib.util.find_spec("litgpt")]
+    first, *others = dict.fromkeys([*CONTENDERS][:1] + names)
+    reference = begin(first, arguments)
+    racers, ratios = [reference], {first: 1.0}
+    for name in others:
+        racer = begin(name, arguments)
+        for _ in range(arguments.repeats):
+            reference.turn(arguments.steps)
+            racer.turn(arguments.steps)
+        ratios[name] = ratio(racer, reference, arguments.repeats)
+        print(f"{name}: {ratios[name]:.2f} times the time of {first}", flush=True)
+        racer.stop()
+        racers.append(racer)
+    reference.stop()
+    report(arguments, racers, ratios, machine(device))
 
-    peak = peak_flops(world.device, torch.bfloat16)
-    tokens = arguments.rows * arguments.seq_len
-    flops = config.flops_per_token(arguments.seq_len)
-    figures = {label: tokens / statistics.median(times) for label, times in seconds.items()}
-    best_hf = max(figures["HF Transformers, compiled"], figures["HF Transformers, eager"])
+
+def begin(name: str, arguments: argparse.Namespace) -> Racer:
+    """Start a contender and let it compile."""
+    given = ["--model", arguments.model, "--rows", str(arguments.rows), "--seq-len", str(arguments.seq_len)]
+    racer = start(name, __file__, [*given, "--recompute", arguments.recompute, "--serve", name, *arguments.ours])
+    racer.warm_up(3)
+    print(f"{name}: first step after {racer.first[0]:.1f} s", flush=True)
+    return racer
+
+
+def report(arguments: argparse.Namespace, racers: list[Racer], ratios: dict[str, float], about: dict[str, str]) -> None:
+    import transformers
+
+    per_step = arguments.rows * arguments.seq_len
+    reference = racers[0]
+    ours_seconds = statistics.median(reference.seconds)
+    # In units of the reference, whose turns are next to everybody's.
+    seconds = {racer.name: ours_seconds * ratios[racer.name] for racer in racers}
+    peak = seconds.get("large matmuls")
+    rows = []
+    for racer in racers:
+        if racer.name == "large matmuls":
+            continue
+        rows.append(
+            (
+                racer.name,
+                f"{per_step / seconds[racer.name]:,.0f}",
+                f"{ratios[racer.name]:.2f}",
+                f"{peak / seconds[racer.name]:.0%}" if peak else "?",
+                f"{racer.memory / 2**20:,.0f}",
+                f"{racer.memory / reference.memory:.2f}",
+                f"{racer.first[0]:.1f}",
+            )
+        )
     print(
-        f"\n{arguments.flavor}, {arguments.rows} rows of {arguments.seq_len}, {name(world.device)}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, medians of {arguments.repeats}"
+        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}; {about['device']}, "
+        f"torch {about['torch']}, transformers {transformers.__version__}; medians of {arguments.repeats} turns of {arguments.steps} steps\n"
     )
-    print(f"{'':30} {'tokens/s':>10} {'of HF best':>11} {'of peak':>8}")
-    for label, speed in figures.items():
-        share = f"{speed * flops / peak:8.1%}" if peak else "       ?"
-        print(f"{label:30} {speed:10,.0f} {speed / best_hf:10.2f}× {share}")
-    for kind in ("compiled", "eager"):
-        pairs = zip(seconds[f"ours, {kind}"], seconds[f"ours, unwrapped, {kind}"], strict=True)
-        print(f"wrapping on one process, {kind}: {statistics.median(a / b for a, b in pairs) - 1:+.1%} time")
+    heads = ("", "tokens/s", "× time of ours", "of matmul rate", "peak MiB", "× memory of ours", "first step, s")
+    print(table(heads, rows))
+    if peak:
+        print(f"\nlarge bf16 matmuls: {step_flops(arguments) / peak / 1e9:,.0f} GFLOP/s")
     if arguments.json:
+        figures = {racer.name: racer.figures | {"ratio": ratios[racer.name]} for racer in racers}
+        shape = {k: getattr(arguments, k) for k in ("model", "rows", "seq_len", "repeats", "steps", "recompute")}
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"tokens_per_second": figures, "peak_flops": peak, "arguments": vars(arguments)}, file, indent=2)
+            json.dump({"machine": about, "arguments": shape, "contenders": figures}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from torch.distributed.tensor import DTensor, Partial
 
 __all__ = ["chunked_cross_entropy"]
 
-LOGITS_PER_CHUNK = 2**21
-"""Logits held at once, on each rank: 8 MiB in fp32, which a CPU's cache can hold (measured: a quarter
-less time than with 32 MiB)."""
+LOGITS_PER_CHUNK = 2**23
+"""Logits held at once, on each rank: 16 MiB in bf16."""
 
-MIN_TOKENS_PER_CHUNK = 512
-"""However large the vocabulary, as many tokens as a matrix multiplication needs to be fast."""
+MIN_TOKENS_PER_CHUNK = 1024
+"""However large the vocabulary: each chunk adds to the gradient of the whole matrix, which at 512 tokens takes as
+long as a quarter of the multiplications (measured: docs/performance.md)."""
 
 IGNORE = -100
 """Label of a position with nothing to predict."""
@@ -39,8 +39,8 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
     """A loss function for ``LMHead``: (hidden [B, T, C], weight [V, C], labels [B, T], z_loss) → (sum of the
     token losses in fp32, number of labels that are the likeliest token)."""
     group = tp_group if tp_group.size() > 1 else None
-    # Without collectives in it, one chunk is one fused kernel when compiled.
-    chunk_loss = torch.compile(_chunk_loss, dynamic=False) if compiled and group is None else _chunk_loss
+    # Without collectives in it, what is done with a chunk is a graph of its own when compiled.
+    chunk = torch.compile(_chunk, dynamic=False) if compiled and group is None else _chunk
 
     def loss_function(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
@@ -49,7 +49,7 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
             hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
         needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return _ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, labels.flatten(), group, chunk_loss, z_loss, needs_grad
+            hidden.flatten(0, 1), weight, labels.flatten(), group, chunk, z_loss, needs_grad
         )
 
     return loss_function
@@ -63,24 +63,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         group: dist.ProcessGroup | None,
-        chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
         z_loss: float,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = max(MIN_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0])
+        count = -(-len(hidden) // max(MIN_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0]))
+        rows = -(-len(hidden) // max(1, count))
         first = 0 if group is None else group.rank() * weight.shape[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         right = labels.new_zeros(())
-        hidden_grad = torch.empty_like(hidden) if needs_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-        for h, y, start in zip(hidden.split(rows), labels.split(rows), range(0, len(hidden), rows), strict=True):
-            loss, correct, logits_grad = chunk_loss(h @ weight.T, y, first, group, z_loss)
+        hidden_grads: list[Tensor] = []
+        weight_grad: Tensor | None = None
+        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+            loss, correct, hidden_grad, weight_grad = chunk(h, weight, y, weight_grad, first, group, z_loss, needs_grad)
             total += loss
             right += correct
-            if hidden_grad is not None and weight_grad is not None:
-                hidden_grad[start : start + rows] = logits_grad @ weight
-                weight_grad += logits_grad.T @ h
-        ctx.grads = hidden_grad, weight_grad
+            hidden_grads.append(hidden_grad)
+        if needs_grad:
+            ctx.grads = torch.cat(hidden_grads), weight_grad
         ctx.mark_non_differentiable(right)
         return total, right
 
@@ -89,11 +89,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.grads
         del ctx.grads
         factor = grad_outputs[0]
-        dtype = hidden_grad.dtype
-        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(dtype), None, None, None, None, None
+        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(hidden_grad.dtype), None, None, None, None, None
 
 
-def _chunk_loss(
+def _chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weight_grad: Tensor | None,
+    first: int,
+    group: dist.ProcessGroup | None,
+    z_loss: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss of a chunk, right guesses, and the loss's gradients with respect to hidden [N, C] and weight [V, C]; the
+    latter in fp32 and added to ``weight_grad``, if that is given."""
+    loss, correct, grad = _logits_loss(hidden @ weight.T, labels, first, group, z_loss)
+    if not needs_grad:
+        return loss, correct, None, None
+    # oneDNN multiplies bf16 matrices half as fast if the first is to be read by columns (docs/performance.md):
+    # the hidden states, copied in that order, come first.
+    product = (hidden.T.contiguous() @ grad).T if torch.compiler.is_compiling() else grad.T @ hidden
+    weight_grad = product.float().contiguous() if weight_grad is None else weight_grad.add_(product)
+    return loss, correct, grad @ weight, weight_grad
+
+
+def _logits_loss(
     logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a chunk, right guesses, and the loss's gradient with respect to the logits.
@@ -111,9 +132,9 @@ def _chunk_loss(
     maximum = z.amax(1, keepdim=True)
     if group is not None:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-    z = z.sub_(maximum)  # a copy of the logits only where they are not fp32; they are not used again
-    label_logit = z.gather(1, index)[:, 0] * here
-    exponentials = z.exp_()
+    label_logit = (z.gather(1, index) - maximum)[:, 0] * here
+    # In place on a copy of the logits, or on themselves where they are fp32; they are not used again.
+    exponentials = z.sub_(maximum).exp_()
     normaliser = exponentials.sum(1)
     if group is not None:
         both = torch.stack((label_logit, normaliser))
@@ -130,5 +151,9 @@ def _chunk_loss(
         loss = loss + z_loss * (log_z.square() * valid).sum()
         of_softmax = of_softmax * (1 + 2 * z_loss * log_z)
     grad = exponentials.mul_(of_softmax[:, None])
-    grad.scatter_add_(1, index, -(here & valid).to(grad.dtype)[:, None])
+    if torch.compiler.is_compiling():  # one pass over memory, where a scatter would be another
+        is_label = torch.arange(logits.shape[1], device=logits.device) == torch.where(here & valid, local, -1)[:, None]
+        grad = torch.where(is_label, grad - 1, grad)
+    else:
+        grad.scatter_add_(1, index, -(here & valid).to(grad.dtype)[:, None])
     return loss, correct, grad.to(logits.dtype)
