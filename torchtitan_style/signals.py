@@ -1,12 +1,13 @@
-"""The signals that ask a run to stop, and keeping them from the processes that it starts."""
+"""The signals that ask a run to stop, and keeping them from where they do harm."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 
-__all__ = ["STOP_SIGNALS", "shielding_children"]
+__all__ = ["STOP_SIGNALS", "holding_interrupts", "shielding_children"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what torchrun, Kubernetes and SLURM send; what SLURM can be told to send ahead of the time limit."""
@@ -24,3 +25,19 @@ def shielding_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def holding_interrupts() -> Iterator[None]:
+    """A Ctrl-C meanwhile is heard at the end: for code that calls back to Python and drops what is raised there."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tiny_hf import hf_model, write_tokenizer
 from tests.conftest import ENVIRONMENT, Python
 from torchtitan_style import load_model
 from torchtitan_style.__main__ import main
+from torchtitan_style.commands.chat import _CtrlC, _show
 from torchtitan_style.commands.screen import Screen
 
 PROMPTS = ["def loss(x)", "naïve 学习"]
@@ -183,6 +184,7 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script leaves it to what it starts in the background
             os.execve(
                 sys.executable, [sys.executable, "-m", "torchtitan_style", *map(str, arguments)],
                 ENVIRONMENT | {"TERM": "xterm-256color", "COLUMNS": "200"},
@@ -279,6 +281,30 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
     chat.wait_for("> ")
     chat.type("\x04")
     assert chat.status() == 0
+
+
+def test_a_ctrl_c_is_heard_where_its_exception_is_lost_and_the_next_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer() -> Generator[tuple[str, bool], None, None]:
+        try:
+            yield "one", False
+            with contextlib.suppress(KeyboardInterrupt):  # as C++ does where it calls Python
+                signal.raise_signal(signal.SIGINT)
+            yield "two", False
+            yield "three", False
+        finally:
+            signal.raise_signal(signal.SIGINT)
+
+    said: list[str] = []
+    monkeypatch.setattr(Screen, "write", lambda _, text, _style="": said.append(text))
+    ctrl_c = _CtrlC()
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        _show(answer(), Screen(), ctrl_c)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert said == ["one", "two", "\n"]
 
 
 def test_what_a_model_writes_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +88,31 @@ def test_the_tokens_are_the_same(
     model: Qwen3ForCausalLM, step: CompiledStep, prompts: list[list[int]], temperature: float
 ) -> None:
     assert drawn(model, prompts, step, temperature) == drawn(model, prompts, None, temperature)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler, which there is not in a suite that a script has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    sys.setprofile(None)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_in_a_guard_is_not_lost(model: Qwen3ForCausalLM, step: CompiledStep) -> None:
+    def interrupt(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename == torch._dynamo.guards.__file__:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+    ids, cache = tokens(1, 4), KVCache(windows(model))
+    with torch.inference_mode():
+        model(ids[:, :3], positions=cache.positions(ids[:, :3]), cache=cache)
+        cache.advance(3)
+        sys.setprofile(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(ids[:, 3:], cache=cache)
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from torchtitan_style.errors import UserError
@@ -67,7 +69,8 @@ def main(arguments: list[str]) -> None:
         kind = "its chat template" if template else "no chat template: it goes on from the text so far"
         millions = model.config.num_parameters / 1e6
         screen.say(f"{options.checkpoint}, {millions:,.1f} M parameters, {kind}. /help for help.")
-        for turn, text in enumerate(_inputs()):
+        ctrl_c = _CtrlC()
+        for turn, text in enumerate(_inputs(ctrl_c)):
             if text.startswith("/"):
                 with _mistakes(screen):
                     if _command(text, conversation, screen):
@@ -77,7 +80,7 @@ def main(arguments: list[str]) -> None:
                 answer = conversation.ask(
                     text, sampling=sampling, max_new_tokens=options.max_new_tokens, seed=options.seed + turn
                 )
-                _show(answer, screen)
+                _show(answer, screen, ctrl_c)
                 note = {
                     "length": f"stopped after {options.max_new_tokens:,} tokens (--max-new-tokens); ",
                     "positions": "no position left; /reset; ",
@@ -99,10 +102,40 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+class _CtrlC:
+    """What Ctrl-C does: it drops what is being written or stops an answer, and at no moment ends the program."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        """Since the last prompt."""
+        self.raises = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.pressed = True
+        if self.raises:
+            self.raises = False  # once: what cleans up is not interrupted
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_prompt(self) -> Iterator[None]:
+        """Ctrl-C raises KeyboardInterrupt in here, and calls this object from then on.
+
+        Python has set no handler if SIGINT was ignored at its start: it is for what a shell script starts in the
+        background, and for all that is started from there, as by a terminal multiplexer or a suite of tests.
+        """
+        self.pressed = False
+        # A function of C's: at a second Ctrl-C ``input`` calls it with an exception set, which Python code cannot bear.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self)
+
+
 # What the user writes
 
 
-def _inputs() -> Iterator[str]:
+def _inputs(ctrl_c: _CtrlC) -> Iterator[str]:
     """What is written, message by message, until the input ends. From a pipe each line is a message."""
     interactive = sys.stdin.isatty()
     if interactive:
@@ -110,7 +143,8 @@ def _inputs() -> Iterator[str]:
             import readline  # noqa: F401  # arrow keys, and earlier lines
     while True:
         try:
-            text = _message("> " if interactive else "", ". " if interactive else "")
+            with ctrl_c.at_prompt() if interactive else contextlib.nullcontext():
+                text = _message("> " if interactive else "", ". " if interactive else "")
         except EOFError:
             if interactive:
                 print()
@@ -181,13 +215,17 @@ def _mistakes(screen: Screen) -> Iterator[None]:
         screen.say(f"error: {error}", style="red")
 
 
-def _show(answer: Generator[tuple[str, bool], None, None], screen: Screen) -> None:
+def _show(answer: Generator[tuple[str, bool], None, None], screen: Screen, ctrl_c: _CtrlC) -> None:
     """Show an answer as it comes, thoughts dim. Ctrl-C stops it."""
     try:
+        ctrl_c.raises = True
         for text, thought in answer:
             screen.write(text, "dim italic" if thought else "")
+            if ctrl_c.pressed:  # just before, or where an exception got lost
+                break
     except KeyboardInterrupt:
         pass
     finally:
+        ctrl_c.raises = False
         answer.close()
         screen.write("\n")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.signals import holding_interrupts
 
 from .cache import KVCache
 
@@ -46,7 +47,11 @@ class CompiledStep:
         """ids: [1, 1], in inference mode. The cache is written to, and is the caller's to ``advance``."""
         # A copy, as strides count: those of a prompt's last token, alone, are the prompt's.
         ids = ids.clone(memory_format=torch.contiguous_format)
-        logits: Tensor = self._compiled(ids, cache.slots(), torch.tensor(cache.length, device=ids.device))
+        slots, length = cache.slots(), torch.tensor(cache.length, device=ids.device)
+        # A KeyboardInterrupt in a guard, which is Python called from C++, counts as a guard that fails: it is lost, and
+        # all is compiled again.
+        with holding_interrupts():
+            logits: Tensor = self._compiled(ids, slots, length)
         return logits
 
     def _forward(self, ids: Tensor, slots: list[tuple[Tensor, Tensor]], length: Tensor) -> Tensor:
