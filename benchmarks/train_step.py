@@ -342,7 +342,8 @@ def report(arguments: argparse.Namespace, racers: list[Racer], ratios: dict[str,
         )
     print(
         f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}; {about['device']}, "
-        f"torch {about['torch']}, transformers {transformers.__version__}; medians of {arguments.repeats} turns of {arguments.steps} steps\n"
+        f"torch {about['torch']}, transformers {transformers.__version__}; "
+        f"medians of {arguments.repeats} turns of {arguments.steps} steps\n"
     )
     heads = ("", "tokens/s", "× time of ours", "of matmul rate", "peak MiB", "× memory of ours", "first step, s")
     print(table(heads, rows))
