@@ -77,6 +77,16 @@ MISTAKES = {
         "parallelism.data_parallel_shard_degree",
         ["-1 or at least 1"],
     ),
+    "a memory budget for nobody": (
+        '[activation_checkpoint]\nmode = "memory_budget"',
+        "activation_checkpoint.mode",
+        ["needs compile.enable = true"],
+    ),
+    "a memory budget above all": (
+        "[activation_checkpoint]\nmemory_budget = 1.5",
+        "activation_checkpoint.memory_budget",
+        ["at most 1"],
+    ),
     "resume past the end": ("[checkpoint]\nload_step = 2000", "checkpoint.load_step", ["2000", "1000 training steps"]),
     **{
         f"selective_ac_option {option}": (

@@ -29,6 +29,7 @@ RECOMPUTE = {
     "full": ActivationCheckpoint(mode="full"),
     "op": ActivationCheckpoint(mode="selective"),
     "2": ActivationCheckpoint(mode="selective", selective_ac_option="2"),
+    "budget": ActivationCheckpoint(mode="memory_budget", memory_budget=0.3),  # of the compiler
 }
 COMPILE = {
     "eager": Compile(enable=False),
@@ -44,7 +45,7 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
     whole-model graph is there only where it differs from the blocks'. Graphs know nothing of copies, and of the
     degree of tensor parallelism only the sizes.
     """
-    eager = list(itertools.product(("eager",), ("tied", "untied"), RECOMPUTE))
+    eager = list(itertools.product(("eager",), ("tied", "untied"), [kind for kind in RECOMPUTE if kind != "budget"]))
     if dp_replicate > 1 or tp > 2:
         return [*eager, ("block", "untied", "op"), ("model", "tied", "none")]
     return [
@@ -53,6 +54,7 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
         ("block", "untied", "op"),
         ("block", "tied", "full"),
         ("block", "untied", "2"),
+        ("block", "untied", "budget"),
         ("model", "tied", "none"),
         ("model", "untied", "op"),
     ]

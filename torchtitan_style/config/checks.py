@@ -123,6 +123,11 @@ def _rest(config: Config) -> Iterator[Problem]:
             f'must be "op" or a number of blocks as "2", not "{option}"',
         )
     recompute, compiled = config.activation_checkpoint, config.compile
+    if recompute.mode == "memory_budget" and not compiled.enable:
+        yield Problem(
+            ("activation_checkpoint.mode", "compile.enable"),
+            '"memory_budget" is the compiler\'s choice: it needs compile.enable = true',
+        )
     blocks = recompute.mode == "full" or (recompute.mode == "selective" and option != "op")
     if compiled.enable and compiled.scope == "model" and blocks and config.parallelism.tensor_parallel_degree > 1:
         yield Problem(

@@ -313,8 +313,12 @@ class Parallelism(Section):
 class ActivationCheckpoint(Section):
     """Trade compute for memory: recompute activations in the backward pass."""
 
-    mode: Literal["none", "selective", "full"] = "none"
-    """none: keep all. full: keep each block's input only. selective: see selective_ac_option."""
+    mode: Literal["none", "selective", "full", "memory_budget"] = "none"
+    """none: keep all (a compiled block on CPU: but for what takes longer to read than to recompute). full: keep each
+    block's input only. selective: see selective_ac_option. memory_budget: let the compiler choose."""
+    memory_budget: float = Field(default=0.5, ge=0, le=1)
+    """For mode = "memory_budget", which needs compile.enable: share of the activations to keep, from 0, each graph's
+    inputs only, to 1, all. The compiler recomputes first what takes the least time."""
     selective_ac_option: str = "op"
     """For mode = "selective". "op": in each block keep the outputs of matrix multiplications and
     attention, recompute the rest. A number n, as "2": full checkpointing of every n-th block."""

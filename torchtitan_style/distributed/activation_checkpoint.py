@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan_style.config.schema import ActivationCheckpoint
 
-__all__ = ["apply_activation_checkpoint", "recomputes_operations"]
+__all__ = ["apply_activation_checkpoint", "recomputes_operations", "set_memory_budget"]
 
 _aten = torch.ops.aten
 _SAVED = {
@@ -32,6 +33,21 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+_CPU_MEMORY_BUDGET = 0.8
+"""Share of the activations that compiled blocks keep on CPU in any case: the rest takes less time to recompute than
+to write and read (measured: docs/performance.md)."""
+
+
+def set_memory_budget(config: ActivationCheckpoint, *, device_type: str, tp: int) -> None:
+    """Tell the compiler how much of the activations to keep, in all graphs that it makes from now on."""
+    budget = 1.0
+    if config.mode == "memory_budget":
+        budget = config.memory_budget
+    elif config.mode == "none" and device_type == "cpu" and tp == 1:  # else what is recomputed may be communicated
+        budget = _CPU_MEMORY_BUDGET
+    functorch_config.activation_memory_budget = budget
+
+
 def recomputes_operations(config: ActivationCheckpoint) -> bool:
     """Whether ``config`` recomputes single operations rather than whole blocks."""
     return config.mode == "selective" and config.selective_ac_option == "op"
@@ -43,7 +59,7 @@ def apply_activation_checkpoint(layers: nn.ModuleList, config: ActivationCheckpo
     The forward method is wrapped, not the module: parameter names stay, and hooks that FSDP puts on
     the module later run outside the recomputed part.
     """
-    if config.mode == "none":
+    if config.mode in ("none", "memory_budget"):
         return
     every = 1
     keep: dict[str, Any] = {}

@@ -17,16 +17,18 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Te
     """Scale all gradients so that their global 2-norm is at most ``max_norm`` (Pascanu et al. 2013).
 
     Returns the norm before scaling, a 0-dim tensor on the device, the same on every rank. Squares are
-    summed in fp64: in fp32 the sum depends on how the gradients are cut (by 6e-4 at 17 M elements).
+    summed in fp32 along a row and in fp64 over the rows: in fp32 throughout, the sum depends on how the
+    gradients are cut (by 6e-4 at 17 M elements), and in fp64 throughout it takes three times as long on CPU.
     beside: a number, 0-dim fp64, that is summed over all ranks on the way, in place.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    total = torch.zeros((), dtype=torch.float64, device=local[0].device)
+    rows: dict[int, list[Tensor]] = {}
     for grad, part in zip(grads, local, strict=True):
-        square = torch.linalg.vector_norm(part, dtype=torch.float64) ** 2
-        # Each rank adds what it holds; what several ranks hold counts once.
-        total += square / _copies(grad)
+        rows.setdefault(_copies(grad), []).append(torch.linalg.vector_norm(part, dim=-1).flatten())
+    # Each rank adds what it holds; what several ranks hold counts once.
+    squares = [torch.cat(norms).double().square().sum() / copies for copies, norms in rows.items()]
+    total = torch.stack(squares).sum()
     if dist.is_initialized():
         sums = torch.stack([total] if beside is None else [total, beside])
         dist.all_reduce(sums)

@@ -19,7 +19,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
-from torchtitan_style.distributed.activation_checkpoint import apply_activation_checkpoint, recomputes_operations
+from torchtitan_style.distributed.activation_checkpoint import (
+    apply_activation_checkpoint,
+    recomputes_operations,
+    set_memory_budget,
+)
 from torchtitan_style.distributed.compile import apply_compile
 from torchtitan_style.distributed.loss import chunked_cross_entropy
 from torchtitan_style.distributed.sharding import compute_in, shard
@@ -52,6 +56,7 @@ def parallelize_qwen3(
     # 2. Recomputation and compilation. The compiler must see which operations of a block to recompute;
     # a block recomputed whole is compiled first and just run again.
     layers = model.model.layers
+    set_memory_budget(activation_checkpoint, device_type=mesh.device_type, tp=mesh["tp"].size())
     whole = compile.enable and compile.scope == "model"
     if whole or recomputes_operations(activation_checkpoint):
         apply_activation_checkpoint(layers, activation_checkpoint)
@@ -61,7 +66,7 @@ def parallelize_qwen3(
         apply_activation_checkpoint(layers, activation_checkpoint)
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block, or all
     # at once if there is one graph for all. One process has nothing to gather.
-    if dist.get_world_size() == 1 and activation_checkpoint.mode == "none":
+    if dist.get_world_size() == 1 and activation_checkpoint.mode in ("none", "memory_budget"):
         compute_in(model, param_dtype)
         return
     shard(
