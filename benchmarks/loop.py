@@ -119,14 +119,14 @@ def tiny_steps(layers: int, world: World) -> dict[str, Callable[[], None]]:
     shape = {
         "model.flavor": "debug", "model.num_hidden_layers": layers, "model.max_window_layers": layers,
         "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_attention_heads": 2,
-        "model.num_key_value_heads": 1, "model.head_dim": 16, "model.vocab_size": 64,
+        "model.num_key_value_heads": 1, "model.head_dim": 16, "model.vocab_size": 512,
         "training.seq_len": 8, "training.global_batch_size": 1,
     }  # fmt: skip
     config = load_config(DEFAULT_CONFIG, [text for k, v in shape.items() for text in (f"--{k}", str(v))])
     model = build_model(config, world, warn=print)
     optimizer = build_optimizer(model, config)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    ids = torch.randint(0, 64, (1, 9), device=world.device)
+    ids = torch.randint(0, 512, (1, 9), device=world.device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     batch = Batch([Microbatch(inputs, labels, None)], hash=0)
     step = 0

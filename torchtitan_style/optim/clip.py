@@ -22,11 +22,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Te
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    total = torch.zeros((), dtype=torch.float64, device=local[0].device)
-    for grad, part in zip(grads, local, strict=True):
-        square = torch.linalg.vector_norm(part, dtype=torch.float64) ** 2
-        # Each rank adds what it holds; what several ranks hold counts once.
-        total += square / _copies(grad)
+    # For all of them at once: one by one they are thousands of small kernels in a deep model.
+    squares = torch._foreach_pow(torch._foreach_norm(local, 2, dtype=torch.float64), 2)
+    # Each rank adds what it holds; what several ranks hold counts once.
+    total = torch.stack(torch._foreach_div(squares, [float(_copies(grad)) for grad in grads])).sum()
     if dist.is_initialized():
         sums = torch.stack([total] if beside is None else [total, beside])
         dist.all_reduce(sums)
