@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# All that is measured on one GPU of the H100 or H200 class, in one go of about 25 minutes:
+# All that is measured on one GPU of the H100 or H200 class, in one go (made to take some 20 minutes):
 #
 #   benchmarks/gpu.sh outputs/gpu
-#   PYTHON=.venv/bin/python MODELS="0.6B 8B/8" benchmarks/gpu.sh outputs/gpu
+#   PYTHON=.venv/bin/python MODELS="0.6B 8B/8" PARTS="train" benchmarks/gpu.sh outputs/gpu
 #
 # Every part writes into the folder, NAME.txt and mostly NAME.json; one that fails or takes too long is said so, and
 # the others go on. summary.txt has the status and the seconds of each.
 #
-# MODELS: flavors to train, at rows of SEQ_LEN tokens; 8B/8 is the 8B with 8 of its 36 layers. The whole 8B cannot be
-# trained on one GPU of 141 GB: fp32 weights, gradients and AdamW's two moments are 16 bytes a parameter, 131 GB.
+# MODELS: flavors to train, at rows of SEQ_LEN tokens, against Transformers; 8B/8 is the 8B with 8 of its 36 layers.
+# Two contenders are on the GPU at once, with fp32 weights, gradients and AdamW's moments of 16 bytes a parameter
+# each: the whole 4B has 64 GB of it, so that it runs against large matmuls only (ALONE), and the whole 8B 131 GB,
+# which does not fit with its activations at all.
 # PARTS: which parts, of peak, train, generate, checkpoint, data, trace.
 set -uo pipefail
 
@@ -17,7 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 python="${PYTHON:-python}"
-models="${MODELS:-0.6B 1.7B 4B 8B/8}"
+models="${MODELS-0.6B 1.7B 4B/18 8B/8}"
+alone="${ALONE-4B}"
 seq_len="${SEQ_LEN:-4096}"
 repeats="${REPEATS:-3}"
 steps="${STEPS:-3}"
@@ -38,27 +41,30 @@ part() {
 
 wanted() { [[ "$parts" == *" $1 "* ]]; }
 
-# Rows at once, and whether blocks are recomputed, so that both sides fit into 80 GB (0.6B to 4B) or 141 GB.
-rows_of() { case "$1" in 0.6B) echo 4 ;; 1.7B | 8B/*) echo 2 ;; *) echo 1 ;; esac; }
+# Rows at once, and whether blocks are recomputed, so that both sides should fit into 141 GB.
+rows_of() { case "$1" in 0.6B) echo 4 ;; 1.7B | */*) echo 2 ;; *) echo 1 ;; esac; }
 recompute_of() { case "$1" in 4B | 8B*) echo full ;; *) echo none ;; esac; }
 
 if wanted peak; then
     part peak 120 "$python" benchmarks/device_peak.py --json "$out/peak.json"
 fi
 
+# train MODEL CONTENDERS
+train() {
+    local name="train-${1/\//-layers-}" flavored=(--model "${1%%/*}") only=() names
+    if [[ "$1" == */* ]]; then
+        flavored+=(--model.num_hidden_layers "${1##*/}" --model.max_window_layers "${1##*/}")
+    fi
+    IFS=";" read -ra names <<<"$2"
+    for contender in "${names[@]}"; do only+=(--only "$contender"); done
+    part "$name" 270 "$python" benchmarks/train_step.py "${flavored[@]}" --rows "${ROWS:-$(rows_of "$1")}" \
+        --seq-len "$seq_len" --recompute "$(recompute_of "$1")" --repeats "$repeats" --steps "$steps" \
+        "${only[@]}" --json "$out/$name.json"
+}
+
 if wanted train; then
-    only=()
-    IFS=";" read -ra names <<<"$contenders"
-    for name in "${names[@]}"; do only+=(--only "$name"); done
-    for model in $models; do
-        flavored=(--model "${model%%/*}")
-        if [[ "$model" == */* ]]; then
-            flavored+=(--model.num_hidden_layers "${model##*/}" --model.max_window_layers "${model##*/}")
-        fi
-        part "train-${model/\//-layers-}" 240 "$python" benchmarks/train_step.py "${flavored[@]}" \
-            --rows "${ROWS:-$(rows_of "$model")}" --seq-len "$seq_len" --recompute "$(recompute_of "$model")" \
-            --repeats "$repeats" --steps "$steps" "${only[@]}" --json "$out/train-${model/\//-layers-}.json"
-    done
+    for model in $models; do train "$model" "$contenders"; done
+    for model in $alone; do train "$model" "large matmuls"; done
 fi
 
 if wanted generate; then
@@ -76,7 +82,7 @@ fi
 
 if wanted trace; then # of single steps, for Perfetto: trace/profile_traces/step-*/rank-0.json
     rm -rf "$out/trace"
-    part trace 150 "$python" -m torchtitan_style train --job.dump_folder "$out/trace" --model.flavor "${models%% *}" \
+    part trace 150 "$python" -m torchtitan_style train --job.dump_folder "$out/trace" --model.flavor "${TRACE_FLAVOR:-0.6B}" \
         --training.seq_len "$seq_len" --training.global_batch_size "${ROWS:-2}" --training.steps 12 \
         --lr_scheduler.warmup_steps 2 --compile.enable true --profiling.enable_profiling true \
         --profiling.profile_freq 5 --validation.enable false --generation.enable false --checkpoint.enable false
