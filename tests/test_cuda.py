@@ -1,4 +1,5 @@
-"""One GPU against the CPU: the same weights, rows, losses. Skipped, with a note, where there is none."""
+"""One GPU against the CPU: the same weights, rows, losses; and no waiting for it. Skipped, with a note, where there is
+none."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ENVIRONMENT
+from tests.conftest import ENVIRONMENT, ROOT
 
 pytestmark = [
     pytest.mark.cuda,
@@ -35,3 +36,53 @@ def test_a_gpu_has_the_curve_of_the_cpu(tmp_path, compiled: str) -> None:
         subprocess.run(command, env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": visible}, check=True, timeout=500)
     # Other kernels sum in another order: 1e-6 a step, growing.
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-4)
+
+
+# Several steps as the loop takes them, with their rows' way to the GPU; the first ones warm up.
+STEPS = """
+import numpy as np, torch
+from torchtitan_style.config import load_config
+from torchtitan_style.config.layout import plan_layout
+from torchtitan_style.data.loader import Batch, microbatch
+from torchtitan_style.data.rows import Rows
+from torchtitan_style.distributed.world import init_world
+from torchtitan_style.optim.guard import StepGuard
+from torchtitan_style.step import build_model, build_optimizer, train_step
+
+config = load_config("train_configs/qwen3.toml", [
+    "--model.flavor", "debug", "--optimizer.name", "{optimizer}", "--activation_checkpoint.mode", "{recompute}",
+    "--training.spike_sigma", "3",
+])
+world = init_world(plan_layout(config.parallelism, 1), timeout_seconds=60)
+model = build_model(config, world, warn=print)
+optimizer = build_optimizer(model, config)
+guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
+ids = np.random.default_rng(0).integers(0, 512, (4, 65))
+rows = Rows(ids[:, :-1], ids[:, 1:], np.zeros_like(ids[:, 1:]))
+
+def step(number):
+    parts = [microbatch(rows.take(np.arange(at, at + 2)), world.device, document_mask=False) for at in (0, 2)]
+    return train_step(model, optimizer, Batch(parts, hash=0), step=number, config=config, world=world, guard=guard)
+
+for number in range(1, 4):
+    step(number)
+torch.cuda.synchronize()
+torch.cuda.set_sync_debug_mode("error")
+results = [step(number) for number in range(4, 8)]
+torch.cuda.set_sync_debug_mode("default")
+assert all(torch.isfinite(result.loss) for result in results)
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_training_step_never_waits_for_the_gpu(optimizer: str, recompute: str) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    code = STEPS.format(optimizer=optimizer, recompute=recompute)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": visible},
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+    )

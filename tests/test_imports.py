@@ -115,7 +115,7 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
     ("module", "unwanted"),
     [
         (PACKAGE, {"torch", "transformers", "pyarrow", "numpy", "pydantic"}),
-        (f"{PACKAGE}.__main__", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
+        (f"{PACKAGE}.__main__", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy", "pydantic"}),
         (f"{PACKAGE}.launch", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.train", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.preparation", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),

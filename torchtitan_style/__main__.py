@@ -10,6 +10,8 @@ import importlib
 import sys
 from typing import Any
 
+from .errors import UserError
+
 
 def _imported(module: str) -> Any:
     """A module of the package. Exits with a message if it needs a package that is not installed."""
@@ -24,13 +26,7 @@ def _imported(module: str) -> Any:
         raise SystemExit(2) from None
 
 
-_imported(".commands.cli")
-
-from .commands.cli import reported_errors  # noqa: E402
-from .config.help import section_help, section_names  # noqa: E402
-from .errors import UserError  # noqa: E402
-
-USAGE = f"""\
+USAGE = """\
 usage: python -m torchtitan_style COMMAND [...]
 
   train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
@@ -47,8 +43,8 @@ usage: python -m torchtitan_style COMMAND [...]
   --help SECTION    every key of a section of the configuration, with its default
   COMMAND --help    what a command takes
 
-Sections: {", ".join(section_names()[:8])},
-          {", ".join(section_names()[8:])}
+Sections: job, model, data, training, optimizer, optimizer.muon, lr_scheduler, parallelism,
+          activation_checkpoint, compile, checkpoint, validation, metrics, profiling, comm, generation, debug
 
 ./run_train.sh takes the same arguments as train, sets up the environment and starts one process per
 GPU (NPROC=4 ./run_train.sh for another number).
@@ -58,16 +54,19 @@ COMMANDS = ("train", "prepare", "generate", "chat", "checkpoint", "import-hf", "
 
 
 def main(arguments: list[str]) -> None:
-    with reported_errors():
-        if not arguments or arguments[0] in ("--help", "-h", "help"):
-            print(section_help(arguments[1]) if len(arguments) > 1 else USAGE)
+    if not arguments or arguments in (["--help"], ["-h"], ["help"]):
+        print(USAGE)  # at once: what checks a configuration takes longer to import than Python to start
+        return
+    with _imported(".commands.cli").reported_errors():
+        if arguments[0] in ("--help", "-h", "help"):
+            print(_imported(".config.help").section_help(arguments[1]))
             return
         name, *rest = arguments
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise UserError(f'there is no command "{name}"; {hint}')
-    # Only now: each imports what it needs, and --help is to be there at once.
+    # Only now: each imports what it needs, and help is to be there at once.
     _imported(f".commands.{name.replace('-', '_')}").main(rest)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from torchtitan_style.__main__ import USAGE
 from torchtitan_style.config import load_config, to_toml
-from torchtitan_style.config.help import section_help, section_names
+from torchtitan_style.config.help import section_help
+from torchtitan_style.config.schema import SECTIONS
 from torchtitan_style.errors import UserError
 
 
@@ -54,7 +57,8 @@ def test_a_mistake_names_the_whole_key(tmp_path: Path, text: str, overrides: lis
 
 
 def test_help() -> None:
-    assert "optimizer.muon" in section_names()
+    listed = USAGE[USAGE.index("Sections:") :].partition("\n\n")[0]
+    assert re.findall(r"[\w.]+", listed)[1:] == list(SECTIONS)
     assert "optimizer.muon.ns_steps = 5" in section_help("optimizer.muon")
     assert "Rounds of the Newton-Schulz iteration" in section_help("optimizer.muon.ns_steps")
     assert "--help optimizer.muon" in section_help("optimizer")

@@ -12,11 +12,7 @@ from torchtitan_style.errors import UserError
 from .load import nearest_section
 from .schema import SECTIONS
 
-__all__ = ["section_help", "section_names"]
-
-
-def section_names() -> list[str]:
-    return list(SECTIONS)
+__all__ = ["section_help"]
 
 
 def section_help(name: str) -> str:
