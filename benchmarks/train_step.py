@@ -37,7 +37,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     given = {
         "training.seq_len": arguments.seq_len,
         "training.global_batch_size": arguments.rows,
-        "training.local_batch_size": arguments.rows,
+        "training.local_batch_size": -1,
         "optimizer.lr": LR,
         "lr_scheduler.warmup_steps": 0,
         "activation_checkpoint.mode": arguments.recompute,
@@ -61,8 +61,8 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     return [text for key, value in given.items() for text in (f"--{key}", str(value))] + arguments.ours
 
 
-def make_config(arguments: argparse.Namespace, *more: str) -> Config:
-    return load_config(DEFAULT_CONFIG, [*overrides(arguments), *more], world_size=1)
+def make_config(arguments: argparse.Namespace, *more: str, world_size: int = 1) -> Config:
+    return load_config(DEFAULT_CONFIG, [*overrides(arguments), *more], world_size=world_size)
 
 
 def tokens(config: Qwen3Config, arguments: argparse.Namespace, device: str) -> torch.Tensor:
@@ -77,20 +77,30 @@ def tokens(config: Qwen3Config, arguments: argparse.Namespace, device: str) -> t
 
 def ours(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
     """What ``train`` runs at each step, without logging and data."""
+    serve(turns, our_step(arguments, turns.device, *our_compile(compile)))
+
+
+def our_compile(compile: str) -> list[str]:
+    """The command line of our config that compiles nothing ("eager"), or each "block", or the "model"."""
+    if compile == "eager":
+        return ["--compile.enable", "false"]
+    return ["--compile.enable", "true", "--compile.scope", compile]
+
+
+def our_step(arguments: argparse.Namespace, device: str, *more: str, world_size: int = 1) -> Callable[[], None]:
+    """A step of this rank's rows. more: of the command line, for our config."""
     from torchtitan_style.config.layout import plan_layout
     from torchtitan_style.data.loader import Batch, Microbatch
     from torchtitan_style.distributed.world import init_world
     from torchtitan_style.optim.guard import StepGuard
     from torchtitan_style.step import build_model, build_optimizer, train_step
 
-    enabled = "false" if compile == "eager" else "true"
-    scope = "block" if compile == "eager" else compile
-    config = make_config(arguments, "--compile.enable", enabled, "--compile.scope", scope)
-    world = init_world(plan_layout(config.parallelism, 1), timeout_seconds=600)
+    config = make_config(arguments, *more, world_size=world_size)
+    world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=600)
     model = build_model(config, world, warn=print)
     optimizer = build_optimizer(model, config)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    ids = tokens(config.model.qwen3(), arguments, turns.device)
+    ids = tokens(config.model.qwen3(), arguments, device).chunk(world.layout.dp)[world.dp_rank]
     batch = Batch([Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)], hash=0)
     step = 0
 
@@ -99,7 +109,7 @@ def ours(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
         step += 1
         train_step(model, optimizer, batch, step=step, config=config, world=world, guard=guard)
 
-    serve(turns, run)
+    return run
 
 
 def hf_model(arguments: argparse.Namespace, attention: str) -> Any:

@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
@@ -28,7 +27,7 @@ from torchtitan_style.distributed.compile import apply_compile
 from torchtitan_style.distributed.loss import chunked_cross_entropy
 from torchtitan_style.distributed.sharding import compute_in, shard
 
-from .model import Qwen3ForCausalLM
+from .model import Qwen3ForCausalLM, RMSNorm, rms_norm
 
 __all__ = ["parallelize_qwen3"]
 
@@ -86,26 +85,25 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
     Between blocks each rank holds T/tp positions of the residual stream. Attention and MLP gather
     the positions, compute a share of the heads or of the intermediate features, and scatter the sum.
     """
-    # Norms over C see a part of the positions; those over D (QK-norm) a part of the heads, which are
-    # dimension 2 of [B, T, H, D]. Their weights are on the tp mesh either way, and their gradients
-    # are summed over it.
+    # Norms over C see a part of the positions; those over D (QK-norm) a part of the heads. Their weights
+    # are on the tp mesh either way, and their gradients are summed over it.
     plan: dict[str, ParallelStyle] = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "model.norm": SequenceParallel(),
+        "model.norm": _NormOfPart(),
         "lm_head": _LMHeadParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
     block_plan: dict[str, ParallelStyle] = {
-        "input_layernorm": SequenceParallel(),
+        "input_layernorm": _NormOfPart(),
         "self_attn": PrepareModuleInput(
             input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
-        "self_attn.q_proj": ColwiseParallel(use_local_output=False),
-        "self_attn.k_proj": ColwiseParallel(use_local_output=False),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
-        "self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "self_attn.q_norm": _NormOfPart(),
+        "self_attn.k_norm": _NormOfPart(),
         "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
-        "post_attention_layernorm": SequenceParallel(),
+        "post_attention_layernorm": _NormOfPart(),
         "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
@@ -115,6 +113,24 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
         plan |= {f"model.layers.{i}.{name}": style for name, style in block_plan.items()}
     parallelize_module(model, tp_mesh, plan)
     model.model.embed_tokens.register_forward_hook(_wait)
+
+
+class _NormOfPart(ParallelStyle):
+    """A norm of the rows that a rank holds, on plain tensors: as DTensors, its dozen small operations and theirs
+    in the backward pass take longer to dispatch than to compute (docs/performance.md)."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, RMSNorm)
+        weight = DTensor.from_local(module.weight.detach(), device_mesh, [Replicate()], run_check=False)
+        module.weight = nn.Parameter(weight)
+
+        def forward(x: Tensor) -> Tensor:
+            # Each rank finds the part of the weight's gradient that comes from its rows.
+            weight: Any = module.weight
+            return rms_norm(x, weight.to_local(grad_placements=[Partial()]), module.eps)
+
+        module.forward = forward  # type: ignore[method-assign]
+        return module
 
 
 class _LMHeadParallel(ColwiseParallel):

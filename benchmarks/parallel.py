@@ -1,0 +1,247 @@
+"""What a layout costs: the same step on one process, and split over two by FSDP2 or tensor parallelism, side by side.
+
+    python benchmarks/parallel.py                        # eager; on CPU two processes of one thread
+    python benchmarks/parallel.py --compile block
+    python benchmarks/parallel.py --model mini --rows 4 --seq-len 512 --json layouts.json
+
+All contenders do the same work, one global batch, with as many threads in all as there are processes in the largest
+layout. They take turns with the single process; ratios are medians over the turns. Before the turns each layout runs
+some steps under torch's profiler, which tell how long rank 0 stood still until a collective was done, and one whose
+collectives are counted as the backend runs them: gloo takes an all-reduce for a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from race import Racer, Turns, machine, ratio, serve, start, table
+from torch.profiler import ProfilerActivity, profile, record_function
+from train_step import SHAPES, make_config, our_compile, our_step
+
+from torchtitan_style.models.qwen3.config import FLAVORS
+
+CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one process": (1, ()),
+    "one process, wrapped by FSDP2": (1, ()),
+    "dp2": (2, ()),
+    "dp2, parameters kept": (2, ("--parallelism.fsdp_reshard_after_forward", "never")),
+    "tp2": (2, ("--parallelism.tensor_parallel_degree", "2")),
+}
+"""Name → number of processes and command line for our config. The first is what the others are compared with."""
+
+WARM_UP, PROFILED = 3, 5
+"""Steps."""
+
+BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Int": 4, "Double": 8, "Long": 8, "Bool": 1, "Byte": 1}
+
+
+# The contenders, each in its own processes
+
+
+def contend(name: str, arguments: argparse.Namespace, turns: Turns) -> None:
+    """Serve a layout's steps, after a look at its communication. Does not return."""
+    processes, given = CONTENDERS[name]
+    if name == "one process, wrapped by FSDP2":
+        wrap_always()
+    step = our_step(arguments, turns.device, *given, *our_compile(arguments.compile), world_size=processes)
+    for _ in range(WARM_UP):
+        step()
+    found = {**collectives(step), **waiting(step, turns.device)}
+    if dist.get_rank() == 0:
+        Path(arguments.communication).write_text(json.dumps(found), encoding="utf-8")
+    serve(turns, step)
+
+
+def wrap_always() -> None:
+    """Have a single process use FSDP2, which it does without otherwise."""
+    from torchtitan_style.distributed.sharding import shard
+    from torchtitan_style.models.qwen3 import parallelize
+
+    def wrap(model: Any, dtype: torch.dtype) -> None:
+        mesh = dist.device_mesh.init_device_mesh(
+            "cuda" if torch.cuda.is_available() else "cpu", (1, 1), mesh_dim_names=("dp_replicate", "dp_shard")
+        )
+        shard(
+            model,
+            model.model.layers,
+            mesh,
+            param_dtype=dtype,
+            reduce_dtype=torch.float32,
+            reshard_after_forward=True,
+        )
+
+    parallelize.compute_in = wrap
+
+
+def collectives(step: Callable[[], None]) -> dict[str, Any]:
+    """Number and bytes of the collectives of a step, by kind. The bytes of one are those of its larger side."""
+    before = recorded()
+    step()
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for entry in recorded():
+        if entry["record_id"] > max((e["record_id"] for e in before), default=-1):
+            kind = entry["profiling_name"].split(":")[-1].strip("_")
+            counts[kind] += 1
+            sizes[kind] += max(
+                sum(math.prod(s) * BYTES[d] for s, d in zip(entry[f"{x}_sizes"], entry[f"{x}_dtypes"], strict=True))
+                for x in ("input", "output")
+            )
+    return {"collectives": counts, "bytes": sizes}
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The last collectives, as torch's flight recorder has them."""
+    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
+
+    return json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False)).get("entries", [])
+
+
+def waiting(step: Callable[[], None], device: str) -> dict[str, Any]:
+    """Share of a step's time that this rank stands still until a collective is done: the median of some steps.
+
+    On a GPU this is the share of its time that collectives take, whether or not it computes beside them.
+    """
+    on_gpu = device.startswith("cuda")
+    work: Any = dist.Work
+    wait = work.wait
+
+    def recorded_wait(self: Any, *given: Any, **named: Any) -> Any:
+        with record_function("wait"):
+            return wait(self, *given, **named)
+
+    work.wait = recorded_wait
+    shares = []
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    for _ in range(PROFILED):
+        with profile(activities=activities) as profiler:
+            began = time.perf_counter()
+            step()
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+        events = profiler.key_averages()
+        if on_gpu:
+            waited = sum(event.self_device_time_total for event in events if event.key.startswith("nccl"))
+        else:
+            waited = sum(e.cpu_time_total for e in events if e.key in ("wait", "_c10d_functional::wait_tensor"))
+        shares.append(waited / 1e6 / seconds)
+    work.wait = wait
+    return {"waiting": statistics.median(shares), "waiting_of_steps": shares}
+
+
+# The benchmark
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="small", choices=[*FLAVORS, *SHAPES])
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--compile", default="eager", choices=["eager", "block", "model"])
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders with this in the name")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--communication", help=argparse.SUPPRESS)
+    arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
+    arguments.recompute = "none"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.serve:
+        contend(arguments.serve, arguments, Turns(device))
+    make_config(arguments)  # so that a mistake shows at once
+
+    names = [n for n in CONTENDERS if not arguments.only or any(text in n for text in arguments.only)]
+    first, *others = dict.fromkeys([*CONTENDERS][:1] + names)
+    reference, alone = begin(first, arguments)
+    racers, ratios, communication = [reference], {first: 1.0}, {first: alone}
+    for name in others:
+        racer, communication[name] = begin(name, arguments)
+        for _ in range(arguments.repeats):
+            reference.turn(arguments.steps)
+            racer.turn(arguments.steps)
+        ratios[name] = ratio(racer, reference, arguments.repeats)
+        print(f"{name}: {ratios[name]:.2f} times the time of {first}", flush=True)
+        racer.stop()
+        racers.append(racer)
+    reference.stop()
+    report(arguments, racers, ratios, communication, machine(device))
+
+
+def begin(name: str, arguments: argparse.Namespace) -> tuple[Racer, dict[str, Any]]:
+    """Start a contender; what it found about its communication comes back with it."""
+    given = ["--model", arguments.model, "--rows", str(arguments.rows), "--seq-len", str(arguments.seq_len)]
+    given += ["--compile", arguments.compile, "--serve", name, *arguments.ours]
+    processes = CONTENDERS[name][0]
+    threads = max((os.cpu_count() or 2) // processes, 1) if torch.cuda.is_available() else 2 // processes
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "communication.json"
+        racer = start(
+            name,
+            __file__,
+            [*given, "--communication", str(file)],
+            processes=processes,
+            threads=threads,
+            environment={"TORCH_FR_BUFFER_SIZE": "10000"},
+        )
+        racer.warm_up(1)
+        return racer, json.loads(file.read_text(encoding="utf-8"))
+
+
+def report(
+    arguments: argparse.Namespace,
+    racers: list[Racer],
+    ratios: dict[str, float],
+    communication: dict[str, dict[str, Any]],
+    about: dict[str, str],
+) -> None:
+    per_step = arguments.rows * arguments.seq_len
+    # In units of the reference, whose turns are next to everybody's.
+    alone = statistics.median(racers[0].seconds) if len(racers) > 1 else math.nan
+    rows = []
+    for racer in racers:
+        found = communication[racer.name]
+        by_kind = ", ".join(
+            f"{count} {kind.replace('_', '-')} ({found['bytes'][kind] / 2**20:,.1f} MiB)"
+            for kind, count in sorted(found["collectives"].items())
+        )
+        rows.append(
+            (
+                racer.name,
+                f"{per_step / (alone * ratios[racer.name]):,.0f}",
+                f"{ratios[racer.name]:.2f}",
+                by_kind,
+                f"{found['waiting']:.0%}",
+                f"{racer.memory / 2**20:,.0f}",
+            )
+        )
+    print(
+        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, bf16, {arguments.compile}; "
+        f"{about['device']}, torch {about['torch']}; medians of {arguments.repeats} turns of {arguments.steps} steps\n"
+    )
+    heads = ("", "tokens/s", "× time of one process", "collectives of a step", "waiting", "MiB of rank 0")
+    print(table(heads, rows))
+    if arguments.json:
+        figures = {r.name: r.figures | {"ratio": ratios[r.name]} | communication[r.name] for r in racers}
+        shape = {k: getattr(arguments, k) for k in ("model", "rows", "seq_len", "compile", "repeats", "steps")}
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": about, "arguments": shape, "contenders": figures}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""How many collectives a training step of each layout has: one more than needed costs every step of every run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+BLOCKS, MICROBATCHES = 2, 2
+UNITS = BLOCKS + 1  # that FSDP gathers and reduces at once: the blocks, and what is outside of them
+NORMS = 4 * BLOCKS + 1
+
+# FSDP: a block is gathered forward and backward, the rest once; the gradients are summed after the last microbatch,
+# which gloo does by an exchange. The step: the number of tokens; the loss with the gradient's norm.
+FSDP = {"all-gather": MICROBATCHES * (BLOCKS + UNITS), "all-to-all": UNITS}
+STEP = {"all-reduce": 2}
+# Tensor parallelism: attention, MLP and the head or the embedding gather and scatter, forward and backward; the loss
+# has a maximum and sums. The norms' gradients are summed once.
+TP = {
+    "all-gather": MICROBATCHES * 2 * (2 * BLOCKS + 1),
+    "reduce-scatter": MICROBATCHES * 2 * (2 * BLOCKS + 1),
+    "all-reduce": MICROBATCHES * 2 + NORMS,
+}
+COUNTS = {
+    "dp2": Counter(FSDP) + Counter(STEP),
+    "tp2": Counter(TP) + Counter(STEP),
+    "dp2 × tp2": Counter(FSDP) + Counter(TP) + Counter(STEP),
+}
+DEGREES = {"dp2": (2, 1), "tp2": (1, 2), "dp2 × tp2": (2, 2)}
+
+
+@pytest.mark.parametrize("layout", COUNTS)
+def test_a_step_has_no_more_collectives_than_it_needs(run_ranks, tmp_path: Path, layout: str) -> None:
+    dp, tp = DEGREES[layout]
+    output = tmp_path / "collectives.json"
+    run_ranks(Path(__file__).parent / "collectives_of_layouts.py", dp * tp, dp, tp, output)
+    assert json.loads(output.read_text()) == COUNTS[layout]
