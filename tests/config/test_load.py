@@ -238,6 +238,13 @@ def test_whole_model_compilation_of_recomputed_tensor_parallel_blocks_is_refused
     assert line.startswith("FILE: compile.scope (with --parallelism.tensor_parallel_degree): ")
 
 
+def test_a_memory_budget_of_tensor_parallel_blocks_is_refused(tmp_path: Path) -> None:
+    toml = "[compile]\nenable = true\n[activation_checkpoint]\nmode = 'memory_budget'"
+    assert loaded(tmp_path, toml)
+    [line] = problems_of(tmp_path, toml, "--parallelism.tensor_parallel_degree=2", world_size=2)
+    assert line.startswith("FILE: activation_checkpoint.mode (with --parallelism.tensor_parallel_degree): ")
+
+
 @pytest.mark.parametrize(
     ("toml", "key", "world_size"),
     [

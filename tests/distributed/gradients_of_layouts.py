@@ -54,7 +54,7 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
         ("block", "untied", "op"),
         ("block", "tied", "full"),
         ("block", "untied", "2"),
-        ("block", "untied", "budget"),
+        *([("block", "untied", "budget")] if tp == 1 else []),
         ("model", "tied", "none"),
         ("model", "untied", "op"),
     ]

@@ -128,6 +128,11 @@ def _rest(config: Config) -> Iterator[Problem]:
             ("activation_checkpoint.mode", "compile.enable"),
             '"memory_budget" is the compiler\'s choice: it needs compile.enable = true',
         )
+    if recompute.mode == "memory_budget" and config.parallelism.tensor_parallel_degree > 1:
+        yield Problem(
+            ("activation_checkpoint.mode", "parallelism.tensor_parallel_degree"),
+            'torch cannot weigh the activations of tensor-parallel blocks: use "selective" or "full"',
+        )
     blocks = recompute.mode == "full" or (recompute.mode == "selective" and option != "op")
     if compiled.enable and compiled.scope == "model" and blocks and config.parallelism.tensor_parallel_degree > 1:
         yield Problem(

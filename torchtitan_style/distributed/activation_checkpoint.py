@@ -43,7 +43,7 @@ def set_memory_budget(config: ActivationCheckpoint, *, device_type: str, tp: int
     budget = 1.0
     if config.mode == "memory_budget":
         budget = config.memory_budget
-    elif config.mode == "none" and device_type == "cpu" and tp == 1:  # else what is recomputed may be communicated
+    elif config.mode == "none" and device_type == "cpu" and tp == 1:  # torch cannot weigh tp's
         budget = _CPU_MEMORY_BUDGET
     functorch_config.activation_memory_budget = budget
 
