@@ -106,8 +106,7 @@ def run(config: Config, world: World) -> dict[str, float]:
         after_step(self, result)
         if self.state.step == 1:
             clock.restart()
-        elif self.state.step == config.training.steps:
-            clock.stop()
+        clock.stop()
 
     trainer.Trainer._after_step = restarting  # type: ignore[method-assign]
     trainer.Trainer(config, world).run()
@@ -152,8 +151,11 @@ def tiny_steps(layers: int, world: World) -> dict[str, Callable[[], None]]:
 
 def tiny_seconds(world: World, repeats: int) -> dict[int, dict[str, float]]:
     """Seconds of a step by number of layers and contender: medians of ``repeats`` alternating ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # there is nothing to share out, and waiting for each other would be what is measured
     found = {}
     for layers in LAYERS:
+        GarbageCollector(every=1)  # off, as in training
         steps = tiny_steps(layers, world)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(repeats + 3):
@@ -165,6 +167,7 @@ def tiny_seconds(world: World, repeats: int) -> dict[int, dict[str, float]]:
                 if repeat >= 3:  # the first ones warm up
                     seconds[name].append(time.perf_counter() - begin)
         found[layers] = {name: statistics.median(times) for name, times in seconds.items()}
+    torch.set_num_threads(threads)
     return found
 
 
@@ -211,7 +214,7 @@ def report_layers(found: dict[int, dict[str, float]]) -> None:
     rows = [(str(layers), *(f"{found[layers][name] * 1e3:.2f}" for name in names)) for layers in found]
     fewest, most = LAYERS[0], LAYERS[-1]
     each = [(found[most][name] - found[fewest][name]) / (most - fewest) for name in names]
-    print("\nan uncompiled step of a model without computation, ms\n")
+    print("\nan uncompiled step of a model without computation, on one thread, ms\n")
     print(table(("layers", *names), [*rows, ("each layer more", *(f"{seconds * 1e3:.3f}" for seconds in each))]))
 
 
