@@ -28,8 +28,6 @@ KINDS = {
     "all_gather": "all-gather",
     "allgather": "all-gather",
     "reduce_scatter": "reduce-scatter",
-    "all_to_all": "all-to-all",
-    "alltoall": "all-to-all",
     "all_reduce": "all-reduce",
     "allreduce": "all-reduce",
 }

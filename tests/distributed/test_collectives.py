@@ -12,9 +12,9 @@ BLOCKS, MICROBATCHES = 2, 2
 UNITS = BLOCKS + 1  # that FSDP gathers and reduces at once: the blocks, and what is outside of them
 NORMS = 4 * BLOCKS + 1
 
-# FSDP: a block is gathered forward and backward, the rest once; the gradients are summed after the last microbatch,
-# which gloo does by an exchange. The step: the number of tokens; the loss with the gradient's norm.
-FSDP = {"all-gather": MICROBATCHES * (BLOCKS + UNITS), "all-to-all": UNITS}
+# FSDP: a block is gathered forward and backward, the rest once; the gradients are summed after the last microbatch.
+# The step: the number of tokens; the loss with the gradient's norm.
+FSDP = {"all-gather": MICROBATCHES * (BLOCKS + UNITS), "reduce-scatter": UNITS}
 STEP = {"all-reduce": 2}
 # Tensor parallelism: attention, MLP and the head or the embedding gather and scatter, forward and backward; the loss
 # has a maximum and sums. The norms' gradients are summed once.

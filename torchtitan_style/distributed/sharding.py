@@ -7,15 +7,13 @@ to gather or to sum: there ``compute_in`` makes the change of type alone, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.nn.utils.stateless import _reparametrize_module
 
 __all__ = ["compute_in", "shard"]
@@ -48,30 +46,6 @@ def shard(
             # A factor of 1 needs no pre-multiplied reduction, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if dist.get_backend(fsdp_mesh.get_group("dp_shard")) == "gloo":
-                module.set_custom_reduce_scatter(_ExchangeAndSum())
-
-
-class _ExchangeAndSum(ReduceScatter):
-    """Reduce-scatter for gloo, whose own is an all-reduce of everything: ranks send each other the parts that they
-    are to sum, which is half the bytes (measured: docs/performance.md)."""
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        assert op == dist.ReduceOp.SUM
-        assert not async_op
-        parts = torch.empty_like(input_tensor)
-        dist.all_to_all_single(parts, input_tensor, group=group)
-        torch.sum(parts.view(group.size(), -1), dim=0, out=output_tensor)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -116,8 +116,8 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
 
 
 class _NormOfPart(ParallelStyle):
-    """A norm of the rows that a rank holds, on plain tensors: as DTensors, its dozen small operations and theirs
-    in the backward pass take longer to dispatch than to compute (docs/performance.md)."""
+    """A norm of the rows that a rank holds, on plain tensors: a norm is a dozen small operations, each of which
+    would be dispatched in Python as one of DTensors (docs/performance.md)."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, RMSNorm)
