@@ -27,19 +27,19 @@ from typing import Any
 
 import torch
 from race import machine, table
+from train_step import step_on
 
 from torchtitan_style import trainer
 from torchtitan_style.config import Config, load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
-from torchtitan_style.data.loader import Batch, Loader, Microbatch
+from torchtitan_style.data.loader import Loader
 from torchtitan_style.distributed.garbage import GarbageCollector
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.ending import ending_at_once, interruptible
 from torchtitan_style.metrics.log import TrainingLog
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.step import build_model, build_optimizer, train_step
 
 STEP = "training steps"
 ASKED_FOR = ("validation", "samples of text", "checkpoints")
@@ -122,19 +122,8 @@ def tiny_steps(layers: int, world: World) -> dict[str, Callable[[], None]]:
         "training.seq_len": 8, "training.global_batch_size": 1,
     }  # fmt: skip
     config = load_config(DEFAULT_CONFIG, [text for k, v in shape.items() for text in (f"--{k}", str(v))])
-    model = build_model(config, world, warn=print)
-    optimizer = build_optimizer(model, config)
-    guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
     ids = torch.randint(0, 512, (1, 9), device=world.device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    batch = Batch([Microbatch(inputs, labels, None)], hash=0)
-    step = 0
-
-    def ours() -> None:
-        nonlocal step
-        step += 1
-        train_step(model, optimizer, batch, step=step, config=config, world=world, guard=guard)
-
     bare = Qwen3ForCausalLM(config.model.qwen3()).to(world.device)
     adamw = torch.optim.AdamW(bare.parameters(), lr=1e-3, fused=True)
 
@@ -146,7 +135,7 @@ def tiny_steps(layers: int, world: World) -> dict[str, Callable[[], None]]:
         torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
         adamw.step()
 
-    return {"ours": ours, "by hand": by_hand}
+    return {"ours": step_on(ids, config, world), "by hand": by_hand}
 
 
 def tiny_seconds(world: World, repeats: int) -> dict[int, dict[str, float]]:

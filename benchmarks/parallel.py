@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from race import Racer, Turns, machine, ratio, serve, start, table
+from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
 from torch.profiler import ProfilerActivity, profile, record_function
 from train_step import SHAPES, make_config, our_compile, our_step
 
@@ -146,18 +146,8 @@ def waiting(step: Callable[[], None], device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", default="small", choices=[*FLAVORS, *SHAPES])
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser = parser_of(__doc__, CONTENDERS, [*FLAVORS, *SHAPES])
     parser.add_argument("--compile", default="eager", choices=["eager", "block", "model"])
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders with this in the name")
-    parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--communication", help=argparse.SUPPRESS)
     arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
     arguments.recompute = "none"
@@ -165,25 +155,13 @@ def main() -> None:
     if arguments.serve:
         contend(arguments.serve, arguments, Turns(device))
     make_config(arguments)  # so that a mistake shows at once
-
-    names = [n for n in CONTENDERS if not arguments.only or any(text in n for text in arguments.only)]
-    first, *others = dict.fromkeys([*CONTENDERS][:1] + names)
-    reference, alone = begin(first, arguments)
-    racers, ratios, communication = [reference], {first: 1.0}, {first: alone}
-    for name in others:
-        racer, communication[name] = begin(name, arguments)
-        for _ in range(arguments.repeats):
-            reference.turn(arguments.steps)
-            racer.turn(arguments.steps)
-        ratios[name] = ratio(racer, reference, arguments.repeats)
-        print(f"{name}: {ratios[name]:.2f} times the time of {first}", flush=True)
-        racer.stop()
-        racers.append(racer)
-    reference.stop()
-    report(arguments, racers, ratios, communication, machine(device))
+    racers = race(CONTENDERS, lambda name: begin(name, arguments), arguments)
+    about = machine(device)
+    report(arguments, racers, about)
+    write(arguments, about, racers)
 
 
-def begin(name: str, arguments: argparse.Namespace) -> tuple[Racer, dict[str, Any]]:
+def begin(name: str, arguments: argparse.Namespace) -> Racer:
     """Start a contender; what it found about its communication comes back with it."""
     given = ["--model", arguments.model, "--rows", str(arguments.rows), "--seq-len", str(arguments.seq_len)]
     given += ["--compile", arguments.compile, "--serve", name, *arguments.ours]
@@ -200,22 +178,15 @@ def begin(name: str, arguments: argparse.Namespace) -> tuple[Racer, dict[str, An
             environment={"TORCH_FR_BUFFER_SIZE": "10000"},
         )
         racer.warm_up(1)
-        return racer, json.loads(file.read_text(encoding="utf-8"))
+        racer.more = json.loads(file.read_text(encoding="utf-8"))
+        return racer
 
 
-def report(
-    arguments: argparse.Namespace,
-    racers: list[Racer],
-    ratios: dict[str, float],
-    communication: dict[str, dict[str, Any]],
-    about: dict[str, str],
-) -> None:
+def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, str]) -> None:
     per_step = arguments.rows * arguments.seq_len
-    # In units of the reference, whose turns are next to everybody's.
-    alone = statistics.median(racers[0].seconds) if len(racers) > 1 else math.nan
     rows = []
     for racer in racers:
-        found = communication[racer.name]
+        found = racer.more
         by_kind = ", ".join(
             f"{count} {kind.replace('_', '-')} ({found['bytes'][kind] / 2**20:,.1f} MiB)"
             for kind, count in sorted(found["collectives"].items())
@@ -223,8 +194,8 @@ def report(
         rows.append(
             (
                 racer.name,
-                f"{per_step / (alone * ratios[racer.name]):,.0f}",
-                f"{ratios[racer.name]:.2f}",
+                f"{per_step / racer.step_seconds:,.0f}",
+                f"{racer.ratio:.2f}",
                 by_kind,
                 f"{found['waiting']:.0%}",
                 f"{racer.memory / 2**20:,.0f}",
@@ -236,11 +207,6 @@ def report(
     )
     heads = ("", "tokens/s", "× time of one process", "collectives of a step", "waiting", "MiB of rank 0")
     print(table(heads, rows))
-    if arguments.json:
-        figures = {r.name: r.figures | {"ratio": ratios[r.name]} | communication[r.name] for r in racers}
-        shape = {k: getattr(arguments, k) for k in ("model", "rows", "seq_len", "compile", "repeats", "steps")}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": about, "arguments": shape, "contenders": figures}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Contenders that take turns, each in processes of its own, so that a slow moment of the machine hits all of them.
 
-A benchmark calls ``start`` for each contender, with its own script as what to run, and ``Racer.turn`` in turns. The
-script, in the contender's process, calls ``serve`` with the function to be timed. All that the parent sees is
-seconds and bytes; what contenders print goes to standard error.
+A benchmark calls ``race``, which has ``start`` run its own script for each contender. The script, in the contender's
+process, calls ``serve`` with the function to be timed. All that the parent sees is seconds and bytes; what
+contenders print goes to standard error.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -17,11 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Racer", "Turns", "machine", "ratio", "serve", "start", "table"]
+__all__ = ["Racer", "Turns", "machine", "parser_of", "race", "serve", "start", "table", "write"]
 
 
 class Turns:
@@ -92,6 +93,12 @@ class Racer:
         """Bytes that the first process had by then."""
         self.first: list[float] = []
         """Seconds of the steps that it was warmed up with."""
+        self.ratio = 1.0
+        """Times the time of the one that it takes turns with."""
+        self.step_seconds = 0.0
+        """Of a step, as if it had had all the moments that the one that all take turns with had."""
+        self.more: dict[str, Any] = {}
+        """What else its benchmark knows of it."""
 
     def warm_up(self, steps: int) -> None:
         self.first = self._ask(steps)["seconds"]
@@ -124,11 +131,13 @@ class Racer:
     @property
     def figures(self) -> dict[str, Any]:
         return {
-            "seconds": statistics.median(self.seconds),
+            "ratio": self.ratio,
+            "seconds": self.step_seconds,
             "turns": self.seconds,
             "memory_bytes": self.memory,
             "memory_before_bytes": self.before,
             "first_step_seconds": self.first[0] if self.first else None,
+            **self.more,
         }
 
 
@@ -178,9 +187,58 @@ def start(
     return Racer(name, started)
 
 
-def ratio(other: Racer, ours: Racer, last: int) -> float:
-    """How many times as long ``other`` takes: the median over the last so many turns, taken side by side."""
-    return statistics.median(b / a for a, b in zip(ours.seconds[-last:], other.seconds[-last:], strict=True))
+def race(contenders: Iterable[str], begin: Callable[[str], Racer], arguments: argparse.Namespace) -> list[Racer]:
+    """Let each contender that ``arguments`` ask for take turns with the first one, which always takes part.
+
+    begin: starts one and warms it up. Ratios are medians over turns that were side by side.
+    """
+    first, *others = contenders
+    reference = begin(first)
+    racers = [reference]
+    for name in others:
+        if arguments.only and not any(text in name for text in arguments.only):
+            continue
+        racer = begin(name)
+        ratios = []
+        for _ in range(arguments.repeats):
+            alone = reference.turn(arguments.steps)
+            ratios.append(racer.turn(arguments.steps) / alone)
+        racer.stop()
+        racer.ratio = statistics.median(ratios)
+        print(f"{name}: {racer.ratio:.2f} times the time of {first}", flush=True)
+        racers.append(racer)
+    if len(racers) == 1:
+        for _ in range(arguments.repeats):
+            reference.turn(arguments.steps)
+    reference.stop()
+    for racer in racers:
+        racer.step_seconds = racer.ratio * statistics.median(reference.seconds)
+    return racers
+
+
+def parser_of(description: str | None, contenders: Iterable[str], models: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of every race: of the model, of the turns, and which contender a process is to be."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="small", choices=models)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders with this in the name")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--serve", choices=contenders, help=argparse.SUPPRESS)
+    return parser
+
+
+def write(arguments: argparse.Namespace, about: dict[str, str], racers: Sequence[Racer]) -> None:
+    """All figures, to the file that ``--json`` names, if any."""
+    if arguments.json:
+        given = {key: value for key, value in vars(arguments).items() if key not in ("json", "serve")}
+        figures = {racer.name: racer.figures for racer in racers}
+        text = json.dumps({"machine": about, "arguments": given, "contenders": figures}, indent=2)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

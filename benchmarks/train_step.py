@@ -5,27 +5,30 @@
     python benchmarks/train_step.py --model 1.7B --rows 2 --seq-len 4096   # on a GPU
 
 All contenders have the same dimensions, batch, optimizer (fused AdamW on fp32 weights), clipping and bf16 compute.
-Each has a process of its own and takes turns with ours; ratios are medians over the turns. What a process can
-reach at most, the rate of one large bf16 matrix multiplication, takes its turns too. Memory is what a step takes
-at most beyond what the libraries take. LitGPT takes part where it is installed, the Trainer
-where accelerate is, which it needs.
+Each has a process of its own and takes turns with ours; ratios are medians over the turns. What a process can reach
+at most, the rate of one large bf16 matrix multiplication, takes its turns too. Memory is what a step takes at most
+beyond what the libraries take. LitGPT takes part where it is installed, the Trainer where accelerate is, which it
+needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from race import Racer, Turns, machine, ratio, serve, start, table
+from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
 
 from torchtitan_style.config import Config, load_config
+from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
+from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
+from torchtitan_style.optim.guard import StepGuard
+from torchtitan_style.step import build_model, build_optimizer, train_step
 
 SHAPES = {"100M": (768, 2048, 12, 12, 4, 64, 32_768)}
 """Beside the flavors: hidden and intermediate size, layers, heads, key/value heads, head size, vocabulary."""
@@ -90,18 +93,17 @@ def our_compile(compile: str) -> list[str]:
 
 def our_step(arguments: argparse.Namespace, device: str, *more: str, world_size: int = 1) -> Callable[[], None]:
     """A step of this rank's rows. more: of the command line, for our config."""
-    from torchtitan_style.config.layout import plan_layout
-    from torchtitan_style.data.loader import Batch, Microbatch
-    from torchtitan_style.distributed.world import init_world
-    from torchtitan_style.optim.guard import StepGuard
-    from torchtitan_style.step import build_model, build_optimizer, train_step
-
     config = make_config(arguments, *more, world_size=world_size)
     world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=600)
+    rows = tokens(config.model.qwen3(), arguments, device).chunk(world.layout.dp)
+    return step_on(rows[world.dp_rank], config, world)
+
+
+def step_on(ids: torch.Tensor, config: Config, world: World) -> Callable[[], None]:
+    """What ``train`` does at each step, on the same rows [B, T + 1] each time."""
     model = build_model(config, world, warn=print)
     optimizer = build_optimizer(model, config)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    ids = tokens(config.model.qwen3(), arguments, device).chunk(world.layout.dp)[world.dp_rank]
     batch = Batch([Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)], hash=0)
     step = 0
 
@@ -246,17 +248,13 @@ def matmul(arguments: argparse.Namespace, turns: Turns) -> None:
     size = 8192 if turns.device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=turns.device).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
-    count = matmul_count(arguments, size)
+    count = max(1, round(step_flops(arguments) / (2 * size**3)))
 
     def step() -> None:
         for _ in range(count):
             torch.mm(a, b, out=out)
 
     serve(turns, step)
-
-
-def matmul_count(arguments: argparse.Namespace, size: int) -> int:
-    return max(1, round(step_flops(arguments) / (2 * size**3)))
 
 
 def step_flops(arguments: argparse.Namespace) -> float:
@@ -279,20 +277,13 @@ CONTENDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
 }
 """Name → function that serves it, and what it is given. The first is what the others are compared with."""
 
+NEEDED = {"LitGPT": "litgpt", "Trainer": "accelerate"}
+"""Package that contenders of this name cannot do without."""
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", default="small", choices=[*FLAVORS, *SHAPES])
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser = parser_of(__doc__, CONTENDERS, [*FLAVORS, *SHAPES])
     parser.add_argument("--recompute", default="none", choices=["none", "full"], help="activation checkpointing")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders with this in the name")
-    parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.serve:
@@ -300,24 +291,12 @@ def main() -> None:
         function(arguments, Turns(device), *given)  # does not return
     make_config(arguments)  # so that a mistake shows at once
 
-    names = [n for n in CONTENDERS if not arguments.only or any(text in n for text in arguments.only)]
-    for text, package in (("LitGPT", "litgpt"), ("Trainer", "accelerate")):
-        if not importlib.util.find_spec(package):
-            names = [name for name in names if text not in name]
-    first, *others = dict.fromkeys([*CONTENDERS][:1] + names)
-    reference = begin(first, arguments)
-    racers, ratios = [reference], {first: 1.0}
-    for name in others:
-        racer = begin(name, arguments)
-        for _ in range(arguments.repeats):
-            reference.turn(arguments.steps)
-            racer.turn(arguments.steps)
-        ratios[name] = ratio(racer, reference, arguments.repeats)
-        print(f"{name}: {ratios[name]:.2f} times the time of {first}", flush=True)
-        racer.stop()
-        racers.append(racer)
-    reference.stop()
-    report(arguments, racers, ratios, machine(device))
+    absent = [text for text, package in NEEDED.items() if not importlib.util.find_spec(package)]
+    names = [name for name in CONTENDERS if not any(text in name for text in absent)]
+    racers = race(names, lambda name: begin(name, arguments), arguments)
+    about = machine(device)
+    report(arguments, racers, about)
+    write(arguments, about, racers)
 
 
 def begin(name: str, arguments: argparse.Namespace) -> Racer:
@@ -329,30 +308,24 @@ def begin(name: str, arguments: argparse.Namespace) -> Racer:
     return racer
 
 
-def report(arguments: argparse.Namespace, racers: list[Racer], ratios: dict[str, float], about: dict[str, str]) -> None:
+def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, str]) -> None:
     import transformers
 
     per_step = arguments.rows * arguments.seq_len
-    reference = racers[0]
-    ours_seconds = statistics.median(reference.seconds)
-    # In units of the reference, whose turns are next to everybody's.
-    seconds = {racer.name: ours_seconds * ratios[racer.name] for racer in racers}
-    peak = seconds.get("large matmuls")
-    rows = []
-    for racer in racers:
-        if racer.name == "large matmuls":
-            continue
-        rows.append(
-            (
-                racer.name,
-                f"{per_step / seconds[racer.name]:,.0f}",
-                f"{ratios[racer.name]:.2f}",
-                f"{peak / seconds[racer.name]:.0%}" if peak else "?",
-                f"{racer.memory / 2**20:,.0f}",
-                f"{racer.memory / reference.memory:.2f}",
-                f"{racer.first[0]:.1f}",
-            )
+    peak = next((racer.step_seconds for racer in racers if racer.name == "large matmuls"), None)
+    rows = [
+        (
+            racer.name,
+            f"{per_step / racer.step_seconds:,.0f}",
+            f"{racer.ratio:.2f}",
+            f"{peak / racer.step_seconds:.0%}" if peak else "?",
+            f"{racer.memory / 2**20:,.0f}",
+            f"{racer.memory / racers[0].memory:.2f}",
+            f"{racer.first[0]:.1f}",
         )
+        for racer in racers
+        if racer.name != "large matmuls"
+    ]
     print(
         f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}; {about['device']}, "
         f"torch {about['torch']}, transformers {transformers.__version__}; "
@@ -362,11 +335,6 @@ def report(arguments: argparse.Namespace, racers: list[Racer], ratios: dict[str,
     print(table(heads, rows))
     if peak:
         print(f"\nlarge bf16 matmuls: {step_flops(arguments) / peak / 1e9:,.0f} GFLOP/s")
-    if arguments.json:
-        figures = {racer.name: racer.figures | {"ratio": ratios[racer.name]} for racer in racers}
-        shape = {k: getattr(arguments, k) for k in ("model", "rows", "seq_len", "repeats", "steps", "recompute")}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": about, "arguments": shape, "contenders": figures}, file, indent=2)
 
 
 if __name__ == "__main__":
