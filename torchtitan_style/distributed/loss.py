@@ -27,9 +27,10 @@ __all__ = ["chunked_cross_entropy"]
 LOGITS_PER_CHUNK = 2**23
 """Logits held at once, on each rank: 16 MiB in bf16."""
 
-MIN_TOKENS_PER_CHUNK = 1024
-"""However large the vocabulary: each chunk adds to the gradient of the whole matrix, which at 512 tokens takes as
-long as a quarter of the multiplications (measured: docs/performance.md)."""
+MIN_TOKENS_PER_CHUNK = {"cpu": 512, "cuda": 4096}
+"""However large the vocabulary. Each chunk adds to the gradient of the whole matrix in fp32, which on CPU takes a fifth
+of the time of the multiplications at 512 tokens (measured: docs/performance.md). By the data sheet of an H100, whose
+multiplications are faster beside its memory, it would be two thirds at 512 tokens and a twelfth at 4096."""
 
 IGNORE = -100
 """Label of a position with nothing to predict."""
@@ -39,8 +40,8 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
     """A loss function for ``LMHead``: (hidden [B, T, C], weight [V, C], labels [B, T], z_loss) → (sum of the
     token losses in fp32, number of labels that are the likeliest token)."""
     group = tp_group if tp_group.size() > 1 else None
-    # Without collectives in it, what is done with a chunk is a graph of its own when compiled.
-    chunk = torch.compile(_chunk, dynamic=False) if compiled and group is None else _chunk
+    # Without collectives in it, what is done with the logits is one graph.
+    operations = _Operations(compiled=compiled and group is None)
 
     def loss_function(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
@@ -49,10 +50,24 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
             hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
         needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return _ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, labels.flatten(), group, chunk, z_loss, needs_grad
+            hidden.flatten(0, 1), weight, labels.flatten(), group, operations, z_loss, needs_grad
         )
 
     return loss_function
+
+
+class _Operations:
+    """What there is beside the matrix multiplications, compiled or not."""
+
+    def __init__(self, *, compiled: bool) -> None:
+        self.compiled = compiled
+
+        def maybe_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, dynamic=False) if compiled else function
+
+        self.logits_loss = maybe_compiled(_logits_loss)
+        self.add = maybe_compiled(Tensor.add_)
+        self.finish = maybe_compiled(_finish)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -63,24 +78,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         group: dist.ProcessGroup | None,
-        chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+        operations: _Operations,
         z_loss: float,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        count = -(-len(hidden) // max(MIN_TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0]))
-        rows = -(-len(hidden) // max(1, count))
+        """hidden: [B·T, C]; weight: [V, C]; labels: [B·T]."""
+        size = max(MIN_TOKENS_PER_CHUNK[hidden.device.type], LOGITS_PER_CHUNK // weight.shape[0])
+        rows = -(-len(hidden) // max(1, -(-len(hidden) // size)))
         first = 0 if group is None else group.rank() * weight.shape[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         right = labels.new_zeros(())
-        hidden_grads: list[Tensor] = []
-        weight_grad: Tensor | None = None
-        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-            loss, correct, hidden_grad, weight_grad = chunk(h, weight, y, weight_grad, first, group, z_loss, needs_grad)
+        # Large enough for the system to hand them out page by page each time, so all chunks use the same.
+        logits = hidden.new_empty(rows, weight.shape[0])
+        logits_grad = torch.empty_like(logits) if operations.compiled else logits
+        hidden_grad, product = torch.empty_like(hidden), hidden.new_empty(weight.T.shape)
+        weight_grad: Tensor | None = None  # [C, V]
+        for start in range(0, len(hidden), rows):
+            h, y = hidden[start : start + rows], labels[start : start + rows]
+            z, grad = logits[: len(h)], logits_grad[: len(h)]
+            torch.mm(h, weight.T, out=z)
+            loss, correct = operations.logits_loss(z, y, grad if needs_grad else None, first, group, z_loss)
             total += loss
             right += correct
-            hidden_grads.append(hidden_grad)
+            if needs_grad:
+                torch.mm(grad, weight, out=hidden_grad[start : start + rows])
+                # Twice as fast on CPU in bf16 as grad.T @ h: the matrix that is to be read by columns is the small one,
+                # and is copied in that order (docs/performance.md).
+                torch.mm(h.T.contiguous(), grad, out=product)
+                if weight_grad is None:
+                    weight_grad = product.to(torch.float32, copy=True)
+                else:
+                    operations.add(weight_grad, product)
         if needs_grad:
-            ctx.grads = torch.cat(hidden_grads), weight_grad
+            ctx.grads, ctx.finish = (hidden_grad, weight_grad), operations.finish
         ctx.mark_non_differentiable(right)
         return total, right
 
@@ -89,39 +119,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.grads
         del ctx.grads
         factor = grad_outputs[0]
-        return hidden_grad.mul_(factor), weight_grad.mul_(factor).to(hidden_grad.dtype), None, None, None, None, None
+        return (
+            hidden_grad.mul_(factor),
+            ctx.finish(weight_grad, factor, hidden_grad.dtype),
+            None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weight_grad: Tensor | None,
-    first: int,
-    group: dist.ProcessGroup | None,
-    z_loss: float,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss of a chunk, right guesses, and the loss's gradients with respect to hidden [N, C] and weight [V, C]; the
-    latter in fp32 and added to ``weight_grad``, if that is given."""
-    loss, correct, grad = _logits_loss(hidden @ weight.T, labels, first, group, z_loss)
-    if not needs_grad:
-        return loss, correct, None, None
-    # oneDNN multiplies bf16 matrices half as fast if the first is to be read by columns (docs/performance.md):
-    # the hidden states, copied in that order, come first.
-    product = (hidden.T.contiguous() @ grad).T if torch.compiler.is_compiling() else grad.T @ hidden
-    weight_grad = product.float().contiguous() if weight_grad is None else weight_grad.add_(product)
-    return loss, correct, grad @ weight, weight_grad
+def _finish(weight_grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, V] in fp32 to ``factor`` times its transpose."""
+    return (weight_grad * factor).to(dtype).T.contiguous()
 
 
 def _logits_loss(
-    logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of a chunk, right guesses, and the loss's gradient with respect to the logits.
+    logits: Tensor,
+    labels: Tensor,
+    logits_grad: Tensor | None,
+    first: int,
+    group: dist.ProcessGroup | None,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk and right guesses; the loss's gradient with respect to the logits goes into ``logits_grad``.
 
-    logits: [N, V], the vocabulary rows from ``first`` on. labels: [N]. Returns the sum of the N
-    losses in fp32 and the number of labels with the highest logit (both the same on all ranks of
-    ``group``), and [N, V] in the type of ``logits``.
+    logits: [N, V], the vocabulary rows from ``first`` on; what is in them afterwards is of no use. labels: [N].
+    logits_grad: [N, V], may be ``logits``. Returns the sum of the N losses in fp32 and the number of labels with the
+    highest logit, both the same on all ranks of ``group``.
     """
     valid = labels != IGNORE
     local = labels - first
@@ -150,6 +172,8 @@ def _logits_loss(
         log_z = log_normaliser + maximum[:, 0]
         loss = loss + z_loss * (log_z.square() * valid).sum()
         of_softmax = of_softmax * (1 + 2 * z_loss * log_z)
+    if logits_grad is None:
+        return loss, correct
     grad = exponentials.mul_(of_softmax[:, None])
     if torch.compiler.is_compiling():  # one pass over memory, where a scatter would be another
         # Half as many vectors to compare as for int64 (measured: docs/performance.md).
@@ -158,4 +182,5 @@ def _logits_loss(
         grad = torch.where(is_label, grad - 1, grad)
     else:
         grad.scatter_add_(1, index, -(here & valid).to(grad.dtype)[:, None])
-    return loss, correct, grad.to(logits.dtype)
+    logits_grad.copy_(grad)
+    return loss, correct
