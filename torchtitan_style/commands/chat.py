@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("--thinking: the model's chat template has no thinking mode")
         conversation = Conversation(model, template=template, thinking=options.thinking, system=options.system)
         sampling = model.settings(**sampling_of(options))
+        model.prepare(1)
         screen = Screen()
         kind = "its chat template" if template else "no chat template: it goes on from the text so far"
         millions = model.config.num_parameters / 1e6

@@ -140,6 +140,7 @@ def _generate(model: TextModel, prompts: list[str], options: argparse.Namespace,
         _Quiet() if quiet else _Json(options.seed) if options.json else _Text(len(prompts) * options.num_samples)
     )
     total = Speed()
+    model.prepare(min(options.batch_size, len(prompts)) * options.num_samples)
     for first in range(0, len(prompts), options.batch_size):
         batch = range(first, min(first + options.batch_size, len(prompts)))
         speed = Speed()

@@ -26,7 +26,7 @@ TEXT_OPTIONS = """\
   --seed S                 the same seed, the same text; left out: another one each time
   --dtype TYPE             bfloat16 or float32; left out: bfloat16 where the hardware computes in it
   --device DEVICE          cpu, cuda, cuda:1; left out: a GPU if there is one
-  --compile                compile the steps of a single text: a wait at the start, then faster; needs a C++ compiler"""
+  --compile                compile the steps: a wait at the start, then faster; needs a C++ compiler"""
 
 _SAMPLING: dict[str, type] = {
     "temperature": float,

@@ -22,6 +22,9 @@ __all__ = ["KVCache", "bytes_per_token"]
 _BLOCK = 256
 """Positions that the storage grows by, at least."""
 
+_SLOTS = 64
+"""Slots that a compiled step is given are a multiple of it: it attends to all of them."""
+
 
 def bytes_per_token(config: Qwen3Config, bytes_each: int = 2) -> int:
     """Bytes that the cache of one row takes for each token."""
@@ -58,9 +61,13 @@ class KVCache:
     def positions(self, ids: Tensor) -> Tensor:
         """Positions [B or 1, T] of the new tokens ``ids`` [B, T], counted from each row's first real one."""
         positions = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)[None]
+        return positions if self._padding is None else (positions - self.padding(ids)[:, None]).clamp(min=0)
+
+    def padding(self, ids: Tensor) -> Tensor:
+        """How many of the first positions of each row of ``ids`` are padding, [B]."""
         if self._padding is None:
-            return positions
-        return (positions - self._padding.to(ids.device)[:, None]).clamp(min=0)
+            return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        return self._padding.to(ids.device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add k, v [B, K, T, D] of ``layer``. All its queries may see, [B, K, S, D], and which of it they do.
@@ -90,10 +97,10 @@ class KVCache:
     def slots(self) -> list[tuple[Tensor, Tensor]]:
         """Of each layer the storage of keys and values [B, K, S, D], with room for one more position, to write there.
 
-        S is the window, or a multiple of 256 above the positions so far. Position i is in slot i % S. All of a storage
+        S is the window, or a multiple of 64 above the positions so far. Position i is in slot i % S. All of a storage
         is never given: that would be contiguous, for which a compiler makes another graph.
         """
-        s = (self.length // _BLOCK + 1) * _BLOCK
+        s = (self.length // _SLOTS + 1) * _SLOTS
         found = []
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             assert keys is not None

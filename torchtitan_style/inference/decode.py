@@ -63,8 +63,8 @@ class Decoder:
 
     model: (ids [B, T], positions=, cache=) → logits [B, 1, V]. prompts: token ids, none empty. cache: made for them,
     empty or, for a single prompt, with what is before it. copies: rows that continue each prompt, which is prefilled
-    once. step: takes the model's place for one more token where there is one row. group: the ranks that compute the
-    same rows; all take the tokens that the first one draws.
+    once. step: takes the model's place for one more token, for numbers of rows that it is ready for. group: the ranks
+    that compute the same rows; all take the tokens that the first one draws.
 
     >>> decoder = Decoder(model, [[1, 2, 3], [4, 5]], sampler, cache=cache, device=device)
     >>> for tokens in decoder:  # one per row
@@ -92,7 +92,7 @@ class Decoder:
         longest = max(map(len, prompts))
         self._ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # [B, T]
         self._copies = copies
-        self._step = step if len(self.rows) == 1 else None
+        self._step = step
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields a token for each of ``rows``, until none is kept or the caller has enough."""
@@ -115,7 +115,7 @@ class Decoder:
         index = [self.rows.index(row) for row in rows]
         self.rows = rows
         if rows:
-            self.cache.select(index)
+            self._select(index)
             self.sampler.select(index)
             self._ids = self._ids[index]
 
@@ -124,15 +124,20 @@ class Decoder:
             logits = self._forward(ids)
         if self._copies > 1:
             prompts = [row // self._copies for row in self.rows]
-            self.cache.select(prompts)
+            self._select(prompts)
             logits = logits[prompts]
         return logits
+
+    @torch.inference_mode()  # as the model has made the cache: a graph is compiled for one kind of tensors
+    def _select(self, rows: list[int]) -> None:
+        self.cache.select(rows)
 
     def _forward(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
             ids = ids.to(self.device)
-            if self._step is not None and ids.shape[1] == 1 and self.cache.length:
-                logits = self._step(ids, cache=self.cache)
+            step = self._step
+            if step is not None and ids.shape[1] == 1 and self.cache.length and step.ready(len(ids)):
+                logits = step(ids, cache=self.cache)
             else:
                 logits = self.model(ids, positions=self.cache.positions(ids), cache=self.cache)
             self.cache.advance(ids.shape[1])

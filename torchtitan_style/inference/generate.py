@@ -107,6 +107,7 @@ class TextModel:
         fields of ``Sampling``, the model's own where left out.
         """
         rows = [self.encode(prompt) for prompt in prompts]
+        self.prepare(len(rows) * num_samples)
         return self.continue_ids(
             rows,
             max_new_tokens=max_new_tokens,
@@ -125,6 +126,11 @@ class TextModel:
         sampling = dataclasses.replace(self.sampling, **changes)
         sampling.check()
         return sampling
+
+    def prepare(self, rows: int) -> None:
+        """Compile the steps of so many rows, if the model was loaded to be; takes a while the first time."""
+        if self.step is not None and rows > 0:
+            self.step.prepare(rows)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of ``prompt``. Raises UserError if there are none, too many, or some that the model has not."""

@@ -46,9 +46,9 @@ def load_model(
     """The model in ``source``: a run folder, a checkpoint, or a model folder in Transformers' format.
 
     dtype: to compute in and to keep the weights in; None: bf16 where the hardware multiplies it, else fp32.
-    device: None: the GPU if there is one, else the CPU. compile: the steps of a single row, which
-    takes a while here and makes each of them faster; not with several ranks. world: the ranks to split the model over,
-    each of which calls this. say: told of checkpoints that were passed over.
+    device: None: the GPU if there is one, else the CPU. compile: the steps of decoding, which takes a while before the
+    first text, once more before the first of several at once, and makes each of them faster; not with several ranks.
+    world: the ranks to split the model over, each of which calls this. say: told of checkpoints that were passed over.
 
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
