@@ -229,7 +229,8 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         assert labels is None
-        logits: Tensor = self.matrix(hidden)  # [B, T, V / ranks]
+        # The last positions of a prompt's rows are far apart: one product per row, unless they are copied.
+        logits: Tensor = self.matrix(hidden.contiguous())  # [B, T, V / ranks]
         if self.group is None:
             return logits
         parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(self.group))]
