@@ -163,8 +163,6 @@ def main() -> None:
 
 def begin(name: str, arguments: argparse.Namespace) -> Racer:
     """Start a contender; what it found about its communication comes back with it."""
-    given = ["--model", arguments.model, "--rows", str(arguments.rows), "--seq-len", str(arguments.seq_len)]
-    given += ["--compile", arguments.compile, "--serve", name, *arguments.ours]
     processes = CONTENDERS[name][0]
     threads = max((os.cpu_count() or 2) // processes, 1) if torch.cuda.is_available() else 2 // processes
     with TemporaryDirectory() as folder:
@@ -172,7 +170,11 @@ def begin(name: str, arguments: argparse.Namespace) -> Racer:
         racer = start(
             name,
             __file__,
-            [*given, "--communication", str(file)],
+            arguments,
+            "--compile",
+            arguments.compile,
+            "--communication",
+            str(file),
             processes=processes,
             threads=threads,
             environment={"TORCH_FR_BUFFER_SIZE": "10000"},

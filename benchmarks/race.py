@@ -144,13 +144,18 @@ class Racer:
 def start(
     name: str,
     script: str,
-    arguments: Sequence[str],
-    *,
+    arguments: argparse.Namespace,
+    *more: str,
     processes: int = 1,
     threads: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> Racer:
-    """Start ``script`` once per process, with torchrun's variables if there are several."""
+    """Start ``script`` to be the contender ``name``, once per process, with torchrun's variables if there are several.
+
+    more: of its command line, beside the options of every race.
+    """
+    given = ["--model", arguments.model, "--rows", str(arguments.rows), "--seq-len", str(arguments.seq_len)]
+    command = [sys.executable, script, *given, "--serve", name, *more, *arguments.ours]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -177,7 +182,7 @@ def start(
             }
         started.append(
             subprocess.Popen(
-                [sys.executable, script, *arguments],
+                command,
                 env=variables,
                 stdin=subprocess.DEVNULL if rank else subprocess.PIPE,
                 stdout=subprocess.DEVNULL if rank else subprocess.PIPE,

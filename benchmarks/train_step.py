@@ -301,8 +301,7 @@ def main() -> None:
 
 def begin(name: str, arguments: argparse.Namespace) -> Racer:
     """Start a contender and let it compile."""
-    given = ["--model", arguments.model, "--rows", str(arguments.rows), "--seq-len", str(arguments.seq_len)]
-    racer = start(name, __file__, [*given, "--recompute", arguments.recompute, "--serve", name, *arguments.ours])
+    racer = start(name, __file__, arguments, "--recompute", arguments.recompute)
     racer.warm_up(3)
     print(f"{name}: first step after {racer.first[0]:.1f} s", flush=True)
     return racer

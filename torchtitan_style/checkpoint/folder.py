@@ -32,6 +32,11 @@ class CheckpointFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @classmethod
+    def within(cls, folder: Path) -> CheckpointFolder | None:
+        """Of a run, or ``folder`` itself: the one that has checkpoints."""
+        return next((found for root in (folder / "checkpoint", folder) if (found := cls(root)).steps()), None)
+
     def path(self, step: int) -> Path:
         return self.root / f"step-{step}"
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from torchtitan_style.errors import UserError
 from torchtitan_style.hub import fetch
@@ -110,14 +109,13 @@ def find_checkpoint(folder: Path, *, verify: bool, say: Callable[[str], None] = 
         if verify and (problem := problem_of(folder)):
             raise UserError(f"{folder}: {problem}")
         return folder
-    for root in (folder / "checkpoint", folder):
-        checkpoints = CheckpointFolder(root)
-        if steps := checkpoints.steps():
-            step: Any = checkpoints.newest_verified(say) if verify else steps[0]
-            if step is None:
-                raise UserError(f"{root}: none of its {len(steps)} checkpoints is whole")
-            return checkpoints.path(step)
-    return None
+    checkpoints = CheckpointFolder.within(folder)
+    if checkpoints is None:
+        return None
+    step = checkpoints.newest_verified(say) if verify else checkpoints.steps()[0]
+    if step is None:
+        raise UserError(f"{checkpoints.root}: none of its {len(checkpoints.steps())} checkpoints is whole")
+    return checkpoints.path(step)
 
 
 def _unfinished(folder: Path) -> str:

@@ -20,7 +20,7 @@ from torchtitan_style.errors import UserError
 
 from .cli import Arguments, check_torch, reported_errors
 from .screen import Screen
-from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, load, sampling_of
+from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, compile_steps, load, sampling_of
 
 if TYPE_CHECKING:
     from torchtitan_style.inference.conversation import Conversation
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("--thinking: the model's chat template has no thinking mode")
         conversation = Conversation(model, template=template, thinking=options.thinking, system=options.system)
         sampling = model.settings(**sampling_of(options))
-        model.prepare(1)
+        compile_steps(model, 1)
         screen = Screen()
         kind = "its chat template" if template else "no chat template: it goes on from the text so far"
         millions = model.config.num_parameters / 1e6

@@ -65,11 +65,10 @@ def _find(folder: Path) -> list[Path]:
     """The checkpoint that ``folder`` is, or those that it holds, newest first. Raises UserError if there are none."""
     if (folder / MANIFEST).is_file() or (folder / "train_state.json").is_file():
         return [folder]
-    for root in (folder / "checkpoint", folder):
-        checkpoints = CheckpointFolder(root)
-        if steps := checkpoints.steps():
-            return [checkpoints.path(step) for step in steps]
-    raise UserError(f"{folder}: {'has no checkpoints' if folder.is_dir() else 'there is no such folder'}")
+    checkpoints = CheckpointFolder.within(folder)
+    if checkpoints is None:
+        raise UserError(f"{folder}: {'has no checkpoints' if folder.is_dir() else 'there is no such folder'}")
+    return [checkpoints.path(step) for step in checkpoints.steps()]
 
 
 def _about(path: Path, *, hashes: bool) -> dict[str, Any]:

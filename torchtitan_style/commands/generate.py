@@ -19,7 +19,7 @@ from torchtitan_style.errors import UserError
 
 from .cli import Arguments, check_torch, reported_errors
 from .screen import Screen
-from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, load, sampling_of
+from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, compile_steps, load, sampling_of
 
 if TYPE_CHECKING:
     from torchtitan_style.distributed.world import World
@@ -140,7 +140,7 @@ def _generate(model: TextModel, prompts: list[str], options: argparse.Namespace,
         _Quiet() if quiet else _Json(options.seed) if options.json else _Text(len(prompts) * options.num_samples)
     )
     total = Speed()
-    model.prepare(min(options.batch_size, len(prompts)) * options.num_samples)
+    compile_steps(model, min(options.batch_size, len(prompts)) * options.num_samples)
     for first in range(0, len(prompts), options.batch_size):
         batch = range(first, min(first + options.batch_size, len(prompts)))
         speed = Speed()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torchtitan_style.distributed.world import World
     from torchtitan_style.inference.generate import TextModel
 
-__all__ = ["TEXT_OPTIONS", "add_text_options", "check_text_options", "load", "sampling_of"]
+__all__ = ["TEXT_OPTIONS", "add_text_options", "check_text_options", "compile_steps", "load", "sampling_of"]
 
 TEXT_OPTIONS = """\
   --temperature T          logits are divided by it; 0: always the likeliest token
@@ -62,6 +62,15 @@ def check_text_options(options: argparse.Namespace) -> None:
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of ``Sampling`` that are given."""
     return {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+
+
+def compile_steps(model: TextModel, rows: int) -> None:
+    """Compile what decoding so many rows needs, if that was asked for, and say that it takes a while."""
+    import sys
+
+    if model.step is not None and not model.step.ready(rows):
+        print("compiling the steps of decoding, which takes a while", file=sys.stderr, flush=True)
+        model.prepare(rows)
 
 
 def load(options: argparse.Namespace, *, world: World | None = None) -> TextModel:
