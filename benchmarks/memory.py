@@ -22,6 +22,7 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
     "none": ("none",),
     "memory_budget, 0.5": ("memory_budget", "--activation_checkpoint.memory_budget", "0.5"),
     "memory_budget, 0.2": ("memory_budget", "--activation_checkpoint.memory_budget", "0.2"),
+    "memory_budget, 0": ("memory_budget", "--activation_checkpoint.memory_budget", "0"),
     "selective, op": ("selective", "--activation_checkpoint.selective_ac_option", "op"),
     "selective, 2": ("selective", "--activation_checkpoint.selective_ac_option", "2"),
     "full": ("full",),
