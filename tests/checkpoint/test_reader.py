@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import enum
+import io
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan_style.checkpoint.reader import SafeReader
 from torchtitan_style.errors import UserError
@@ -30,6 +34,44 @@ def test_reads_what_dcp_writes(tmp_path) -> None:
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+class Pickler311(pickle.Pickler):
+    """Gives members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def other_pythons(metadata: Metadata) -> list[bytes]:
+    """The pickle of ``metadata`` by other releases of Python."""
+    older = io.BytesIO()
+    Pickler311(older).dump(metadata)
+    newer = pickle.dumps(metadata, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")  # 3.13
+    return [older.getvalue(), newer]
+
+
+def test_reads_what_other_releases_of_python_write(tmp_path) -> None:
+    dcp.save({"a": torch.ones(2)}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    file = tmp_path / ".metadata"
+    written = SafeReader(tmp_path).read_metadata()
+    for content, sign in zip(other_pythons(written), (b"getattr", b"pathlib._local"), strict=True):
+        assert sign in content
+        file.write_bytes(content)
+        found = SafeReader(tmp_path).read_metadata()
+        assert found.state_dict_metadata == written.state_dict_metadata
+        assert found.storage_data == written.storage_data
+
+
+class Reaching:
+    def __reduce__(self):
+        return getattr, (Metadata, "__init__")
+
+
+def test_reaches_into_nothing_but_the_enumeration(tmp_path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Reaching()))
+    with pytest.raises(UserError, match=r"it takes __init__ from .*Metadata.*which no checkpoint needs"):
+        SafeReader(tmp_path).read_metadata()
+
+
 def test_does_not_run_what_is_in_the_metadata(tmp_path) -> None:
     canary = tmp_path / "canary"
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Malicious(canary)))
@@ -41,7 +83,7 @@ def test_does_not_run_what_is_in_the_metadata(tmp_path) -> None:
     assert canary.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps([1, 2])[:-1]])
+@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps([1, 2]), pickle.dumps([1, 2])[:-1]])
 def test_a_damaged_file_is_named(tmp_path, content: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match="not the metadata of a checkpoint"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
@@ -29,9 +35,6 @@ __all__ = ["SafeReader", "without_warnings"]
 _FILES_AT_ONCE = 4
 
 _ALLOWED = {
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -60,10 +63,26 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
+_PATHS = ("Path", "PosixPath", "WindowsPath")
+
+
+def _memory_format(owner: Any, name: str) -> Any:
+    """In place of ``getattr``, by which some releases of Python 3.11 pickle the member of an enumeration."""
+    if owner is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"it takes {name} from {owner}, which no checkpoint needs")
+    return owner[name]
+
+
 class _Unpickler(pickle.Unpickler):
+    """Reads what any release of Python has written, which do not all give types the same names."""
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return getattr(pathlib, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
@@ -129,7 +148,9 @@ class SafeReader(dcp.FileSystemReader):
         try:
             with self.fs.create_stream(path, "rb") as file:
                 metadata: Metadata = _Unpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+                if not isinstance(metadata, Metadata):
+                    raise pickle.UnpicklingError(f"it is a {type(metadata).__name__}")
+        except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not the metadata of a checkpoint: {error}") from None
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
