@@ -34,6 +34,8 @@ __all__ = ["SafeReader", "without_warnings"]
 
 _FILES_AT_ONCE = 4
 
+_PATHS = ("Path", "PosixPath", "WindowsPath")  # of pathlib, which is a package of its own in Python 3.13
+
 _ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -61,9 +63,6 @@ def without_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
         yield
-
-
-_PATHS = ("Path", "PosixPath", "WindowsPath")
 
 
 def _memory_format(owner: Any, name: str) -> Any:

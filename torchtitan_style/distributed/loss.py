@@ -27,10 +27,11 @@ __all__ = ["chunked_cross_entropy"]
 LOGITS_PER_CHUNK = 2**23
 """Logits held at once, on each rank: 16 MiB in bf16."""
 
-MIN_TOKENS_PER_CHUNK = {"cpu": 512, "cuda": 4096}
+MIN_TOKENS_PER_CHUNK = {"cpu": 512, "cuda": 2048}
 """However large the vocabulary. Each chunk adds to the gradient of the whole matrix in fp32, which on CPU takes a fifth
 of the time of the multiplications at 512 tokens (measured: docs/performance.md). By the data sheet of an H100, whose
-multiplications are faster beside its memory, it would be two thirds at 512 tokens and a twelfth at 4096."""
+multiplications are faster beside its memory, it would be two thirds at 512 tokens and a sixth at 2048, where the logits
+of Qwen3's vocabulary are 0.6 GB."""
 
 IGNORE = -100
 """Label of a position with nothing to predict."""
