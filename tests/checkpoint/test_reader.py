@@ -45,7 +45,7 @@ def other_pythons(metadata: Metadata) -> list[bytes]:
     """The pickle of ``metadata`` by other releases of Python."""
     older = io.BytesIO()
     Pickler311(older).dump(metadata)
-    newer = pickle.dumps(metadata, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")  # 3.13
+    newer = pickle.dumps(metadata, protocol=3).replace(b"cpathlib\n", b"cpathlib._local\n")  # 3.13
     return [older.getvalue(), newer]
 
 
