@@ -85,14 +85,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """hidden: [B·T, C]; weight: [V, C]; labels: [B·T]."""
         size = max(MIN_TOKENS_PER_CHUNK[hidden.device.type], LOGITS_PER_CHUNK // weight.shape[0])
-        rows = -(-len(hidden) // max(1, -(-len(hidden) // size)))
+        count = -(-len(hidden) // size)
+        rows = -(-len(hidden) // max(1, count))
         first = 0 if group is None else group.rank() * weight.shape[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         right = labels.new_zeros(())
         # Large enough for the system to hand them out page by page each time, so all chunks use the same.
         logits = hidden.new_empty(rows, weight.shape[0])
-        logits_grad = torch.empty_like(logits) if operations.compiled else logits
-        hidden_grad, product = torch.empty_like(hidden), hidden.new_empty(weight.T.shape)
+        logits_grad = torch.empty_like(logits) if operations.compiled and needs_grad else logits
+        if needs_grad:
+            hidden_grad, product = torch.empty_like(hidden), hidden.new_empty(weight.T.shape)
         weight_grad: Tensor | None = None  # [C, V]
         for start in range(0, len(hidden), rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
