@@ -59,9 +59,9 @@ def parallelize_qwen3(
     whole = compile.enable and compile.scope == "model"
     if whole or recomputes_operations(activation_checkpoint):
         apply_activation_checkpoint(layers, activation_checkpoint)
-        apply_compile(model.model, layers, compile)
+        apply_compile(model.model, layers, compile, device_type=mesh.device_type)
     else:
-        apply_compile(model.model, layers, compile)
+        apply_compile(model.model, layers, compile, device_type=mesh.device_type)
         apply_activation_checkpoint(layers, activation_checkpoint)
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block, or all
     # at once if there is one graph for all. One process has nothing to gather.
