@@ -104,11 +104,11 @@ def keep_freed_memory(device: torch.device) -> None:
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the most it takes; larger blocks come from the system and go back to it
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)  # blocks above the largest threshold there is would be returned in any case
 
 
 def bf16_is_fast(device: torch.device) -> bool:
