@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -84,7 +85,7 @@ def test_what_is_left_alone(operands: tuple[Tensor, Tensor]) -> None:
     assert copies(module) == 0
 
 
-def test_the_compiler_does_as_the_graph_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_does_as_the_graph_says() -> None:
     """A linear layer's gradients through torch.compile, with the rewriting seen to take place."""
     seen: list[int] = []
 
@@ -96,11 +97,10 @@ def test_the_compiler_does_as_the_graph_says(monkeypatch: pytest.MonkeyPatch) ->
         def uuid(self) -> Any:
             return None  # compiled anew each time
 
-    monkeypatch.setattr("torch._inductor.config.post_grad_custom_post_pass", Counting())
     x, weight, grad = matrix(256, 64), matrix(192, 64), matrix(256, 192)
-    ours = torch.autograd.grad(
-        torch.compile(torch.nn.functional.linear)(x.requires_grad_(), weight.requires_grad_()), (x, weight), grad
-    )
+    linear = torch.compile(torch.nn.functional.linear)
+    with inductor_config.patch(post_grad_custom_post_pass=Counting()):
+        ours = torch.autograd.grad(linear(x.requires_grad_(), weight.requires_grad_()), (x, weight), grad)
     assert sum(seen) == 2
     theirs = torch.autograd.grad(torch.nn.functional.linear(x, weight), (x, weight), grad)
     torch.testing.assert_close(ours, theirs)
