@@ -40,6 +40,9 @@ class OperandsInRows(CustomGraphPass):
             if value.device.type != "cpu" or value.dtype != torch.bfloat16:
                 continue
             first, second = product.args  # [..., N, K] and [..., K, M]
+            sizes = (*first.meta["val"].shape, *second.meta["val"].shape)
+            if not all(isinstance(size, int) for size in sizes):  # left open, in a graph for all of them
+                continue
             n, m = value.shape[-2:]
             with graph.inserting_before(product):
                 # For squares below 1024 oneDNN is no faster with rows.
