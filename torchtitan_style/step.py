@@ -100,6 +100,7 @@ def train_step(
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
     taken = guard.admits(loss.float(), grad_norm)
     optimizer.step_if(taken)
+    devices.keep_freed_memory(world.device)
     return StepResult(
         loss=loss.float(),
         grad_norm=grad_norm,

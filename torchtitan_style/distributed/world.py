@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_style.config.layout import Layout
 
-from .device import backend, current_device, keep_freed_memory
+from .device import backend, current_device, keep_tensors_apart
 
 __all__ = ["World", "destroy_world", "init_world", "on_main", "patient_group", "set_timeout"]
 
@@ -56,7 +56,7 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
     timeout_seconds: how long the watchdog waits; see there.
     """
     device = current_device()
-    keep_freed_memory(device)
+    keep_tensors_apart(device)
     timeout = timedelta(seconds=timeout_seconds + _SLACK)
     if device.type == "cpu":  # have gloo remember the last collectives for the watchdog, as NCCL does by itself
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "16")
