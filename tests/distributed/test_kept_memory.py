@@ -28,7 +28,7 @@ print("mapped", mallinfo2().hblks - before)
 del tensors
 
 keep_freed_memory(cpu)
-for _ in range(2):
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(2**24), torch.ones(2**18)]  # 64 MiB, 16,384 pages, and 1 MiB
     del tensors
@@ -39,7 +39,9 @@ for _ in range(2):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or later")
 def test_tensors_lie_apart_at_first_and_their_memory_is_kept_later() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
-    (_, mapped), (_, first), (_, second) = (line.split() for line in done.stdout.splitlines())
+    (_, mapped), *faults = (line.split() for line in done.stdout.splitlines())
+    first, *later = (int(count) for _, count in faults)
     assert int(mapped) == 8
-    assert int(first) > 16_000
-    assert int(second) < 100
+    assert first > 16_000
+    # Not necessarily the second time: Python may have put something into the gap before what was freed.
+    assert min(later) < 100
