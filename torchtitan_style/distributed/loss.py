@@ -90,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         first = 0 if group is None else group.rank() * weight.shape[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         right = labels.new_zeros(())
-        # Large enough for the system to hand them out page by page each time, so all chunks use the same.
+        # The largest tensors there are: all chunks use the same, as pages that are new take longer to write to.
         logits = hidden.new_empty(rows, weight.shape[0])
         logits_grad = torch.empty_like(logits) if operations.compiled and needs_grad else logits
         if needs_grad:
