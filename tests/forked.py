@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -65,10 +66,12 @@ def _fork_on_request(path: str) -> None:
 
     for name in _IMPORTED:
         importlib.import_module(name)
+    faulthandler.enable()  # a fork that crashes says where
     gc.freeze()  # a fork's collections leave alone what they would have to copy
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(path)
+        listener.bind(path + ".new")
         listener.listen()
+        os.rename(path + ".new", path)  # there only once it listens
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the forks
         while True:
             if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:

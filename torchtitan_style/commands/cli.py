@@ -8,7 +8,9 @@ import difflib
 import errno
 import importlib.metadata
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.errors import RunError, UserError
 from torchtitan_style.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.signals import STOP_SIGNALS
 
 __all__ = [
     "VERDICT",
@@ -42,6 +45,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, err
 VERDICT = "TORCHTITAN_STYLE_VERDICT"
 """Environment variable with the name of a file, in which a rank leaves the status that it has ended with after an
 error that another attempt would not cure. Ranks that are started again after that end with it at once."""
+
+_PATIENCE = 10
+"""Seconds that the other ranks stay for the first to say what is wrong. Launchers end all once one has ended."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +157,18 @@ def check_verdict() -> None:
 def reported_errors() -> Iterator[None]:
     """Print expected errors as a message and exit: with status 2 if a person can put it right, else 1.
 
-    With several ranks mostly all have the same error, and the first prints it.
+    With several ranks mostly all have the same error, and the first prints it, before any of them has ended.
     """
     try:
         yield
     except (UserError, RunError) as error:
         status = 2 if isinstance(error, UserError) else 1
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr)
         if verdict := os.environ.get(VERDICT):
             Path(verdict).write_text(str(status), encoding="utf-8")
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            _wait_for_the_end(status)
         raise SystemExit(status) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None
@@ -172,3 +180,14 @@ def reported_errors() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _wait_for_the_end(status: int) -> None:
+    """Exit with ``status`` when the launcher says that another rank has ended; return if it does not."""
+
+    def end(_number: int, _frame: object) -> None:
+        raise SystemExit(status)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end)
+    time.sleep(_PATIENCE)
