@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from torchtitan_style.config.schema import Muon, Optimizer
+from torchtitan_style.distributed.gloo import one_thread_each
 from torchtitan_style.ending import ending_at_once
 from torchtitan_style.optim import exchange, muon
 from torchtitan_style.optim.adamw import adamw, step_if
@@ -85,6 +86,7 @@ def compare_adamw(start: list[torch.Tensor], mesh: DeviceMesh, how: list[Placeme
     return max((whole[n] - sharded[n].full_tensor()).abs().max().item() for n in whole)
 
 
+@one_thread_each()
 def main() -> None:
     dist.init_process_group("gloo")
     found = {}

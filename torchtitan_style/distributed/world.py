@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan_style.config.layout import Layout
 
 from .device import backend, current_device, keep_tensors_apart
+from .gloo import one_thread_each
 
 __all__ = ["World", "destroy_world", "init_world", "on_main", "patient_group", "set_timeout"]
 
@@ -50,6 +51,7 @@ class World:
         return self.rank == 0
 
 
+@one_thread_each()
 def init_world(layout: Layout, *, timeout_seconds: int) -> World:
     """Join the other processes (torchrun's environment, or none: a group of one) and lay the mesh.
 
