@@ -202,6 +202,7 @@ def main() -> None:
     print(f"  from the command to the first step: {started['start']:.1f} s, of a resume {started['resume']:.1f} s")
     if options.output:
         options.output.write_text(json.dumps({"seconds": found, "ratios": ratios, **started}, indent=2) + "\n")
+    sys.stdout.flush()
     os._exit(0)  # gloo's threads
 
 

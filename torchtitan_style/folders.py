@@ -86,13 +86,14 @@ def copy_folder(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file. Raises UserError if it cannot be read."""
+def sha256(path: Path, *, advance: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file. advance: called after each MiB. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
             while block := file.read(2**20):
                 digest.update(block)
+                advance()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()

@@ -9,13 +9,14 @@ several are started by torchrun. Environment: NPROC (or NGPU), NNODES, NODE_RANK
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 from .checkpoint.folder import CheckpointFolder
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
-from .commands.torchrun import count_gpus, start_ranks
+from .commands.torchrun import check_address, count_gpus, start_ranks, wait_for_host
 from .ending import interruptible
 from .errors import UserError
 from .preempted import clear_preempted, is_preempted
@@ -67,17 +68,22 @@ def main(arguments: list[str]) -> None:
         node_rank = os.environ.get("NODE_RANK", "0")
         if not node_rank.isdecimal() or int(node_rank) >= nnodes:
             raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
-        if nnodes > 1 and "RDZV_ENDPOINT" not in os.environ:
+        endpoint = os.environ.get("RDZV_ENDPOINT", "")
+        if nnodes > 1 and not re.fullmatch(r".+:\d+", endpoint):
             raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
-        if node_rank == "0":
+        if node_rank != "0":
+            with interruptible():
+                wait_for_host(endpoint)
+        else:
+            if nnodes > 1:
+                check_address(endpoint)
             from .preparation import prepare_data
 
             with interruptible(Path(config.job.dump_folder)):
                 prepare_data(config, dp=plan_layout(config.parallelism, nproc * nnodes).dp, say=print)
     rendezvous = ["--standalone"]
     if nnodes > 1:
-        endpoint = os.environ["RDZV_ENDPOINT"]
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--node-rank={node_rank}"]
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
     folder = Path(config.job.dump_folder)
     clear_preempted(folder)
     start_ranks(

@@ -51,12 +51,10 @@ def train(config: Config, *, world_size: int) -> None:
     """Train as ``config`` says. Called by every rank."""
     layout = plan_layout(config.parallelism, world_size)
     world = init_world(layout, timeout_seconds=config.comm.init_timeout_seconds)
-    try:
-        with contextlib.ExitStack() as stack:
-            on_main(lambda: stack.enter_context(run_lock(Path(config.job.dump_folder))))
-            Trainer(config, world).run()
-    finally:
-        destroy_world()
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(run_lock(Path(config.job.dump_folder))))
+        Trainer(config, world).run()
+    destroy_world()  # not after an error: NCCL would wait for collectives that the others will not join
 
 
 class Trainer:
@@ -117,7 +115,7 @@ class Trainer:
             if not finished:
                 self._leave()
             self.checkpointer.close()
-        except RunError:
+        except (RunError, UserError):
             self.checkpointer.wait()
             raise
         finally:
@@ -356,12 +354,12 @@ class Trainer:
             return
 
         def verified() -> Path:
-            found = open_model(source, verify=True, say=self.display.warn)
+            found = open_model(source, verify=True, say=self.display.warn, advance=self.watchdog.beat)
             found.check(self.model_config)
             return found.path
 
         found = open_model(str(on_main(verified)), verify=False)
-        load_weights(found, dict(self.model.named_parameters()))
+        load_weights(found, dict(self.model.named_parameters()), advance=self.watchdog.beat)
         self.display.say(f"starting from the weights of {source}")
         if found.tokenizer is None and self.config.data.tokenizer == "train":
             self.display.warn(

@@ -117,6 +117,21 @@ def fail(*_: Any) -> Any:
     raise OSError(28, "No space left on device")
 
 
+def test_the_watchdog_hears_of_reading(make, monkeypatch) -> None:
+    checkpointer = make(keep_latest_k=1)
+    save(checkpointer, 1)
+    heard: list[str] = []
+    checkpointer.advance = lambda: heard.append("reading")
+    checkpointer.folder._advance = lambda: heard.append("reading back")
+    checkpointer.find(-1)
+    found = len(heard)
+    checkpointer.load(1)
+    assert 0 < found < len(heard)
+    assert "reading back" not in heard
+    save(checkpointer, 2)  # after which the one before is deleted
+    assert "reading back" in heard
+
+
 def test_training_goes_on_while_a_save_is_written(make, monkeypatch) -> None:
     checkpointer = make(async_mode="async")
     begun, go_on, real = threading.Event(), threading.Event(), HashingWriter.write_data

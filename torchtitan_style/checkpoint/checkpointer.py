@@ -36,7 +36,7 @@ class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks.
 
     settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint. about: what else
-    their manifests say. advance: called as a save gets on, from any thread.
+    their manifests say. advance: called as saving and reading get on, from any thread.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Checkpointer:
         advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self.folder = CheckpointFolder(folder)
+        self.folder = CheckpointFolder(folder, advance=advance)
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
@@ -194,7 +194,8 @@ class Checkpointer:
         for step in candidates:
             # Each rank reads its share of the files.
             problems: list[str | None] = [None] * dist.get_world_size()
-            mine = problem_of(self.folder.path(step), part=dist.get_rank(), of=len(problems))
+            path, advance = self.folder.path(step), self.advance
+            mine = problem_of(path, part=dist.get_rank(), of=len(problems), advance=advance)
             dist.all_gather_object(problems, mine, group=self._group)
             found = [problem for problem in problems if problem]
             if not found:
@@ -222,7 +223,7 @@ class Checkpointer:
         tensors = self._tensors()
         if not optimizer:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-        reader = SafeReader(self.folder.path(step))
+        reader = SafeReader(self.folder.path(step), advance=self.advance)
         on_main(reader.check_metadata)
         try:
             dcp.load(tensors, storage_reader=reader, process_group=self._group)

@@ -27,15 +27,19 @@ __all__ = ["CheckpointFolder"]
 
 
 class CheckpointFolder:
-    """Names, verification and retention. Knows nothing of tensors; used by one process at a time."""
+    """Names, verification and retention. Knows nothing of tensors; used by one process at a time.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    advance: called as verification gets on, from any thread.
+    """
+
+    def __init__(self, root: Path, *, advance: Callable[[], None] = lambda: None) -> None:
+        self.root, self._advance = root, advance
 
     @classmethod
-    def within(cls, folder: Path) -> CheckpointFolder | None:
+    def within(cls, folder: Path, *, advance: Callable[[], None] = lambda: None) -> CheckpointFolder | None:
         """Of a run, or ``folder`` itself: the one that has checkpoints."""
-        return next((found for root in (folder / "checkpoint", folder) if (found := cls(root)).steps()), None)
+        folders = (cls(root, advance=advance) for root in (folder / "checkpoint", folder))
+        return next((found for found in folders if found.steps()), None)
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step}"
@@ -56,7 +60,7 @@ class CheckpointFolder:
 
     def problem(self, step: int) -> str | None:
         """What is wrong with the files of ``step``, or None."""
-        return problem_of(self.path(step))
+        return problem_of(self.path(step), advance=self._advance)
 
     def begin(self, step: int) -> Path:
         """An empty temporary folder to write the checkpoint of ``step`` into.

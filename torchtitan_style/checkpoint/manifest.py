@@ -6,11 +6,12 @@ know of a checkpoint without opening it (mesh, torch version, tokenizer, data, l
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ __all__ = ["MANIFEST", "file_entry", "problem_of", "read_manifest", "seal"]
 MANIFEST = "manifest.json"
 
 
-def problem_of(folder: Path, *, part: int = 0, of: int = 1, hashes: bool = True) -> str | None:
+def problem_of(
+    folder: Path, *, part: int = 0, of: int = 1, hashes: bool = True, advance: Callable[[], None] = lambda: None
+) -> str | None:
     """What is wrong with the files of one checkpoint, or None.
 
     part, of: look at every ``of``-th file only, from number ``part`` on, as one rank of several. hashes: read
-    the files; otherwise only their sizes are compared.
+    the files; otherwise only their sizes are compared. advance: called as reading gets on, from any thread.
     """
     try:
         manifest = read_manifest(folder)
@@ -48,7 +51,8 @@ def problem_of(folder: Path, *, part: int = 0, of: int = 1, hashes: bool = True)
         return f"{MANIFEST} cannot be read: {error}"
     # Hashing is what takes the time, and lets go of Python's lock.
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda item: _problem_of_file(folder, *item, hashes=hashes), files[part::of])
+        look = functools.partial(_problem_of_file, folder, hashes=hashes, advance=advance)
+        found = pool.map(lambda item: look(*item), files[part::of])
         return next((problem for problem in found if problem), None)
 
 
@@ -57,12 +61,14 @@ def _is_read(name: str) -> bool:
     return name in (".metadata", "train_state.json") or name.endswith(".distcp")
 
 
-def _problem_of_file(folder: Path, name: str, expected: Any, *, hashes: bool) -> str | None:
+def _problem_of_file(
+    folder: Path, name: str, expected: Any, *, hashes: bool, advance: Callable[[], None]
+) -> str | None:
     try:
         size = (folder / name).stat().st_size
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
-        if hashes and sha256(folder / name) != expected["sha256"]:
+        if hashes and sha256(folder / name, advance=advance) != expected["sha256"]:
             return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{name} is missing"

@@ -74,16 +74,23 @@ _SHAPE = {
 """The dimensions that decide which tensors there are, and their shapes."""
 
 
-def open_model(source: str, *, verify: bool, say: Callable[[str], None] = lambda line: None) -> HFFolder | SavedModel:
+def open_model(
+    source: str,
+    *,
+    verify: bool,
+    say: Callable[[str], None] = lambda line: None,
+    advance: Callable[[], None] = lambda: None,
+) -> HFFolder | SavedModel:
     """A run folder (its newest verified checkpoint), one checkpoint, or a model folder by path or Hub name.
 
     verify: make sure that the files are whole, and fetch weights that are on the Hub; without it a
-    look at the dimensions costs no time. say: told of checkpoints that were passed over.
+    look at the dimensions costs no time. say: told of checkpoints that were passed over. advance: called as
+    verification gets on, from any thread.
 
     Raises UserError, saying what is wrong with ``source``.
     """
     folder = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that there is not
-    if (checkpoint := find_checkpoint(folder, verify=verify, say=say)) is not None:
+    if (checkpoint := find_checkpoint(folder, verify=verify, say=say, advance=advance)) is not None:
         return SavedModel(checkpoint)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(
@@ -100,16 +107,22 @@ def open_model(source: str, *, verify: bool, say: Callable[[str], None] = lambda
     return model
 
 
-def find_checkpoint(folder: Path, *, verify: bool, say: Callable[[str], None] = lambda line: None) -> Path | None:
+def find_checkpoint(
+    folder: Path,
+    *,
+    verify: bool,
+    say: Callable[[str], None] = lambda line: None,
+    advance: Callable[[], None] = lambda: None,
+) -> Path | None:
     """The checkpoint that ``folder`` is, or the newest (verified) of those it holds; None if there are none.
 
     Raises UserError if it is a damaged one, or none of them is whole.
     """
     if (folder / MANIFEST).is_file():
-        if verify and (problem := problem_of(folder)):
+        if verify and (problem := problem_of(folder, advance=advance)):
             raise UserError(f"{folder}: {problem}")
         return folder
-    checkpoints = CheckpointFolder.within(folder)
+    checkpoints = CheckpointFolder.within(folder, advance=advance)
     if checkpoints is None:
         return None
     step = checkpoints.newest_verified(say) if verify else checkpoints.steps()[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,14 +21,16 @@ __all__ = ["load_weights", "stored_dtypes"]
 
 
 @torch.no_grad()
-def load_weights(source: HFFolder | SavedModel, parameters: Mapping[str, Tensor]) -> None:
+def load_weights(
+    source: HFFolder | SavedModel, parameters: Mapping[str, Tensor], *, advance: Callable[[], None] = lambda: None
+) -> None:
     """Fill ``parameters``, by name, plain tensors or DTensors, from ``source``; each rank reads its own part.
 
-    Values are converted to the type of the parameter.
+    Values are converted to the type of the parameter. advance: called as reading gets on, from any thread.
     """
     if isinstance(source, SavedModel):
         tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-        reader = SafeReader(source.path)
+        reader = SafeReader(source.path, advance=advance)
         reader.check_metadata()
         with without_warnings():
             dcp.load(tensors, storage_reader=reader)
@@ -39,6 +41,7 @@ def load_weights(source: HFFolder | SavedModel, parameters: Mapping[str, Tensor]
         local, where = local_part(parameters[name])
         if local.numel():
             local.copy_(source.read(name, where))
+            advance()
 
 
 def stored_dtypes(source: HFFolder | SavedModel) -> dict[str, torch.dtype]:

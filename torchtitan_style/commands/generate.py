@@ -57,14 +57,12 @@ def main(arguments: list[str]) -> None:
             raise UserError("--compile: does not apply to a model that is split over processes; leave it out")
         check_torch()
         world = _join(ranks) if ranks > 1 else None
-        try:
-            prompts = _prompts(options, world)
-            _generate(load(options, world=world), prompts, options, quiet=world is not None and not world.is_main)
-        finally:
-            if world is not None:
-                from torchtitan_style.distributed.world import destroy_world
+        prompts = _prompts(options, world)
+        _generate(load(options, world=world), prompts, options, quiet=world is not None and not world.is_main)
+        if world is not None:
+            from torchtitan_style.distributed.world import destroy_world
 
-                destroy_world()
+            destroy_world()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

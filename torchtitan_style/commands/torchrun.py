@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torchtitan_style.errors import UserError
 from torchtitan_style.signals import STOP_SIGNALS
 
 from .cli import VERDICT
 
-__all__ = ["count_gpus", "start_ranks"]
+__all__ = ["check_address", "count_gpus", "start_ranks", "wait_for_host"]
 
 
 def count_gpus() -> int:
@@ -27,6 +30,30 @@ def count_gpus() -> int:
     except (OSError, subprocess.SubprocessError):
         return 0
     return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def check_address(endpoint: str) -> None:
+    """Raise UserError if there is no host of the name in ``endpoint``, host:port, before torchrun tries for minutes."""
+    try:
+        socket.getaddrinfo(endpoint.rpartition(":")[0], None)
+    except OSError as error:
+        raise UserError(f"RDZV_ENDPOINT: {endpoint}: {error.strerror or error}") from None
+
+
+def wait_for_host(endpoint: str) -> None:
+    """Return once something listens at ``endpoint``, host:port. torchrun gives up after a minute, and the first host
+    may take hours to prepare the data."""
+    host, _, port = endpoint.rpartition(":")
+    said = ""
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if said != str(error):
+                said = str(error)
+                print(f"waiting for the first host, which prepares the data: {endpoint}: {said}", flush=True)
+        time.sleep(1)
 
 
 def start_ranks(
@@ -64,9 +91,14 @@ def start_ranks(
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    told = signal.SIGTERM
 
     def end(number: int, _frame: object) -> None:
-        raise SignalException(f"told to stop by {signal.Signals(number).name}", signal.SIGTERM)
+        nonlocal told
+        told = signal.Signals(number)
+        raise SignalException(f"told to stop by {told.name}", signal.SIGTERM)
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     signal.signal(signal.SIGUSR1, end)  # which torchrun leaves alone
@@ -82,7 +114,11 @@ def start_ranks(
             run.main([*command, "-m", module, *arguments])
         except SignalException as received:
             if not has_saved():
-                raise SystemExit(128 + received.sigval) from None
+                raise SystemExit(128 + (told if received.sigval == signal.SIGTERM else received.sigval)) from None
+        except RendezvousError as error:
+            print(f"error: this host cannot join the others: {error}; RDZV_ENDPOINT is an address of the first host "
+                  "and a port that is free there", file=sys.stderr)  # fmt: skip
+            raise SystemExit(2) from None
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             if 2 in codes.values():

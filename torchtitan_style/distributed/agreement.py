@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from .gloo import one_thread_each
+
 __all__ = ["Agreement"]
 
 
@@ -17,6 +19,7 @@ class Agreement:
     computed, so nobody waits for them; they never touch the GPU.
     """
 
+    @one_thread_each()
     def __init__(self) -> None:
         # A group of its own: the order of its collectives does not depend on that of any others.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None

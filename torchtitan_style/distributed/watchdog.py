@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 __all__ = ["Watchdog"]
@@ -79,6 +80,7 @@ class Watchdog:
                     self._signs = {rank: json.loads(sign) for rank, sign in enumerate(store.multi_get(keys))}
                 self._heard = time.monotonic()
                 if self._closed.wait(_TICK):
+                    store.set(str(self.rank), json.dumps(sign | {"tick": tick, "closed": True}))
                     return
 
     def _watch(self) -> None:
@@ -114,11 +116,13 @@ class Watchdog:
         before, patience = self._signs, 3 * _TICK
         if self._closed.wait(patience):
             return
-        now = {**self._signs, self.rank: self._sign_of_life()}
+        # Ranks that are done neither answer nor get on.
+        now = {rank: sign for rank, sign in self._signs.items() if not sign.get("closed")}
+        now[self.rank] = self._sign_of_life()
         if time.monotonic() - self._heard > patience:
-            silent = [0]
+            silent = [rank for rank in (0,) if rank in now]
         else:
-            silent = [rank for rank in before if rank != self.rank and now[rank]["tick"] == before[rank]["tick"]]
+            silent = [rank for rank in now if rank != self.rank and now[rank]["tick"] == before[rank]["tick"]]
         answering = {rank: sign for rank, sign in now.items() if rank not in silent}
         if any(sign["stalled"] < self.limit for sign in answering.values()) and silent != [0]:
             return
@@ -179,12 +183,12 @@ def _shared_store() -> dist.TCPStore:
 
 def _last_collective() -> tuple[int, str]:
     """Number and description of the collective that this process began last."""
-    try:  # torch's flight recorder
-        from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
-
-        entries = json.loads(_dump_fr_trace_json(includeCollectives=True, onlyActive=False)).get("entries", [])
+    c10d: Any = torch._C._distributed_c10d
+    try:  # torch's flight recorders; NCCL has one of its own
+        dump = c10d._dump_nccl_trace_json if dist.get_backend() == "nccl" else c10d._dump_fr_trace_json
+        entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
         entry = max(entries, key=lambda entry: entry["record_id"])
-    except (ImportError, ValueError, TypeError, KeyError):  # not in this version of torch
+    except (AttributeError, ValueError, TypeError, KeyError, RuntimeError):  # not in this version of torch
         return 0, "a collective"
     number = entry["record_id"] + 1
     return number, f"collective {number}, {entry['profiling_name']} of {entry['input_sizes']}"

@@ -94,6 +94,7 @@ def set_timeout(seconds: int) -> None:
         _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
 
 
+@one_thread_each()
 def patient_group() -> dist.ProcessGroup:
     """A group of all ranks in which they may wait for hours, for what takes some of them longer than the others."""
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
