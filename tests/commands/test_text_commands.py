@@ -144,6 +144,7 @@ def test_ranks_that_cannot_share_the_heads_say_so_once(command: Python, folder: 
         (["--prompt", "x", "--prompts-file", "y"], "give one of them"),
         (["--prompts-file", "/nowhere/prompts.txt"], "--prompts-file /nowhere/prompts.txt: cannot be read"),
         (["--prompt", "x", "--tempratur", "1"], "did you mean --temperature?"),
+        (["--prompt", "--x"], "there is no option --x; if it is the value of --prompt, write --prompt=--x"),
         (["--prompt", "def " * 2500], "the prompt has 5,000 tokens, and the model has positions for 4,096"),
         (["--prompt", "x", "--device", "gpu"], 'there is no device "gpu"'),
     ],

@@ -137,6 +137,11 @@ def test_a_conversation_that_is_too_long_is_left_as_it_was(model: TextModel) -> 
     answer(conversation, "it")
 
 
+def test_a_thought_that_the_template_begins_is_one() -> None:
+    thoughts = _Thoughts(thinking=True)
+    assert list(thoughts.split("hm\n</think>\n\nyes", last=True)) == [("hm\n", True), ("\n\nyes", False)]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 def test_thoughts_are_told_from_the_answer_whatever_the_pieces(size: int) -> None:
     text = "<think>\nhm < 3 </thin?\n</think>\n\nyes <b> </think"

@@ -146,6 +146,8 @@ def test_what_has_no_probability_is_never_drawn() -> None:
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("top_k", -1),
+        ("top_k", 20.5),
+        ("top_k", True),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("min_p", -0.1),

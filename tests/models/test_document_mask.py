@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -55,6 +57,17 @@ def test_documents_packed_together_are_as_each_alone(model: Qwen3ForCausalLM) ->
     for name, parameter in model.named_parameters():
         error = (packed[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, f"{name}: {error}"
+
+
+def test_blocks_are_compiled_where_all_else_runs_uncompiled() -> None:
+    """As in evaluation. Uncompiled, FlexAttention warns, and holds all scores."""
+    mask = attention_mask(documents(), 32, None, flex=True, device=torch.device("cpu"))
+    booleans = attention_mask(documents(), 32, None, flex=False, device=torch.device("cpu"))
+    q, k, v = torch.randn(3, 3, 2, 32, 16)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = attend(q, k, v, mask)
+    torch.testing.assert_close(found, attend(q, k, v, booleans), rtol=1e-5, atol=1e-5)
 
 
 def test_without_documents_a_row_is_one(model: Qwen3ForCausalLM) -> None:

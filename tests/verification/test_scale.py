@@ -11,8 +11,8 @@ from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
 from torchtitan_style.verification.scale import for_verification
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
-ROOM = {"memory": 2**60, "flops": 1e30}
-LITTLE = {"memory": 2**20, "flops": 1e30}
+ROOM = {"memory": 2**60, "alone": 2**60, "flops": 1e30}
+LITTLE = ROOM | {"memory": 2**20}
 
 
 def scaled(name: str, *overrides: str, world_size: int, **room: float) -> tuple[Config, Config, Layout, str]:
@@ -29,7 +29,9 @@ def test_a_model_that_fits_is_verified_whole() -> None:
     assert small.training.seq_len == 256
 
 
-@pytest.mark.parametrize("room", [LITTLE, {"memory": 2**60, "flops": 1e9}], ids=["memory", "time"])
+@pytest.mark.parametrize(
+    "room", [LITTLE, ROOM | {"alone": 2**30}, ROOM | {"flops": 1e9}], ids=["memory", "memory of one", "time"]
+)
 def test_one_that_does_not_is_verified_on_a_copy_with_the_same_heads(room: dict[str, float]) -> None:
     config, small, _, notes = scaled("qwen3_14b.toml", world_size=8, **room)
     whole, copy = config.model.qwen3(), small.model.qwen3()

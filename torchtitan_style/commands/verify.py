@@ -103,8 +103,9 @@ def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> 
     on_gpus = count_gpus() >= world_size
     device = torch.device("cuda" if on_gpus else "cpu")
     flops = _SECONDS * (peak_flops(device, torch.float32) or 1e13)
-    memory = int(0.7 * available_memory(device) * (world_size if on_gpus else 1))
-    small, notes = for_verification(config, layout, memory=memory, flops=flops)
+    alone = int(0.7 * available_memory(device))  # the reference is on one GPU
+    memory = alone * world_size if on_gpus else alone
+    small, notes = for_verification(config, layout, memory=memory, alone=alone, flops=flops)
     plan = plan_batch(small.training, layout.dp)
     shape = small.model.qwen3()
     print(
@@ -118,6 +119,8 @@ def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> 
         folder = Path(temporary)
         (folder / "config.toml").write_text(to_toml(small), encoding="utf-8")
         reference(small, folder, device=device, rows=plan.global_batch_size)
+        if on_gpus:
+            torch.cuda.empty_cache()  # the ranks need it
         if not on_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         module = "torchtitan_style.commands.verify_rank"

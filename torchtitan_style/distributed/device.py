@@ -81,13 +81,12 @@ def synchronize(device: torch.device) -> None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that matrix multiplication in ``dtype`` can reach, or None if unknown.
 
-    From the data sheet on CUDA (fp32 as TF32, half of bf16); measured on CPU, with the threads of
-    this process, in about a fifth of a second.
+    From the data sheet on CUDA, for bf16; measured on CPU, with the threads of this process, in about a fifth of a
+    second.
     """
     if device.type == "cuda":
         known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
-        bf16 = next(known, None)
-        return None if bf16 is None else bf16 if dtype == torch.bfloat16 else bf16 / 2
+        return next(known, None) if dtype == torch.bfloat16 else None
     size = 1024
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")

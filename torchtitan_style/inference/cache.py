@@ -13,6 +13,7 @@ Shapes: B rows, T new positions, S positions that the cache returns, K key/value
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_style.models.qwen3.config import Qwen3Config
@@ -83,7 +84,7 @@ class KVCache:
         assert keys is not None
         assert values is not None
         if window is not None:
-            keys, values = self._update_window(keys, values, k, v)
+            keys, values = self._update_window(window, keys, values, k, v)
         else:
             stop = self.length + t
             if stop > keys.shape[2]:
@@ -97,16 +98,22 @@ class KVCache:
     def slots(self) -> list[tuple[Tensor, Tensor]]:
         """Of each layer the storage of keys and values [B, K, S, D], with room for one more position, to write there.
 
-        S is the window, or a multiple of 64 above the positions so far. Position i is in slot i % S. All of a storage
-        is never given: that would be contiguous, for which a compiler makes another graph.
+        S is a multiple of 64 above the positions so far, or the window if that is less. Position i is in slot i % S.
+        All of a storage is never given: that would be contiguous, for which a compiler makes another graph.
         """
-        s = (self.length // _SLOTS + 1) * _SLOTS
         found = []
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             assert keys is not None
             assert values is not None
-            if self.windows[layer] is None and s >= keys.shape[2]:
-                keys, values = self._grown(layer, keys, s), self._grown(layer, values, s)
+            s = (self.length // _SLOTS + 1) * _SLOTS
+            if (window := self.windows[layer]) is not None:
+                s = min(s, window)
+            if s >= keys.shape[2]:
+                keys, values = (
+                    (self._grown(layer, keys, s), self._grown(layer, values, s))
+                    if window is None
+                    else (F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1)))
+                )
                 self._keys[layer], self._values[layer] = keys, values
             found.append((keys[:, :, :s], values[:, :, :s]))
         return found
@@ -150,9 +157,9 @@ class KVCache:
         room[:, :, : self.length] = x[:, :, : self.length]
         return room
 
-    def _update_window(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _update_window(self, window: int, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write into the ring; returns what the new queries may see: for one, the ring, else the ring and the new."""
-        window, t, device = keys.shape[2], k.shape[2], k.device
+        t, device = k.shape[2], k.device
         old = torch.arange(max(0, self.length - window + 1), self.length, device=device) % window
         seen_k, seen_v = k, v
         if t > 1 and self.length:

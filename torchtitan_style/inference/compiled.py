@@ -53,7 +53,7 @@ class CompiledStep:
             slots, padding = cache.slots(), cache.padding(ids)
             for stored, window in zip(slots, cache.windows, strict=True):
                 for x in stored:
-                    torch._dynamo.mark_dynamic(x, [0] * several + [2] * (window is None))
+                    torch._dynamo.mark_dynamic(x, [0] * several + [2] * (window != 1))  # a size of 1 is not left open
             for x in (ids, padding) if several else ():
                 torch._dynamo.mark_dynamic(x, 0)
             graph(ids, slots, torch.tensor(cache.length, device=self._device), padding)

@@ -104,10 +104,12 @@ class Conversation:
         the conversation as it was, if the model has no positions left for an answer.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._encode(messages)
+        prompt = self._render(messages)
+        ids = self._encode(prompt)
         known = self._common_prefix(ids)
         self.messages, self.speed, self.finish = messages, Speed(), None
-        answer, thoughts = "", _Thoughts()
+        # Some templates begin the thought themselves.
+        answer, thoughts = "", _Thoughts(thinking=self.template is not None and prompt.rstrip().endswith(THINK))
         pieces = self.model.continue_ids(
             [ids[known:]],
             sampling=sampling,
@@ -138,8 +140,10 @@ class Conversation:
             return _plain(self.messages)
         return "\n".join(f"{message['role']}: {message['content'].strip()}\n" for message in self.messages)
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.template.render(messages, thinking=self.thinking) if self.template else _plain(messages)
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self.template.render(messages, thinking=self.thinking) if self.template else _plain(messages)
+
+    def _encode(self, text: str) -> list[int]:
         tokens, positions = len(self.model.tokenizer.encode(text)), self.model.config.max_position_embeddings
         if self.messages and tokens >= positions:
             raise UserError(
@@ -164,8 +168,8 @@ def _plain(messages: list[dict[str, str]]) -> str:
 class _Thoughts:
     """Splits an answer into thoughts and the rest, piece by piece, without the marks around them."""
 
-    def __init__(self) -> None:
-        self._held, self._thinking = "", False
+    def __init__(self, *, thinking: bool = False) -> None:
+        self._held, self._thinking = "", thinking
 
     def split(self, text: str, *, last: bool) -> Iterator[tuple[str, bool]]:
         text, self._held = self._held + text, ""

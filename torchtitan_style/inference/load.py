@@ -160,6 +160,8 @@ def _generation_settings(assets: Path, tokenizer: Tokenizer) -> tuple[set[int], 
     stop |= {end for end in (tokenizer.special_id("eos_token"), tokenizer.end_of_text) if end is not None}
     sampling = Sampling()
     if settings.get("do_sample"):
+        if isinstance(top_k := settings.get("top_k"), float) and top_k.is_integer():
+            settings["top_k"] = int(top_k)
         # Fields that it leaves out are those of Transformers.
         named: dict[str, Any] = {
             name: value

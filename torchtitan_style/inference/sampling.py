@@ -76,6 +76,8 @@ class Sampler:
     def pick(self, logits: Tensor) -> list[int]:
         """A token for each row of logits [B, V]. A waiting point: the numbers come to the CPU."""
         logits = logits.float()
+        if torch.are_deterministic_algorithms_enabled():
+            logits = logits.cpu()  # CUDA has no sums in order
         sampling = self.sampling
         if sampling.repetition_penalty != 1.0 and self._seen is None:
             self._seen = torch.zeros_like(logits, dtype=torch.bool)

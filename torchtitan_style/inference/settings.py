@@ -31,7 +31,7 @@ class Sampling:
         """Raise UserError, naming the setting with ``prefix`` in front, if a value has no meaning."""
         for name, right, wanted in (
             ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0 (0: always the likeliest token)"),
-            ("top_k", self.top_k >= 0, "a whole number of at least 0 (0: all tokens)"),
+            ("top_k", type(self.top_k) is int and self.top_k >= 0, "a whole number of at least 0 (0: all tokens)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0 (1: no penalty)"),

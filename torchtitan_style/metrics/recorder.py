@@ -43,7 +43,9 @@ class Recorder:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # cut short by a kill
-        self._file.write_text("".join(kept), encoding="utf-8")
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._file)  # in one go: a kill loses nothing
         self._tensorboard = self._wandb = None
         if config.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter

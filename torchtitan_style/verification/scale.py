@@ -17,11 +17,14 @@ _ROW = 256
 """Tokens of a row at most: longer ones show no more, and take longer."""
 
 
-def for_verification(config: Config, layout: Layout, *, memory: int, flops: float) -> tuple[Config, list[str]]:
+def for_verification(
+    config: Config, layout: Layout, *, memory: int, alone: int, flops: float
+) -> tuple[Config, list[str]]:
     """``config`` with rows, batch and, if it must be, model made small; and what was changed, in words.
 
     Layout, microbatches, compilation, recomputation and precision stay as they are. memory: bytes that
-    may be used. flops: floating-point operations that may be spent.
+    may be used by all ranks; alone: by the one process that they are compared with. flops: floating-point operations
+    that may be spent.
     """
     notes = []
     shape = config.model.qwen3()
@@ -41,11 +44,15 @@ def for_verification(config: Config, layout: Layout, *, memory: int, flops: floa
     # Four fp32 numbers per parameter and replica (weight, gradient, two moments), and on every rank the
     # gathered weights and gradients.
     shared_out = 16 * layout.dp_replicate + 8 * layout.world_size / layout.tp
-    needed = shape.num_parameters * (shared_out + 4)
-    if work > flops or needed > memory:
+    needed, needed_alone = shape.num_parameters * (shared_out + 4), shape.num_parameters * 16
+    if work > flops or needed > memory or needed_alone > alone:
         small = _small_copy(shape, layout, config)
         reason = (
-            f"{needed / 2**30:,.0f} GiB of memory" if needed > memory else f"{work / 1e12:,.0f} TFLOP of computation"
+            f"{needed / 2**30:,.0f} GiB of memory"
+            if needed > memory
+            else f"{needed_alone / 2**30:,.0f} GiB of one device's memory"
+            if needed_alone > alone
+            else f"{work / 1e12:,.0f} TFLOP of computation"
         )
         notes.append(
             f"on a small copy of the model, as the whole would take {reason}: {small.num_hidden_layers} of "
