@@ -36,11 +36,9 @@ Run = Callable[[torch.Tensor, int], tuple[float, float, torch.Tensor]]
 
 
 def ours(model: Qwen3ForCausalLM, config: Qwen3Config, *, step: CompiledStep | None = None) -> Run:
-    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-
     def run(prompts: torch.Tensor, new: int) -> tuple[float, float, torch.Tensor]:
         sampler = Sampler(Sampling(temperature=0.0), seeds=range(len(prompts)))
-        cache = KVCache(windows, capacity=prompts.shape[1] + new)
+        cache = KVCache(config.windows, capacity=prompts.shape[1] + new)
         decoder = Decoder(model, prompts.tolist(), sampler, cache=cache, device=prompts.device, step=step)
         tokens = [drawn for drawn, _ in zip(decoder, range(new), strict=False)]
         return decoder.speed.prefill_seconds, decoder.speed.decode_seconds, torch.tensor(tokens).T

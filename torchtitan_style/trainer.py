@@ -262,7 +262,7 @@ class Trainer:
                 config,
                 end_of_text=self.tokenizer.end_of_text,
                 max_length=self.model_config.max_position_embeddings,
-                windows=[self.model_config.window(layer) for layer in range(self.model_config.num_hidden_layers)],
+                windows=self.model_config.windows,
                 multiple_of=self.world.layout.tp,
                 seed=mix(self.config.training.seed, self.state.step),
                 device=self.world.device,

@@ -51,7 +51,7 @@ def random_model(config: Qwen3Config) -> Qwen3ForCausalLM:
 
 
 def windows(model: Qwen3ForCausalLM) -> list[int | None]:
-    return [model.config.window(layer) for layer in range(model.config.num_hidden_layers)]
+    return model.config.windows
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

@@ -39,7 +39,7 @@ class KVCache:
     such a layer keeps no more than that. padding: for each row the number of its first positions that are
     padding. capacity: positions to make room for at first; it grows when there are more.
 
-    >>> cache = KVCache([config.window(i) for i in range(config.num_hidden_layers)], capacity=384)
+    >>> cache = KVCache(config.windows, capacity=384)
     >>> logits = model(ids, positions=cache.positions(ids), cache=cache)  # [B, 1, V]
     >>> cache.advance(ids.shape[1])
     """

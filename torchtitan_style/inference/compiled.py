@@ -32,7 +32,7 @@ class CompiledStep:
 
     def __init__(self, model: Any, config: Qwen3Config, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        self._windows = config.windows
         self._graphs: dict[bool, Any] = {}  # by whether there are several rows
 
     def ready(self, rows: int) -> bool:

@@ -150,9 +150,9 @@ class TextModel:
 
     def new_cache(self, rows: Sequence[Sequence[int]] = ((),), *, capacity: int = 256) -> KVCache:
         """An empty cache for ``rows``, which are padded to the longest."""
-        windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
         longest = max(map(len, rows))
-        return KVCache(windows, padding=[longest - len(row) for row in rows], capacity=max(capacity, longest))
+        padding = [longest - len(row) for row in rows]
+        return KVCache(self.config.windows, padding=padding, capacity=max(capacity, longest))
 
     def continue_ids(
         self,

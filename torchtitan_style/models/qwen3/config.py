@@ -96,6 +96,11 @@ class Qwen3Config:
         return self.sliding_window if windowed else None
 
     @property
+    def windows(self) -> list[int | None]:
+        """``window`` of each layer."""
+        return [self.window(layer) for layer in range(self.num_hidden_layers)]
+
+    @property
     def num_matmul_parameters(self) -> int:
         """Weights that each token is multiplied with: all matrices but the embedding look-up."""
         query, key_value = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -122,7 +127,7 @@ class Qwen3Config:
         there, S is the whole row or window although a causal mask needs half of it, and
         recomputation does not count.
         """
-        spans = (min(seq_len, self.window(i) or seq_len) for i in range(self.num_hidden_layers))
+        spans = (min(seq_len, window or seq_len) for window in self.windows)
         return 6 * self.num_matmul_parameters + 12 * self.num_attention_heads * self.head_dim * sum(spans)
 
 

@@ -194,7 +194,7 @@ class Qwen3Model(nn.Module):
             return self.norm(x)
         # FlexAttention has no backward pass on CPU, and no dropout.
         flex = input_ids.is_cuda and not (self.training and self.config.attention_dropout)
-        windows = [self.config.window(i) for i in range(len(self.layers))]
+        windows = self.config.windows
         masks = {window: attention_mask(documents, t, window, flex=flex, device=x.device) for window in set(windows)}
         for layer, window in zip(self.layers, windows, strict=True):
             x = layer(x, cos, sin, masks[window])

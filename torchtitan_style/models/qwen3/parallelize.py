@@ -57,11 +57,11 @@ def parallelize_qwen3(
     layers = model.model.layers
     set_memory_budget(activation_checkpoint, device_type=mesh.device_type, tp=mesh["tp"].size())
     whole = compile.enable and compile.scope == "model"
-    if whole or recomputes_operations(activation_checkpoint):
+    recompute_first = whole or recomputes_operations(activation_checkpoint)
+    if recompute_first:
         apply_activation_checkpoint(layers, activation_checkpoint)
-        apply_compile(model.model, layers, compile, device_type=mesh.device_type)
-    else:
-        apply_compile(model.model, layers, compile, device_type=mesh.device_type)
+    apply_compile(model.model, layers, compile, device_type=mesh.device_type)
+    if not recompute_first:
         apply_activation_checkpoint(layers, activation_checkpoint)
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block, or all
     # at once if there is one graph for all. One process has nothing to gather.
