@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -54,6 +55,9 @@ COMMANDS = ("train", "prepare", "generate", "chat", "checkpoint", "import-hf", "
 
 
 def main(arguments: list[str]) -> None:
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed, as by >&-
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     if not arguments or arguments in (["--help"], ["-h"], ["help"]):
         print(USAGE)  # at once: what checks a configuration takes longer to import than Python to start
         return

@@ -195,6 +195,13 @@ def test_one_file_where_it_fits(checkpoint: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").glob("model*")] == [SINGLE]
 
 
+def test_others_may_read_what_they_may_read_of_any_new_file(checkpoint: Path, tmp_path: Path) -> None:
+    export_hf(SavedModel(checkpoint), tmp_path / "hf")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 @pytest.mark.parametrize("stored", DTYPES.values(), ids=lambda dtype: f"from {dtype}")
 @pytest.mark.parametrize("wanted", DTYPES.values(), ids=lambda dtype: f"to {dtype}")
 def test_another_type_is_what_casting_gives(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:

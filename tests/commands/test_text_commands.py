@@ -113,6 +113,21 @@ def test_json_has_a_line_for_each_sample_of_each_prompt(
         assert 1 <= line["new_tokens"] <= 16
 
 
+def test_only_a_line_break_parts_prompts(command: Python, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\r\ntwo\x0c\u2028three\n".encode())
+    done = command("generate", "--checkpoint", folder, "--prompts-file", file, "--json", *GREEDY)
+    lines = done.stdout.strip().split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == ["one", "two\x0c\u2028three"]
+
+
+def test_without_standard_output_nothing_is_said(folder: Path) -> None:
+    line = f"exec {sys.executable} -m torchtitan_style generate --checkpoint {folder} --prompt x --max-new-tokens 2"
+    done = subprocess.run(["sh", "-c", f"{line} >&- <&-"], env=ENVIRONMENT, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 def test_several_prompts_are_shown_one_after_the_other(command: Python, folder: Path, expected: list[str]) -> None:
     named = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     done = command("generate", "--checkpoint", folder, *named, *GREEDY)
@@ -147,6 +162,9 @@ def test_ranks_that_cannot_share_the_heads_say_so_once(command: Python, folder: 
         (["--prompt", "--x"], "there is no option --x; if it is the value of --prompt, write --prompt=--x"),
         (["--prompt", "def " * 2500], "the prompt has 5,000 tokens, and the model has positions for 4,096"),
         (["--prompt", "x", "--device", "gpu"], 'there is no device "gpu"'),
+        (["--prompt", "a\udcff"], "not UTF-8 text, at character 2"),
+        (["--prompt", "x", "--stop", "\udcff"], "--stop: is not UTF-8 text"),
+        (["--prompt", "x", "--num-samples", "100000000"], "100,000,000 texts at once take"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -192,7 +210,7 @@ class Terminal:
             )  # fmt: skip
         self.output = ""
 
-    def wait_for(self, text: str, *, timeout: float = 20) -> str:
+    def wait_for(self, text: str, *, timeout: float = 60) -> str:
         """What is printed up to ``text`` and not yet returned, without colours."""
         end = time.monotonic() + timeout
         while text not in self.output:
@@ -327,6 +345,13 @@ def test_a_chat_through_a_pipe(command: Python, folder: Path) -> None:
     assert done.stderr.count("tokens/s") == 4
 
 
+@pytest.mark.parametrize("unfinished", ['"""\ndef', "def\\\n"], ids=["block", "line that goes on"])
+def test_the_end_of_the_input_ends_a_message(command: Python, folder: Path, unfinished: str) -> None:
+    done = command("chat", "--checkpoint", folder, "--plain", *GREEDY, input=unfinished)
+    assert done.stdout.strip()
+    assert "tokens/s" in done.stderr
+
+
 def test_a_conversation_beyond_the_models_positions_is_said(command: Python, tmp_path: Path) -> None:
     hf_model(max_position_embeddings=32).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -341,7 +366,7 @@ def test_a_conversation_beyond_the_models_positions_is_said(command: Python, tmp
     ("arguments", "message"),
     [
         (["--thinking"], "--thinking: the model's chat template has no thinking mode"),
-        (["--plain", "--no-thinking"], "--thinking: does not apply without a chat template"),
+        (["--plain", "--no-thinking"], "--no-thinking: does not apply without a chat template"),
         (["--plain", "--system", "x"], "--system: does not apply without a chat template"),
         (["--min-p", "7"], "--min-p: must be from 0"),
     ],

@@ -366,6 +366,17 @@ def test_other_data_is_read_with_the_tokenizer_that_the_model_knows(tmp_path: Pa
     assert after.fingerprint("") != before.fingerprint("")
 
 
+def test_what_is_prepared_for_others_has_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    before = run(tmp_path)
+    (tmp_path / "run/checkpoint/step-5").mkdir(parents=True)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "something else entirely"}\n' * 500)
+    shared = run(tmp_path, prepared_folder=str(tmp_path / "corpora"), for_run=False)
+    alone = run(tmp_path, name="alone")
+    assert shared.manifest["tokenizer_sha256"] == alone.manifest["tokenizer_sha256"]
+    assert shared.manifest["tokenizer_sha256"] != before.manifest["tokenizer_sha256"]
+
+
 def test_a_prepared_folder_is_shared(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     shared: dict[str, Any] = {"prepared_folder": str(tmp_path / "deep/corpora")}

@@ -16,7 +16,7 @@ from tiny_hf import hf_model, write_tokenizer
 from torchtitan_style import load_model
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.hf_import import import_hf
-from torchtitan_style.checkpoint.saved import SavedModel, open_model
+from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.errors import UserError
 from torchtitan_style.inference.generate import TextModel
 from torchtitan_style.inference.settings import Sampling
@@ -257,6 +257,31 @@ def test_what_cannot_be_asked_is_one_clear_message(
 ) -> None:
     with pytest.raises(UserError, match=message):
         model.generate(prompt, **options)
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_followed_by_the_next(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    seen = []
+
+    def use(found: Any) -> str:
+        seen.append(found.path.name)
+        if len(seen) == 1:
+            step = int(found.path.name.removeprefix("step-"))
+            found.path.rename(found.path.with_name(f"step-{step + 1}"))
+            (found.path / ".metadata").read_bytes()
+        return "used"
+
+    assert with_model(str(tmp_path / "run"), use, say=pytest.fail) == "used"
+    assert len(set(seen)) == 2
+    with pytest.raises(ZeroDivisionError):  # what has another cause is not tried again
+        with_model(str(tmp_path / "run"), lambda _: 1 / 0, say=pytest.fail)
+
+
+def test_types_by_name(folder: Path) -> None:
+    assert next(load_model(folder, dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
+    for wrong in ("int8", "half-precision"):
+        with pytest.raises(UserError, match=f"dtype: must be bfloat16, float16 or float32, not {wrong}"):
+            load_model(folder, dtype=wrong)
 
 
 def test_devices_that_there_are_not(folder: Path) -> None:

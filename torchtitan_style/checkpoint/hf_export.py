@@ -65,6 +65,7 @@ def _save(part: dict[str, torch.Tensor], file: Path) -> None:
     """Write a safetensors file, raising OSError if that fails."""
     try:
         save_file(part, file, metadata={"format": "pt"})
+        file.chmod(file.parent.stat().st_mode & 0o666)  # as of any new file; safetensors lets nobody else read it
     except SafetensorError as error:
         raise OSError(f"{file.name}: {error}") from None
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 from torchtitan_style.errors import UserError
 from torchtitan_style.hub import fetch
@@ -25,7 +26,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["SavedModel", "find_checkpoint", "open_model"]
+__all__ = ["SavedModel", "find_checkpoint", "open_model", "with_model"]
+
+T = TypeVar("T")
+
+_TRIES = 10
+"""Checkpoints that are tried one after the other while a run goes on."""
 
 
 class SavedModel:
@@ -105,6 +111,26 @@ def open_model(
     if verify:
         model.check()
     return model
+
+
+def with_model(source: str, use: Callable[[HFFolder | SavedModel], T], *, say: Callable[[str], None]) -> T:
+    """``use`` of the verified model in ``source``; of the next checkpoint if a run deletes this one meanwhile.
+
+    Raises UserError as ``open_model`` does.
+    """
+
+    def steps() -> list[int]:
+        checkpoints = CheckpointFolder.within(Path(os.path.expanduser(source)))
+        return checkpoints.steps() if checkpoints else []
+
+    for _ in range(_TRIES):
+        before = steps()
+        try:
+            return use(open_model(source, verify=True, say=say))
+        except BaseException as error:  # DCP's are no Exceptions
+            if isinstance(error, KeyboardInterrupt | SystemExit) or steps() == before:
+                raise
+    raise UserError(f"{source}: its checkpoints are deleted before they are read; checkpoint.keep_latest_k keeps more")
 
 
 def find_checkpoint(

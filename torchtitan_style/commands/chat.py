@@ -58,11 +58,12 @@ def main(arguments: list[str]) -> None:
         from torchtitan_style.inference.conversation import ChatTemplate, Conversation
 
         template = None if options.plain else ChatTemplate.find(model.assets)
-        for given, name in ((options.thinking is not None, "--thinking"), (options.system, "--system")):
+        mode = "--no-thinking" if options.thinking is False else "--thinking"
+        for given, name in ((options.thinking is not None, mode), (options.system, "--system")):
             if given and template is None:
                 raise UserError(f"{name}: does not apply without a chat template, and {model.assets} has none in use")
         if options.thinking is not None and template is not None and not template.thinks:
-            raise UserError("--thinking: the model's chat template has no thinking mode")
+            raise UserError(f"{mode}: the model's chat template has no thinking mode")
         conversation = Conversation(model, template=template, thinking=options.thinking, system=options.system)
         sampling = model.settings(**sampling_of(options))
         compile_steps(model, 1)
@@ -160,16 +161,16 @@ def _inputs(ctrl_c: _CtrlC) -> Iterator[str]:
 
 
 def _message(prompt: str, more: str) -> str:
-    line = input(prompt)
-    if line.strip() == '"""':
-        lines = []
-        while (line := input(more)).strip() != '"""':
+    line, lines = input(prompt), []
+    with contextlib.suppress(EOFError):  # which ends a message too
+        if line.strip() == '"""':
+            while (line := input(more)).strip() != '"""':
+                lines.append(line)
+        else:
             lines.append(line)
-        return "\n".join(lines)
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(input(more))
+            while lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1]
+                lines.append(input(more))
     return "\n".join(lines)
 
 
@@ -183,6 +184,8 @@ def _command(text: str, conversation: Conversation, screen: Screen) -> bool:
     elif name == "/reset":
         conversation.reset()
         screen.say("a new conversation")
+    elif name == "/save" and not conversation.messages:
+        raise UserError("/save: nothing has been said yet")
     elif name == "/save":
         _save(conversation.messages, conversation.transcript(), argument.strip())
         screen.say(f"saved to {argument.strip()}")

@@ -9,8 +9,9 @@ import re
 import sys
 from pathlib import Path
 
-from torchtitan_style.checkpoint.saved import open_model
+from torchtitan_style.checkpoint.saved import SavedModel, with_model
 from torchtitan_style.errors import UserError
+from torchtitan_style.models.hf_folder import HFFolder
 
 from .cli import Arguments, check_torch, reported_errors
 
@@ -39,7 +40,6 @@ def main(arguments: list[str]) -> None:
         options = parser.parse(arguments)
         max_shard_size = _bytes(options.max_shard_size)
         check_torch()
-        source = open_model(options.checkpoint, verify=True, say=lambda line: print(line, file=sys.stderr))
 
         import torch
 
@@ -49,9 +49,13 @@ def main(arguments: list[str]) -> None:
 
         dtype = getattr(torch, options.dtype) if options.dtype else None
         bytes_each = dtype.itemsize if dtype else 4
-        with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
-            export_hf(source, options.output, dtype=dtype, max_shard_size=max_shard_size, advance=advance)
-        print(f"{options.output}: {source.config.num_parameters / 1e6:,.1f} M parameters of {source.path}")
+
+        def export(source: HFFolder | SavedModel) -> None:
+            with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
+                export_hf(source, options.output, dtype=dtype, max_shard_size=max_shard_size, advance=advance)
+            print(f"{options.output}: {source.config.num_parameters / 1e6:,.1f} M parameters of {source.path}")
+
+        with_model(options.checkpoint, export, say=lambda line: print(line, file=sys.stderr))
 
 
 def _bytes(text: str) -> int:

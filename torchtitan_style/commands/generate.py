@@ -83,6 +83,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--prompt: is empty; a model goes on from text, as from --prompt 'def'")
     if "" in options.stop:
         raise UserError("--stop: is empty; it would end every text before it begins")
+    for stop in options.stop:
+        if stop.encode("utf-8", "replace").decode() != stop:
+            raise UserError("--stop: is not UTF-8 text")
     if options.prompt and options.prompts_file:
         raise UserError("--prompt and --prompts-file: give one of them")
     return options
@@ -106,8 +109,8 @@ def _prompts(options: argparse.Namespace, world: World | None) -> list[str]:
 def _read_prompts(options: argparse.Namespace) -> list[str]:
     """Raises UserError if there are none."""
     if options.prompts_file:
-        lines = _read(options.prompts_file).splitlines()
-        if prompts := [line for line in lines if line.strip()]:
+        lines = _read(options.prompts_file).split("\n")  # and not at a form feed, or what else is a line to Python
+        if prompts := [line.removesuffix("\r") for line in lines if line.strip()]:
             return prompts
         raise UserError(f"--prompts-file {options.prompts_file}: has no prompts; it has one on each line")
     prompts = [_read("-") if prompt == "-" else prompt for prompt in options.prompt or ["-"]]
@@ -119,10 +122,10 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
 def _read(name: str) -> str:
     try:
         if name != "-":
-            return Path(name).read_text(encoding="utf-8")
+            return Path(name).read_bytes().decode("utf-8-sig")  # without a byte order mark
         if sys.stdin.isatty():
             print("the prompt is read from here; Ctrl-D on a line of its own ends it", file=sys.stderr)
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         where = "standard input" if name == "-" else f"--prompts-file {name}"
         why = f"not UTF-8 text: {error}" if isinstance(error, UnicodeDecodeError) else error.strerror or error
@@ -138,9 +141,11 @@ def _generate(model: TextModel, prompts: list[str], options: argparse.Namespace,
         _Quiet() if quiet else _Json(options.seed) if options.json else _Text(len(prompts) * options.num_samples)
     )
     total = Speed()
-    compile_steps(model, min(options.batch_size, len(prompts)) * options.num_samples)
-    for first in range(0, len(prompts), options.batch_size):
-        batch = range(first, min(first + options.batch_size, len(prompts)))
+    batches = [range(len(prompts))[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
+    for batch in batches:
+        model.check_memory([ids[i] for i in batch], options.num_samples)
+    compile_steps(model, len(batches[0]) * options.num_samples)
+    for batch in batches:
         speed = Speed()
         show.begin([(prompts[i], len(ids[i]), s) for i in batch for s in range(options.num_samples)])
         for piece in model.continue_ids(

@@ -64,7 +64,8 @@ def prepare(
         settings = _settings(config, vocab_size)
         present = read_prepared(folder)
         change = present and change_of(present, config, settings)
-        is_running = any(dump_folder.glob("checkpoint/step-*"))
+        # A folder that is prepared for other runs has nothing to do with the one in the dump folder.
+        is_running = any(dump_folder.glob("checkpoint/step-*")) and (for_run or not config.prepared_folder)
         if present and change and is_running and not allow_changed_data:
             mend = f"delete {folder}, and it is prepared again" if str(folder) in change else "put it back"
             raise UserError(

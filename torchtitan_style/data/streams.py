@@ -87,7 +87,10 @@ class _Documents:
                 record = 0
             if complete and not found:
                 shown = "".join(f"\n  {describe(problem)}" for problem in self.problems[:5])
-                raise UserError(f"data: stream {self.number} finds no document to train on in its files{shown}")
+                raise UserError(
+                    f"data.num_streams: stream {self.number} finds no document to train on in its files; with fewer "
+                    f"streams each has more of them{shown}"
+                )
             epoch, place = epoch + 1, 0
 
     def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -80,7 +80,11 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, nothing added."""
+        """Token ids of ``text``, nothing added. Raises UserError if it has bytes that were no characters."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"not UTF-8 text, at character {error.start + 1}") from None
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32]]:

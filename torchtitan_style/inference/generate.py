@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.distributed.device import available_memory
 from torchtitan_style.errors import UserError
+from torchtitan_style.folders import readable_bytes
 from torchtitan_style.models.qwen3.config import Qwen3Config
 
-from .cache import KVCache
+from .cache import KVCache, bytes_per_token
 from .compiled import CompiledStep
 from .decode import Decoder, Speed
 from .sampling import Sampler
@@ -154,6 +156,18 @@ class TextModel:
         padding = [longest - len(row) for row in rows]
         return KVCache(self.config.windows, padding=padding, capacity=max(capacity, longest))
 
+    def check_memory(self, rows: Sequence[Sequence[int]], num_samples: int) -> None:
+        """Raise UserError if there is no room for the prompts' part of the cache and for one step's logits."""
+        dtype = next(self.model.parameters()).dtype
+        each = bytes_per_token(self.config, dtype.itemsize) * max(map(len, rows)) + 4 * self.config.vocab_size
+        needed, available = len(rows) * num_samples * each, available_memory(self.device)
+        if needed > available:
+            raise UserError(
+                f"{len(rows) * num_samples:,} texts at once take {readable_bytes(needed)}, and "
+                f"{readable_bytes(available)} are free; fewer prompts at once (--batch-size) or samples of each "
+                "(--num-samples) take less"
+            )
+
     def continue_ids(
         self,
         rows: Sequence[Sequence[int]],
@@ -176,6 +190,7 @@ class TextModel:
             raise UserError(f"{name}: must be at least 1, not {min(max_new_tokens, num_samples)}")
         if not rows:
             return
+        self.check_memory(rows, num_samples)
         prompts = [[*(cached or ()), *row] for row in rows for _ in range(num_samples)]
         positions = self.config.max_position_embeddings
         seeds = [f"{seed}/{sample}" for _ in rows for sample in range(num_samples)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_style.checkpoint.saved import SavedModel, open_model
+from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.distributed.device import available_memory, bf16_is_fast, compiler_problem, current_device
@@ -37,7 +37,7 @@ __all__ = ["load_model"]
 def load_model(
     source: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     compile: bool = False,
     world: World | None = None,
@@ -45,7 +45,8 @@ def load_model(
 ) -> TextModel:
     """The model in ``source``: a run folder, a checkpoint, or a model folder in Transformers' format.
 
-    dtype: to compute in and to keep the weights in; None: bf16 where the hardware multiplies it, else fp32.
+    dtype: to compute in and to keep the weights in, as torch.float32 or "float32"; None: bf16 where the hardware
+    multiplies it, else fp32.
     device: None: the GPU if there is one, else the CPU. compile: the steps of decoding, which takes a while before the
     first text, once more before the first of several at once, and makes each of them faster; not with several ranks.
     world: the ranks to split the model over, each of which calls this. say: told of checkpoints that were passed over.
@@ -53,21 +54,34 @@ def load_model(
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
 
-    def verified() -> Path:
-        return open_model(str(source), verify=True, say=say).path
+    def load(found: HFFolder | SavedModel) -> TextModel:
+        return _load(found, str(source), dtype=dtype, device=device, compile=compile, world=world)
 
-    path = verified() if world is None else on_main(verified)
-    found = open_model(str(path), verify=False)
+    if world is None:
+        return with_model(str(source), load, say=say)
+    path = on_main(lambda: open_model(str(source), verify=True, say=say).path)
+    return load(open_model(str(path), verify=False))
+
+
+def _load(
+    found: HFFolder | SavedModel,
+    source: str,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    compile: bool,
+    world: World | None,
+) -> TextModel:
     tokenizer = _tokenizer(found)
     device = _device(device) if world is None else world.device
     tp_mesh = None if world is None or world.layout.tp == 1 else world.mesh["tp"]
-    dtype = dtype or (torch.bfloat16 if bf16_is_fast(device) else torch.float32)
+    dtype = _dtype(dtype) or (torch.bfloat16 if bf16_is_fast(device) else torch.float32)
     ranks = 1 if tp_mesh is None else tp_mesh.size()
     if problem := split_problem(found.config, ranks):
         raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")
     if compile and (problem := compiler_problem(device)):
         raise UserError(f"--compile: {problem}; leave it out")
-    _check_memory(found.config, str(source), dtype=dtype, device=device, ranks=ranks, compile=compile)
+    _check_memory(found.config, source, dtype=dtype, device=device, ranks=ranks, compile=compile)
     stored_dtypes(found)  # raises if a tensor is missing
     stop_tokens, sampling = _generation_settings(found.assets, tokenizer)
     model = _build(found, dtype=dtype, device=device, tp_mesh=tp_mesh, compile=compile)
@@ -103,6 +117,14 @@ def _build(
     load_weights(found, dict(model.named_parameters()))
     fuse(model.eval(), group=None if tp_mesh is None else tp_mesh.get_group(), compile=compile)
     return model
+
+
+def _dtype(named: torch.dtype | str | None) -> torch.dtype | None:
+    """Raises UserError if it is no type to compute in."""
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if named is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise UserError(f"dtype: must be bfloat16, float16 or float32, not {named}")
 
 
 def _device(name: torch.device | str | None) -> torch.device:
