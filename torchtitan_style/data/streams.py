@@ -66,6 +66,7 @@ class _Documents:
     def __init__(self, corpus: StreamedCorpus, number: int, num_streams: int, seed: int, tokenizer: Tokenizer) -> None:
         self.corpus, self.number, self.seed = corpus, number, seed
         self.tokenizer = tokenizer
+        self.num_streams = num_streams
         self.files = corpus.deal(num_streams)[number]
         self.share = (number, num_streams) if len(corpus.files) < num_streams else (0, 1)
         self.problems: list[Problem] = []
@@ -87,10 +88,9 @@ class _Documents:
                 record = 0
             if complete and not found:
                 shown = "".join(f"\n  {describe(problem)}" for problem in self.problems[:5])
-                raise UserError(
-                    f"data.num_streams: stream {self.number} finds no document to train on in its files; with fewer "
-                    f"streams each has more of them{shown}"
-                )
+                fewer = "; with fewer (data.num_streams) each has more of them" if self.num_streams > 1 else ""
+                stream = f"stream {self.number} of {self.num_streams}"
+                raise UserError(f"data: {stream} finds no document to train on in its files{fewer}{shown}")
             epoch, place = epoch + 1, 0
 
     def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -158,8 +158,9 @@ class TextModel:
 
     def check_memory(self, rows: Sequence[Sequence[int]], num_samples: int) -> None:
         """Raise UserError if there is no room for the prompts' part of the cache and for one step's logits."""
-        dtype = next(self.model.parameters()).dtype
-        each = bytes_per_token(self.config, dtype.itemsize) * max(map(len, rows)) + 4 * self.config.vocab_size
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        cached = bytes_per_token(self.config, next(self.model.parameters()).dtype.itemsize) // ranks
+        each = cached * max(map(len, rows)) + 4 * self.config.vocab_size
         needed, available = len(rows) * num_samples * each, available_memory(self.device)
         if needed > available:
             raise UserError(
