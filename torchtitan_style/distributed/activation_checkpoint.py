@@ -66,7 +66,7 @@ def apply_activation_checkpoint(layers: nn.ModuleList, config: ActivationCheckpo
     if recomputes_operations(config):
         keep = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
         # The compiler warns that in-place operations in the block would go wrong; there are none.
-        logging.getLogger("torch._dynamo.variables.higher_order_ops").addFilter(
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(
             lambda record: "context_fn" not in record.getMessage()
         )
     elif config.mode == "selective":
