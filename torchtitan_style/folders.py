@@ -13,7 +13,16 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["copy_folder", "first_missing", "fsync", "locked", "new_folder", "readable_bytes", "sha256"]
+__all__ = [
+    "copy_folder",
+    "first_missing",
+    "fsync",
+    "locked",
+    "new_folder",
+    "readable_bytes",
+    "sha256",
+    "write_in_one_go",
+]
 
 
 @contextlib.contextmanager
@@ -36,6 +45,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_in_one_go(path: Path, text: str) -> None:
+    """Give a file, new or not, the content ``text``, or leave it as it is: it never has a part of it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
+    temporary.replace(path)
 
 
 def readable_bytes(count: float) -> str:

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from .folders import fsync
+from .folders import write_in_one_go
 
 __all__ = ["clear_preempted", "is_preempted", "write_preempted"]
 
@@ -16,10 +16,7 @@ _NAME = "preempted.json"
 def write_preempted(folder: Path, *, step: int, checkpoint: str | None, signal: str) -> None:
     """step: the last one; checkpoint: its path, if there is one; signal: its name."""
     word = {"step": step, "checkpoint": checkpoint, "signal": signal, "time": time.time()}
-    temporary = folder / f"{_NAME}.tmp"
-    temporary.write_text(json.dumps(word) + "\n", encoding="utf-8")
-    fsync(temporary)
-    temporary.rename(folder / _NAME)
+    write_in_one_go(folder / _NAME, json.dumps(word) + "\n")
 
 
 def is_preempted(folder: Path) -> bool:

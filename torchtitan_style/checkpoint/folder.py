@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.folders import fsync
+from torchtitan_style.folders import write_in_one_go
 
 from .manifest import problem_of, seal
 
@@ -102,10 +102,7 @@ class CheckpointFolder:
 
     def set_best(self, step: int) -> None:
         """Name ``step`` as the best, in one go."""
-        temporary = self.root / "best.tmp"
-        temporary.write_text(f"{self.path(step).name}\n", encoding="utf-8")
-        fsync(temporary)
-        temporary.rename(self.root / "best")
+        write_in_one_go(self.root / "best", f"{self.path(step).name}\n")
 
     def best(self) -> int | None:
         try:

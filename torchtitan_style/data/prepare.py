@@ -18,7 +18,7 @@ from typing import Any
 
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
-from torchtitan_style.folders import copy_folder, first_missing, fsync, locked
+from torchtitan_style.folders import copy_folder, first_missing, fsync, locked, write_in_one_go
 
 from .changes import change_of, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
@@ -231,9 +231,7 @@ def _begin(staging: Path, plan: dict[str, Any], say: Callable[[str], None]) -> N
         pass
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    temporary = staging / "plan.tmp"
-    temporary.write_text(json.dumps(plan), encoding="utf-8")
-    temporary.rename(file)
+    write_in_one_go(file, json.dumps(plan))
 
 
 def _tokenize(

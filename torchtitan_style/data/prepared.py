@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan_style.errors import UserError
-from torchtitan_style.folders import sha256
+from torchtitan_style.folders import sha256, write_in_one_go
 
 from .packing import Piece, best_fit, pieces_of
 from .rows import BestFitRows, ConcatRows, RowSource
@@ -63,9 +63,7 @@ class Prepared:
 
     def save(self) -> None:
         """Write the manifest, in one go."""
-        temporary = self.folder / "manifest.tmp"
-        temporary.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        temporary.rename(self.folder / "manifest.json")
+        write_in_one_go(self.folder / "manifest.json", json.dumps(self.manifest, indent=1) + "\n")
 
     def fingerprint(self, name: str) -> str:
         """Changes whenever the tokens to train on do."""

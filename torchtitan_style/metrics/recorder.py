@@ -13,6 +13,7 @@ from typing import Any
 
 from torchtitan_style.config.schema import Metrics
 from torchtitan_style.errors import UserError
+from torchtitan_style.folders import write_in_one_go
 
 __all__ = ["Recorder"]
 
@@ -43,9 +44,7 @@ class Recorder:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # cut short by a kill
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._file)  # in one go: a kill loses nothing
+        write_in_one_go(self._file, "".join(kept))
         self._tensorboard = self._wandb = None
         if config.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
