@@ -50,10 +50,6 @@ def random_model(config: Qwen3Config) -> Qwen3ForCausalLM:
     return model
 
 
-def windows(model: Qwen3ForCausalLM) -> list[int | None]:
-    return model.config.windows
-
-
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, BASE.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -86,7 +82,7 @@ def test_every_step_has_the_logits_of_the_model_without_cache(
 ) -> None:
     ids = tokens(2, sum(pieces))
     expected = uncached(model, ids)
-    cache = KVCache(windows(model), capacity=capacity)
+    cache = KVCache(model.config.windows, capacity=capacity)
     for piece in pieces:
         start = cache.length
         assert_close(add(model, cache, ids[:, start : start + piece]), expected[:, start + piece - 1])
@@ -95,7 +91,7 @@ def test_every_step_has_the_logits_of_the_model_without_cache(
 def test_padded_rows_have_the_logits_that_they_have_alone(model: Qwen3ForCausalLM) -> None:
     rows = [tokens(n, seed=n) for n in (3, 17, 1, 9, 17)]
     padding = [17 - len(row) for row in rows]
-    cache = KVCache(windows(model), padding=padding)
+    cache = KVCache(model.config.windows, padding=padding)
     ids = torch.stack([torch.cat((tokens(pad, seed=99), row)) for pad, row in zip(padding, rows, strict=True)])
     for step in range(12):
         logits = add(model, cache, ids[:, :6]) if step == 0 else None
@@ -109,7 +105,7 @@ def test_padded_rows_have_the_logits_that_they_have_alone(model: Qwen3ForCausalL
 
 def test_rows_are_selected_repeated_and_reordered(model: Qwen3ForCausalLM) -> None:
     ids = tokens(3, 12)
-    cache = KVCache(windows(model))
+    cache = KVCache(model.config.windows)
     add(model, cache, ids)
     cache.select([2, 0, 2])
     new = tokens(3, 4, seed=1)
@@ -120,10 +116,10 @@ def test_rows_are_selected_repeated_and_reordered(model: Qwen3ForCausalLM) -> No
 
 def test_after_truncation_it_goes_on_as_if_the_rest_had_never_been(model: Qwen3ForCausalLM) -> None:
     ids = tokens(1, 20)
-    cache = KVCache(windows(model))
+    cache = KVCache(model.config.windows)
     add(model, cache, ids)
     left = cache.truncate(11)
-    narrow = any(window is not None and window < 20 for window in windows(model))
+    narrow = any(window is not None and window < 20 for window in model.config.windows)
     assert left == (0 if narrow else 11)  # a window that has moved on has lost what is needed
     new = tokens(1, 9, seed=2)
     assert_close(add(model, cache, torch.cat((ids[:, left:11], new), dim=1)),
@@ -135,7 +131,7 @@ def test_the_fused_model_computes_the_same(model: Qwen3ForCausalLM) -> None:
     fuse(fused)
     ids = tokens(2, 20)
     expected = uncached(model, ids)
-    cache = KVCache(windows(model))
+    cache = KVCache(model.config.windows)
     assert_close(add(fused, cache, ids[:, :8]), expected[:, 7])
     for i in range(8, 20):
         assert_close(add(fused, cache, ids[:, i : i + 1]), expected[:, i])
@@ -149,7 +145,7 @@ def test_the_fused_model_in_bf16_is_as_near_to_fp32_as_the_model_in_bf16(rows: i
     plain = uncached(random_model(BASE).bfloat16(), ids)[:, -1].float()
     fused = random_model(BASE).bfloat16()
     fuse(fused)
-    found = add(fused, KVCache(windows(fused)), ids).float()
+    found = add(fused, KVCache(fused.config.windows), ids).float()
     assert (found - right).norm() < 1.5 * (plain - right).norm()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cache import BASE, WINDOW, assert_close, random_model, tokens, windows
+from test_cache import BASE, WINDOW, assert_close, random_model, tokens
 from tiny_hf import hf_model, write_tokenizer
 
 from torchtitan_style import load_model
@@ -66,7 +66,7 @@ def test_every_step_has_the_logits_of_the_model_and_nothing_is_compiled_again(
 ) -> None:
     ids = tokens(rows, prompt + 12)
     whole = random_model(CONFIG)
-    cache = KVCache(windows(model), capacity=capacity)
+    cache = KVCache(model.config.windows, capacity=capacity)
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
         expected = whole(ids)
         model(ids[:, :prompt], positions=cache.positions(ids[:, :prompt]), cache=cache)
@@ -83,7 +83,7 @@ def test_every_step_has_the_logits_of_the_model_and_nothing_is_compiled_again(
 def drawn(model: Qwen3ForCausalLM, prompts: list[list[int]], step: CompiledStep | None, temperature: float) -> list:
     sampler = Sampler(Sampling(temperature=temperature), seeds=range(len(prompts)))
     longest = max(map(len, prompts))
-    cache = KVCache(windows(model), padding=[longest - len(prompt) for prompt in prompts])
+    cache = KVCache(model.config.windows, padding=[longest - len(prompt) for prompt in prompts])
     decoder, found = Decoder(model, prompts, sampler, cache=cache, device=CPU, step=step), []
     for new, _ in zip(decoder, range(12), strict=False):
         found.append(dict(zip(decoder.rows, new, strict=True)))
@@ -123,7 +123,7 @@ def test_ctrl_c_in_a_guard_is_not_lost(model: Qwen3ForCausalLM, step: CompiledSt
             sys.setprofile(None)
             signal.raise_signal(signal.SIGINT)
 
-    ids, cache = tokens(1, 4), KVCache(windows(model))
+    ids, cache = tokens(1, 4), KVCache(model.config.windows)
     with torch.inference_mode():
         model(ids[:, :3], positions=cache.positions(ids[:, :3]), cache=cache)
         cache.advance(3)

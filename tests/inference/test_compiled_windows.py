@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from test_cache import BASE, WINDOW, assert_close, random_model, tokens, windows
+from test_cache import BASE, WINDOW, assert_close, random_model, tokens
 
 from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.compiled import CompiledStep
@@ -23,7 +23,7 @@ def test_a_wide_window_is_filled_and_left_behind_in_the_same_graph() -> None:
     step = CompiledStep(model, config, CPU)
     step.prepare(1)
     ids = tokens(1, 140)
-    cache = KVCache(windows(model), capacity=256)
+    cache = KVCache(model.config.windows, capacity=256)
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
         expected = whole(ids)
         model(ids[:, :60], positions=cache.positions(ids[:, :60]), cache=cache)

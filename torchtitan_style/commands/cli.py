@@ -101,15 +101,13 @@ class Arguments(argparse.ArgumentParser):
         for before, argument in zip(["", *arguments], arguments, strict=False):
             name = argument.partition("=")[0]
             if name.startswith("--") and "." not in name and name not in self._option_string_actions:
-                near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
                 option = self._option_string_actions.get(before)
-                hint = (
-                    f"did you mean {near[0]}?"
-                    if near
-                    else f"if it is the value of {before}, write {before}={argument}"
-                    if option is not None and option.nargs is None
-                    else "--help shows what the command takes"
-                )
+                if near := difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7):
+                    hint = f"did you mean {near[0]}?"
+                elif option is not None and option.nargs is None:
+                    hint = f"if it is the value of {before}, write {before}={argument}"
+                else:
+                    hint = "--help shows what the command takes"
                 raise UserError(f"there is no option {name}; {hint}")
 
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

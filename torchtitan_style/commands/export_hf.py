@@ -41,16 +41,15 @@ def main(arguments: list[str]) -> None:
         max_shard_size = _bytes(options.max_shard_size)
         check_torch()
 
-        import torch
-
-        from torchtitan_style.checkpoint.hf_export import export_hf
-
-        from .progress import progress_bar
-
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        bytes_each = dtype.itemsize if dtype else 4
-
         def export(source: HFFolder | SavedModel) -> None:
+            import torch
+
+            from torchtitan_style.checkpoint.hf_export import export_hf
+
+            from .progress import progress_bar
+
+            dtype = getattr(torch, options.dtype) if options.dtype else None
+            bytes_each = dtype.itemsize if dtype else 4
             with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
                 export_hf(source, options.output, dtype=dtype, max_shard_size=max_shard_size, advance=advance)
             print(f"{options.output}: {source.config.num_parameters / 1e6:,.1f} M parameters of {source.path}")

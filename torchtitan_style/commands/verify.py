@@ -121,7 +121,7 @@ def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> 
         reference(small, folder, device=device, rows=plan.global_batch_size)
         if on_gpus:
             torch.cuda.empty_cache()  # the ranks need it
-        if not on_gpus:
+        else:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         module = "torchtitan_style.commands.verify_rank"
         arguments = [temporary, *([] if tolerance is None else [str(tolerance)])]

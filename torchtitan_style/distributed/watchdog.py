@@ -120,7 +120,7 @@ class Watchdog:
         now = {rank: sign for rank, sign in self._signs.items() if not sign.get("closed")}
         now[self.rank] = self._sign_of_life()
         if time.monotonic() - self._heard > patience:
-            silent = [rank for rank in (0,) if rank in now]
+            silent = [0] if 0 in now else []
         else:
             silent = [rank for rank in now if rank != self.rank and now[rank]["tick"] == before[rank]["tick"]]
         answering = {rank: sign for rank, sign in now.items() if rank not in silent}

@@ -101,19 +101,14 @@ class KVCache:
         S is a multiple of 64 above the positions so far, or the window if that is less. Position i is in slot i % S.
         All of a storage is never given: that would be contiguous, for which a compiler makes another graph.
         """
+        above = (self.length // _SLOTS + 1) * _SLOTS
         found = []
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             assert keys is not None
             assert values is not None
-            s = (self.length // _SLOTS + 1) * _SLOTS
-            if (window := self.windows[layer]) is not None:
-                s = min(s, window)
+            s = min(above, self.windows[layer] or above)
             if s >= keys.shape[2]:
-                keys, values = (
-                    (self._grown(layer, keys, s), self._grown(layer, values, s))
-                    if window is None
-                    else (F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1)))
-                )
+                keys, values = self._grown(layer, keys, s), self._grown(layer, values, s)
                 self._keys[layer], self._values[layer] = keys, values
             found.append((keys[:, :, :s], values[:, :, :s]))
         return found
@@ -152,7 +147,10 @@ class KVCache:
         return x.new_zeros(x.shape[0], x.shape[1], self.windows[layer] or positions, x.shape[3])
 
     def _grown(self, layer: int, x: Tensor, positions: int) -> Tensor:
-        """Storage with what is in ``x``, for more than ``positions``: half as much again, so that copies are rare."""
+        """Storage with what is in ``x``, for more than ``positions``: half as much again, so that copies are rare. A
+        ring has one slot more, which it does not use."""
+        if self.windows[layer] is not None:
+            return F.pad(x, (0, 0, 0, 1))
         room = self._room(layer, x, -(-3 * positions // (2 * _BLOCK)) * _BLOCK)
         room[:, :, : self.length] = x[:, :, : self.length]
         return room

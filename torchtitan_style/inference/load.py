@@ -54,8 +54,10 @@ def load_model(
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
 
+    wanted = _dtype(dtype)
+
     def load(found: HFFolder | SavedModel) -> TextModel:
-        return _load(found, str(source), dtype=dtype, device=device, compile=compile, world=world)
+        return _load(found, str(source), dtype=wanted, device=device, compile=compile, world=world)
 
     if world is None:
         return with_model(str(source), load, say=say)
@@ -67,7 +69,7 @@ def _load(
     found: HFFolder | SavedModel,
     source: str,
     *,
-    dtype: torch.dtype | str | None,
+    dtype: torch.dtype | None,
     device: torch.device | str | None,
     compile: bool,
     world: World | None,
@@ -75,7 +77,7 @@ def _load(
     tokenizer = _tokenizer(found)
     device = _device(device) if world is None else world.device
     tp_mesh = None if world is None or world.layout.tp == 1 else world.mesh["tp"]
-    dtype = _dtype(dtype) or (torch.bfloat16 if bf16_is_fast(device) else torch.float32)
+    dtype = dtype or (torch.bfloat16 if bf16_is_fast(device) else torch.float32)
     ranks = 1 if tp_mesh is None else tp_mesh.size()
     if problem := split_problem(found.config, ranks):
         raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")

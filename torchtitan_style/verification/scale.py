@@ -45,15 +45,13 @@ def for_verification(
     # gathered weights and gradients.
     shared_out = 16 * layout.dp_replicate + 8 * layout.world_size / layout.tp
     needed, needed_alone = shape.num_parameters * (shared_out + 4), shape.num_parameters * 16
-    if work > flops or needed > memory or needed_alone > alone:
+    limits = (
+        (needed > memory, f"{needed / 2**30:,.0f} GiB of memory"),
+        (needed_alone > alone, f"{needed_alone / 2**30:,.0f} GiB of one device's memory"),
+        (work > flops, f"{work / 1e12:,.0f} TFLOP of computation"),
+    )
+    if reason := next((text for exceeded, text in limits if exceeded), ""):
         small = _small_copy(shape, layout, config)
-        reason = (
-            f"{needed / 2**30:,.0f} GiB of memory"
-            if needed > memory
-            else f"{needed_alone / 2**30:,.0f} GiB of one device's memory"
-            if needed_alone > alone
-            else f"{work / 1e12:,.0f} TFLOP of computation"
-        )
         notes.append(
             f"on a small copy of the model, as the whole would take {reason}: {small.num_hidden_layers} of "
             f"{shape.num_hidden_layers} layers, {small.hidden_size} wide instead of {shape.hidden_size}, heads of "
