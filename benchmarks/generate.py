@@ -1,6 +1,6 @@
 """Tokens per second of generation: ours against Transformers' ``generate``, side by side.
 
-    python benchmarks/generate.py                                  # Qwen3-0.6B's shape, bf16, batch 1 and 8
+    python benchmarks/generate.py                                  # Qwen3-0.6B's shape, batch 1 and 8
     python benchmarks/generate.py --flavor small --dtype float32
     python benchmarks/generate.py --compile --repeats 2            # compiled ones too: minutes
 
@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from torchtitan_style.distributed.device import current_device, name, synchronize
+from torchtitan_style.distributed.device import current_device, is_fast, name, synchronize
+from torchtitan_style.distributed.half_precision import multiply_in_fp32
 from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.compiled import CompiledStep
 from torchtitan_style.inference.decode import Decoder
@@ -111,14 +112,18 @@ def bandwidth(device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flavor", choices=FLAVORS, default="0.6B")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="left out: as generate chooses it")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours and Transformers' static cache compiled too")
     options = parser.parse_args()
-    config, dtype, device = FLAVORS[options.flavor], getattr(torch, options.dtype), current_device()
+    config, device = FLAVORS[options.flavor], current_device()
+    options.dtype = options.dtype or ("bfloat16" if is_fast(torch.bfloat16, device) else "float32")
+    dtype = getattr(torch, options.dtype)
+    if dtype != torch.float32:
+        multiply_in_fp32(device)  # for Transformers too, which has much to gain
     model, hf = build(config, dtype, device, compile=options.compile)
     contenders = {
         "ours": ours(model, config),

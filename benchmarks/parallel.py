@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
 from torch.profiler import ProfilerActivity, profile, record_function
-from train_step import SHAPES, make_config, our_compile, our_step
+from train_step import SHAPES, make_config, our_compile, our_step, precision
 
 from torchtitan_style.models.qwen3.config import FLAVORS
 
@@ -204,7 +204,7 @@ def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, 
             )
         )
     print(
-        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, bf16, {arguments.compile}; "
+        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {precision()}, {arguments.compile}; "
         f"{about['device']}, torch {about['torch']}; medians of {arguments.repeats} turns of {arguments.steps} steps\n"
     )
     heads = ("", "tokens/s", "× time of one process", "collectives of a step", "waiting", "MiB of rank 0")

@@ -4,11 +4,11 @@
     python benchmarks/train_step.py --model 100M --rows 4 --seq-len 1024
     python benchmarks/train_step.py --model 1.7B --rows 2 --seq-len 4096   # on a GPU
 
-All contenders have the same dimensions, batch, optimizer (fused AdamW on fp32 weights), clipping and bf16 compute.
-Each has a process of its own and takes turns with ours; ratios are medians over the turns. What a process can reach
-at most, the rate of one large bf16 matrix multiplication, takes its turns too. Memory is what a step takes at most
-beyond what the libraries take. LitGPT takes part where it is installed, the Trainer where accelerate is, which it
-needs.
+All contenders have the same dimensions, batch, optimizer (fused AdamW on fp32 weights), clipping, and compute in bf16,
+or in fp32 on CPUs without bf16. Each has a process of its own and takes turns with ours; ratios are medians over the
+turns. What a process can reach at most, the rate of one large matrix multiplication, takes its turns too. Memory is
+what a step takes at most beyond what the libraries take. LitGPT takes part where it is installed, the Trainer where
+accelerate is, which it needs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torchtitan_style.config import Config, load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.distributed.device import current_device, is_fast
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 from torchtitan_style.optim.guard import StepGuard
@@ -45,6 +46,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "optimizer.lr": LR,
         "lr_scheduler.warmup_steps": 0,
         "activation_checkpoint.mode": arguments.recompute,
+        "training.mixed_precision_param": precision(),
     }
     if arguments.model in FLAVORS:
         given["model.flavor"] = arguments.model
@@ -63,6 +65,11 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     if FLAVORS.get(arguments.model, FLAVORS["small"]).max_position_embeddings < arguments.seq_len:
         given["model.max_position_embeddings"] = arguments.seq_len
     return [text for key, value in given.items() for text in (f"--{key}", str(value))] + arguments.ours
+
+
+def precision() -> str:
+    """What all contenders compute in: the fastest there is."""
+    return "bfloat16" if is_fast(torch.bfloat16, current_device()) else "float32"
 
 
 def make_config(arguments: argparse.Namespace, *more: str, world_size: int = 1) -> Config:
@@ -172,7 +179,7 @@ def trainer(arguments: argparse.Namespace, turns: Turns, attention: str, compile
                 per_device_train_batch_size=arguments.rows,
                 max_steps=10**6,
                 learning_rate=LR,
-                bf16=True,
+                bf16=precision() == "bfloat16",
                 optim="adamw_torch_fused",
                 max_grad_norm=1.0,
                 torch_compile=compile == "compiled",
@@ -231,10 +238,11 @@ def litgpt(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
 def bare_loop(turns: Turns, model: Any, loss: Callable[[], torch.Tensor]) -> None:
     """The step that people write by hand: autocast, fused AdamW, clipping."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    autocasts = precision() == "bfloat16"
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(turns.device, torch.bfloat16):
+        with torch.autocast(turns.device, torch.bfloat16, enabled=autocasts):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -246,7 +254,7 @@ def bare_loop(turns: Turns, model: Any, loss: Callable[[], torch.Tensor]) -> Non
 def matmul(arguments: argparse.Namespace, turns: Turns) -> None:
     """What one process can do: as many operations as a step of the model has, in large square matrices."""
     size = 8192 if turns.device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=turns.device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(size, size, device=turns.device, dtype=getattr(torch, precision())) for _ in range(2))
     out = torch.empty_like(a)
     count = max(1, round(step_flops(arguments) / (2 * size**3)))
 
@@ -326,14 +334,14 @@ def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, 
         if racer.name != "large matmuls"
     ]
     print(
-        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}; {about['device']}, "
+        f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {precision()}; {about['device']}, "
         f"torch {about['torch']}, transformers {transformers.__version__}; "
         f"medians of {arguments.repeats} turns of {arguments.steps} steps\n"
     )
     heads = ("", "tokens/s", "× time of ours", "of matmul rate", "peak MiB", "× memory of ours", "first step, s")
     print(table(heads, rows))
     if peak:
-        print(f"\nlarge bf16 matmuls: {step_flops(arguments) / peak / 1e9:,.0f} GFLOP/s")
+        print(f"\nlarge {precision()} matmuls: {step_flops(arguments) / peak / 1e9:,.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from .config import Config
 from .data.loader import Batch
 from .distributed import device as devices
+from .distributed.half_precision import multiply_in_fp32
 from .distributed.init import init_weights
 from .distributed.world import World
 from .metrics.log import StepResult
@@ -35,6 +36,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def build_model(config: Config, world: World, *, warn: Callable[[str], None]) -> Any:
     """The model of ``config``, laid out over the mesh, with its initial weights drawn."""
     family = MODELS[config.model.name]
+    param_dtype = DTYPES[config.training.mixed_precision_param]
+    if param_dtype != torch.float32:
+        multiply_in_fp32(world.device)
     compile = config.compile
     if compile.enable and (problem := devices.compiler_problem(world.device)):
         warn(f"compile.enable: {problem}; training without compilation, which is slower")
@@ -46,7 +50,7 @@ def build_model(config: Config, world: World, *, warn: Callable[[str], None]) ->
         world.mesh,
         activation_checkpoint=config.activation_checkpoint,
         compile=compile,
-        param_dtype=DTYPES[config.training.mixed_precision_param],
+        param_dtype=param_dtype,
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
         reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
     )

@@ -24,6 +24,7 @@ from .data.tokenizer import Tokenizer
 from .distributed import device as devices
 from .distributed.agreement import Agreement
 from .distributed.garbage import GarbageCollector
+from .distributed.half_precision import multiply_in_fp32
 from .distributed.watchdog import Watchdog
 from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
 from .ending import on_interrupt, stop_gracefully, told_to_stop
@@ -389,11 +390,13 @@ class Trainer:
             clear_preempted(self.dump_folder)
         total, seq_len = config.training.steps, config.training.seq_len
         processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
+        precision: str = config.training.mixed_precision_param
+        if DTYPES[precision] != torch.float32 and multiply_in_fp32(self.world.device):
+            precision += " (multiplied in float32, as this CPU has no instructions for it)"
         self.display.say(
             f"{config.model.name} {config.initial_weights or config.model.flavor}, "
             f"{self.model_config.num_parameters / 1e6:,.1f} M parameters, "
-            f"{config.training.mixed_precision_param}, on {processes}{devices.name(self.world.device)}"
-            + (f" ({layout})" if processes else "")
+            f"{precision}, on {processes}{devices.name(self.world.device)}" + (f" ({layout})" if processes else "")
         )
         microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
         self.display.say(

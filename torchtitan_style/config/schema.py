@@ -193,7 +193,9 @@ class Training(Section):
     seed: NonNegative = 0
     """Decides initial weights, row order and dropout."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type that the model computes in. Master weights and optimizer state are always float32."""
+    """Type that the model computes in. Master weights and optimizer state are always float32. On a CPU without
+    instructions for bfloat16 its matrices are multiplied in float32 and the results rounded, which is about as fast as
+    "float32"."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over ranks."""
     max_skipped_steps: NonNegative = 3

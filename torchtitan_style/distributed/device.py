@@ -21,9 +21,9 @@ import torch
 __all__ = [
     "available_memory",
     "backend",
-    "bf16_is_fast",
     "compiler_problem",
     "current_device",
+    "is_fast",
     "keep_freed_memory",
     "keep_tensors_apart",
     "name",
@@ -82,11 +82,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that matrix multiplication in ``dtype`` can reach, or None if unknown.
 
     From the data sheet on CUDA, for bf16; measured on CPU, with the threads of this process, in about a fifth of a
-    second.
+    second, and in fp32 where that is what ``dtype`` is multiplied in.
     """
     if device.type == "cuda":
         known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
         return next(known, None) if dtype == torch.bfloat16 else None
+    if not is_fast(dtype, device):
+        dtype = torch.float32
     size = 1024
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
@@ -129,11 +131,17 @@ def _mallopt(device: torch.device) -> Callable[[int, int], int] | None:
     return getattr(ctypes.CDLL(None), "mallopt", None)
 
 
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices itself, and not by way of fp32."""
+def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of ``dtype`` (bf16, fp16, fp32) itself, and not by way of fp32."""
+    if dtype == torch.float32:
+        return True
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return bool(supported())
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchtitan_style.checkpoint.weights import load_weights
 from torchtitan_style.distributed.device import available_memory
+from torchtitan_style.distributed.half_precision import multiply_in_fp32
 from torchtitan_style.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
@@ -54,6 +55,8 @@ def compare_with_transformers(
             f"{str(dtype).removeprefix('torch.')}, and {available / 2**30:.0f} GiB are free"
             + ("; --dtype bfloat16 takes half" if dtype == torch.float32 else "")
         )
+    if dtype != torch.float32:
+        multiply_in_fp32(device)
     theirs, ours = _theirs(folder, dtype, device), _ours(folder, dtype, device)
     tolerances = TOLERANCES[dtype] if tolerance is None else dict.fromkeys(TOLERANCES[dtype], tolerance)
     return [
