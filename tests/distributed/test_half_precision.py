@@ -129,5 +129,14 @@ def test_this_cpu_is_asked_once_and_says_nothing(monkeypatch: pytest.MonkeyPatch
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_utilisation_is_against_the_rate_of_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "is_fast", lambda dtype, device: dtype == torch.float32)
+    multiplied = []
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, dtype: multiplied.append(dtype) or ones(64, 64, dtype=dtype))
+    assert devices.peak_flops(CPU, torch.bfloat16) > 0
+    assert multiplied == [torch.float32]
+
+
 def test_what_is_fast_is_what_onednn_multiplies() -> None:
     assert devices.is_fast(torch.bfloat16, CPU) == torch.ops.mkldnn._is_mkldnn_bf16_supported()

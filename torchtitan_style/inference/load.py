@@ -25,7 +25,7 @@ from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.errors import UserError
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
-from torchtitan_style.models.qwen3.inference import fuse, split, split_problem
+from torchtitan_style.models.qwen3.inference import fuse, packs, split, split_problem
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 
 from .compiled import CompiledStep
@@ -152,7 +152,7 @@ def _check_memory(
 ) -> None:
     # A tied head is a second matrix once it is packed.
     numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
-    if compile and dtype == torch.bfloat16 and device.type == "cpu":  # packed and not packed
+    if compile and packs(dtype, device):  # packed and not packed
         numbers += config.num_matmul_parameters
     here = ranks if device.type == "cpu" else 1  # ranks of this host share its memory
     needed, available = numbers * dtype.itemsize * here // ranks, available_memory(device)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from torchtitan_style.distributed.device import is_fast
+
 from .attention import attend
 from .config import Qwen3Config
 from .model import Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary
 
-__all__ = ["fuse", "split", "split_problem"]
+__all__ = ["fuse", "packs", "split", "split_problem"]
 
 
 def split_problem(config: Qwen3Config, ranks: int) -> str | None:
@@ -89,7 +91,7 @@ class _Matrix:
         self.bias = torch.cat(biases).detach() if biases else None
         if self.bias is not None and group is not None and dist.get_rank(group) > 0:
             self.bias.zero_()  # it is added once
-        self.packed = _can_pack(self.weight)
+        self.packed = packs(self.weight.dtype, self.weight.device)
         if self.packed:  # the second argument, the rows that the order is best for, hardly matters
             self.size, self.number = self.weight.shape[0], next(_numbers)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
@@ -141,16 +143,16 @@ def _packed_linear_shape(x: Tensor, bias: Tensor | None, number: int, size: int)
     return x.new_empty(*x.shape[:-1], size)
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN reorders this matrix: bf16 on a CPU that computes in it. fp32 gains nothing at one row."""
-    ops = torch.ops.mkldnn
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and hasattr(ops, "_reorder_linear_weight")
-        and ops._is_mkldnn_bf16_supported()
-    )
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrices of ``dtype`` are reordered by oneDNN once and for all.
+
+    On a CPU that computes in bf16 these are bf16 ones. On any other they are fp32 ones, which MKL multiplies with a few
+    rows at a half to a third of the speed there (measured: docs/generation.md).
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    fastest = torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
+    return dtype == fastest and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 class _Norm(nn.Module):
