@@ -122,8 +122,7 @@ def main() -> None:
     config, device = FLAVORS[options.flavor], current_device()
     options.dtype = options.dtype or ("bfloat16" if is_fast(torch.bfloat16, device) else "float32")
     dtype = getattr(torch, options.dtype)
-    if dtype != torch.float32:
-        multiply_in_fp32(device)  # for Transformers too, which has much to gain
+    multiply_in_fp32(dtype, device)  # for Transformers too, which has much to gain
     model, hf = build(config, dtype, device, compile=options.compile)
     contenders = {
         "ours": ours(model, config),

@@ -37,8 +37,7 @@ def build_model(config: Config, world: World, *, warn: Callable[[str], None]) ->
     """The model of ``config``, laid out over the mesh, with its initial weights drawn."""
     family = MODELS[config.model.name]
     param_dtype = DTYPES[config.training.mixed_precision_param]
-    if param_dtype != torch.float32:
-        multiply_in_fp32(world.device)
+    multiply_in_fp32(param_dtype, world.device)
     compile = config.compile
     if compile.enable and (problem := devices.compiler_problem(world.device)):
         warn(f"compile.enable: {problem}; training without compilation, which is slower")

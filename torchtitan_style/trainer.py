@@ -391,7 +391,7 @@ class Trainer:
         total, seq_len = config.training.steps, config.training.seq_len
         processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
         precision: str = config.training.mixed_precision_param
-        if DTYPES[precision] != torch.float32 and multiply_in_fp32(self.world.device):
+        if multiply_in_fp32(DTYPES[precision], self.world.device):
             precision += " (multiplied in float32, as this CPU has no instructions for it)"
         self.display.say(
             f"{config.model.name} {config.initial_weights or config.model.flavor}, "

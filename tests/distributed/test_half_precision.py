@@ -22,13 +22,11 @@ LAYOUTS = ["rows, rows", "rows, columns", "columns, rows", "columns, columns"]
 def without_instructions(monkeypatch: pytest.MonkeyPatch):
     """Whatever this machine has; and torch as it was, afterwards."""
     monkeypatch.setattr(half_precision, "is_fast", lambda dtype, device: False)
-    half_precision.multiply_in_fp32.cache_clear()
-    before = half_precision._library
-    assert half_precision.multiply_in_fp32(CPU)
+    monkeypatch.setattr(half_precision, "_slow", set())
+    monkeypatch.setattr(half_precision, "_library", None)
+    assert all(half_precision.multiply_in_fp32(dtype, CPU) for dtype in (torch.bfloat16, torch.float16))
     yield
     half_precision._library._destroy()
-    half_precision._library = before
-    half_precision.multiply_in_fp32.cache_clear()
 
 
 def matrix(n: int, m: int, layout: str, dtype: torch.dtype) -> Tensor:
@@ -112,7 +110,7 @@ def test_a_compiled_graph_multiplies_as_one_that_is_not() -> None:
 
 
 def test_a_gpu_is_left_alone() -> None:
-    assert not half_precision.multiply_in_fp32(torch.device("cuda"))
+    assert not half_precision.multiply_in_fp32(torch.bfloat16, torch.device("cuda"))
 
 
 def test_this_cpu_is_asked_once_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +119,7 @@ def test_this_cpu_is_asked_once_and_says_nothing(monkeypatch: pytest.MonkeyPatch
         "import torch, warnings; warnings.simplefilter('error')\n"
         "from torchtitan_style.distributed import half_precision as h\n"
         "h.is_fast = lambda dtype, device: False\n"
-        "assert h.multiply_in_fp32(torch.device('cpu')) and h.multiply_in_fp32(torch.device('cpu'))\n"
+        "assert all(h.multiply_in_fp32(torch.bfloat16, torch.device('cpu')) for _ in range(2))\n"
         "a = torch.ones(8, 8).bfloat16(); assert torch.equal(a @ a, 8 * a)\n"
     )
     root = Path(half_precision.__file__).parents[2]

@@ -8,7 +8,6 @@ exactly, and the result is rounded: the same sums of the same products, added up
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,39 +26,41 @@ _FEW_ROWS = 4
 """Up to so many rows times a matrix that is read by rows, as when text is generated, torch's own loops are faster:
 they read half of the bytes (6144 × 1024: 0.8 ms for one row, 3.9 by way of fp32; 2.9 and 7.7 for four)."""
 
+_slow: set[torch.dtype] = set()
+"""What this process multiplies in fp32."""
+
 _library: Any = None
 
 
-@functools.cache
-def multiply_in_fp32(device: torch.device) -> bool:
-    """Have this process multiply bf16 and fp16 matrices in fp32, if ``device`` is a CPU where that is faster. Whether
-    it does so for bf16."""
-    if device.type != "cpu":
+def multiply_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Have this process multiply matrices of ``dtype`` in fp32, if ``device`` is a CPU without instructions for it.
+    Whether it does."""
+    if device.type != "cpu" or is_fast(dtype, device):
         return False
-    slow = frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not is_fast(dtype, device))
-    if slow:
-        _install(slow)
-    return torch.bfloat16 in slow
+    if not _slow:
+        _install()
+    _slow.add(dtype)
+    return True
 
 
-def _install(slow: frozenset[torch.dtype]) -> None:
+def _install() -> None:
     global _library
     _library = torch.library.Library("aten", "IMPL")  # what it registers is gone when it is
     for name in _PRODUCTS:
-        _replace(slow, name, "default")
-        _replace(slow, name, "out")
+        _replace(name, "default")
+        _replace(name, "out")
     for name in (_ATTENTION, f"{_ATTENTION}_backward"):
-        _replace(slow, name, "default")
+        _replace(name, "default")
 
 
-def _replace(slow: frozenset[torch.dtype], name: str, overload: str) -> None:
-    """Register a CPU kernel that computes in fp32 what is of the types ``slow``, and leaves the rest to torch's."""
+def _replace(name: str, overload: str) -> None:
+    """Register a CPU kernel that computes in fp32 what is of the types ``_slow``, and leaves the rest to torch's."""
     torchs = torch.library.get_kernel(f"aten::{name}" + ("" if overload == "default" else f".{overload}"), "CPU")
     in_fp32: Callable[..., Any] = getattr(torch.ops.aten, name).default
 
     def kernel(keys: Any, *inputs: Any, **named: Any) -> Any:
         dtype = inputs[0].dtype
-        if dtype not in slow or _has_few_rows(name, inputs):
+        if dtype not in _slow or _has_few_rows(name, inputs):
             return torchs.call_boxed(keys, *inputs, **named)
         out = named.pop("out", None)
         result = in_fp32(*map(_widened, inputs), **{key: _widened(x) for key, x in named.items()})

@@ -110,8 +110,7 @@ def _build(
     tp_mesh: DeviceMesh | None,
     compile: bool,
 ) -> Qwen3ForCausalLM:
-    if dtype != torch.float32:
-        multiply_in_fp32(device)
+    multiply_in_fp32(dtype, device)
     with torch.device("meta"):
         model = Qwen3ForCausalLM(found.config)
     model.to(dtype)

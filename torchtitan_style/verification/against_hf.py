@@ -55,8 +55,7 @@ def compare_with_transformers(
             f"{str(dtype).removeprefix('torch.')}, and {available / 2**30:.0f} GiB are free"
             + ("; --dtype bfloat16 takes half" if dtype == torch.float32 else "")
         )
-    if dtype != torch.float32:
-        multiply_in_fp32(device)
+    multiply_in_fp32(dtype, device)
     theirs, ours = _theirs(folder, dtype, device), _ours(folder, dtype, device)
     tolerances = TOLERANCES[dtype] if tolerance is None else dict.fromkeys(TOLERANCES[dtype], tolerance)
     return [
