@@ -1,6 +1,6 @@
 """Matrix products and attention in bf16 and fp16 on CPUs that have no instructions for them.
 
-Without AVX-512 or AMX, as on most laptops, torch multiplies such matrices in loops of its own: a training step took 60
+Without AVX-512 or AMX, as on many laptops, torch multiplies such matrices in loops of its own: a training step took 60
 times as long as in fp32 (measured: docs/performance.md). Here the operands are multiplied in fp32, which holds them
 exactly, and the result is rounded: the same sums of the same products, added up in fp32 as the instructions do it. So
 "bfloat16" means the same on every CPU, and is about as fast as fp32 where it cannot be faster.
