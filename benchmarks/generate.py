@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from torchtitan_style.distributed.device import current_device, is_fast, name, synchronize
+from torchtitan_style.distributed.device import current_device, fastest_dtype, name, synchronize
 from torchtitan_style.distributed.half_precision import multiply_in_fp32
 from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.compiled import CompiledStep
@@ -120,8 +120,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours and Transformers' static cache compiled too")
     options = parser.parse_args()
     config, device = FLAVORS[options.flavor], current_device()
-    options.dtype = options.dtype or ("bfloat16" if is_fast(torch.bfloat16, device) else "float32")
-    dtype = getattr(torch, options.dtype)
+    dtype = getattr(torch, options.dtype) if options.dtype else fastest_dtype(device)
+    options.dtype = str(dtype).removeprefix("torch.")
     multiply_in_fp32(dtype, device)  # for Transformers too, which has much to gain
     model, hf = build(config, dtype, device, compile=options.compile)
     contenders = {

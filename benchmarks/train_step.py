@@ -25,7 +25,7 @@ from torchtitan_style.config import Config, load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
-from torchtitan_style.distributed.device import current_device, is_fast
+from torchtitan_style.distributed.device import current_device, fastest_dtype
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 from torchtitan_style.optim.guard import StepGuard
@@ -69,7 +69,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def precision() -> str:
     """What all contenders compute in: the fastest there is."""
-    return "bfloat16" if is_fast(torch.bfloat16, current_device()) else "float32"
+    return str(fastest_dtype(current_device())).removeprefix("torch.")
 
 
 def make_config(arguments: argparse.Namespace, *more: str, world_size: int = 1) -> Config:

@@ -23,6 +23,7 @@ __all__ = [
     "backend",
     "compiler_problem",
     "current_device",
+    "fastest_dtype",
     "is_fast",
     "keep_freed_memory",
     "keep_tensors_apart",
@@ -129,6 +130,11 @@ def _mallopt(device: torch.device) -> Callable[[int, int], int] | None:
     if device.type != "cpu" or sys.platform != "linux":
         return None
     return getattr(ctypes.CDLL(None), "mallopt", None)
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it itself, else fp32."""
+    return torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
-from torchtitan_style.distributed.device import available_memory, compiler_problem, current_device, is_fast
+from torchtitan_style.distributed.device import available_memory, compiler_problem, current_device, fastest_dtype
 from torchtitan_style.distributed.half_precision import multiply_in_fp32
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.errors import UserError
@@ -78,7 +78,7 @@ def _load(
     tokenizer = _tokenizer(found)
     device = _device(device) if world is None else world.device
     tp_mesh = None if world is None or world.layout.tp == 1 else world.mesh["tp"]
-    dtype = dtype or (torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32)
+    dtype = dtype or fastest_dtype(device)
     ranks = 1 if tp_mesh is None else tp_mesh.size()
     if problem := split_problem(found.config, ranks):
         raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from torchtitan_style.distributed.device import is_fast
+from torchtitan_style.distributed.device import fastest_dtype
 
 from .attention import attend
 from .config import Qwen3Config
@@ -151,8 +151,7 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    fastest = torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
-    return dtype == fastest and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return dtype == fastest_dtype(device) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 class _Norm(nn.Module):
