@@ -345,6 +345,13 @@ def test_a_chat_through_a_pipe(command: Python, folder: Path) -> None:
     assert done.stderr.count("tokens/s") == 4
 
 
+def test_what_begins_with_a_slash_can_be_said_too(command: Python, folder: Path, tmp_path: Path) -> None:
+    lines = f'//etc\n"""\n/* two\nlines */\n"""\n/save {tmp_path}/talk.json\n'
+    command("chat", "--checkpoint", folder, "--plain", *GREEDY, input=lines)
+    said = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert [m["content"] for m in said if m["role"] == "user"] == ["/etc", "/* two\nlines */"]
+
+
 @pytest.mark.parametrize("unfinished", ['"""\ndef', "def\\\n"], ids=["block", "line that goes on"])
 def test_the_end_of_the_input_ends_a_message(command: Python, folder: Path, unfinished: str) -> None:
     done = command("chat", "--checkpoint", folder, "--plain", *GREEDY, input=unfinished)
@@ -356,7 +363,7 @@ def test_a_conversation_beyond_the_models_positions_is_said(command: Python, tmp
     hf_model(max_position_embeddings=32).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     lines = "def\n" + "it is a long question " * 20 + "\n/reset\nit\n"
-    done = command("chat", "--checkpoint", tmp_path, "--plain", *GREEDY, input=lines)
+    done = command("chat", "--checkpoint", tmp_path, "--plain", *GREEDY, input=lines, status=2)
     assert "error: the conversation has grown to" in done.stderr
     assert "the model has 32 positions; /reset starts another" in done.stderr
     assert done.stderr.count("tokens/s") == 4  # the turn before and the one after

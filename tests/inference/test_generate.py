@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,24 @@ def test_a_models_own_recommendation_is_the_default(model: TextModel, run: Path)
     assert model.sampling == Sampling(temperature=0.6, top_k=50)
     assert load_model(run).sampling == Sampling()
     assert model.settings(top_p=0.5) == Sampling(temperature=0.6, top_k=50, top_p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_sample": True, "temperature": "0.6"}, 'temperature: must be a number, not "0.6"'),
+        ({"do_sample": True, "top_p": True}, "top_p: must be a number, not true"),
+        ({"do_sample": True, "min_p": 7}, "min_p: must be from 0"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: must be a token's number"),
+    ],
+)
+def test_a_recommendation_that_means_nothing_is_said(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=re.escape(f"generation_config.json: {message}")):
+        load_model(tmp_path / "model")
 
 
 def damaged(folder: Path) -> None:

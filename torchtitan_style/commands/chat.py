@@ -46,6 +46,7 @@ HELP = """\
 /help         this
 /exit         leave, as does Ctrl-D
 A line that ends with \\ goes on in the next one; so does all that is between two lines of \"\"\".
+A line that begins with // is a message that begins with /.
 Ctrl-C stops an answer, or drops what you are writing."""
 
 
@@ -71,16 +72,19 @@ def main(arguments: list[str]) -> None:
         kind = "its chat template" if template else "no chat template: it goes on from the text so far"
         millions = model.config.num_parameters / 1e6
         screen.say(f"{options.checkpoint}, {millions:,.1f} M parameters, {kind}. /help for help.")
-        ctrl_c = _CtrlC()
+        ctrl_c, mistakes = _CtrlC(), list[UserError]()
         for turn, text in enumerate(_inputs(ctrl_c)):
-            if text.startswith("/"):
-                with _mistakes(screen):
+            slash = text.startswith("/") and "\n" not in text
+            with _said(mistakes, screen):
+                if slash and not text.startswith("//"):
                     if _command(text, conversation, screen):
-                        return
-                continue
-            with _mistakes(screen):
+                        break
+                    continue
                 answer = conversation.ask(
-                    text, sampling=sampling, max_new_tokens=options.max_new_tokens, seed=options.seed + turn
+                    text[1:] if slash else text,
+                    sampling=sampling,
+                    max_new_tokens=options.max_new_tokens,
+                    seed=options.seed + turn,
                 )
                 _show(answer, screen, ctrl_c)
                 note = {
@@ -89,6 +93,8 @@ def main(arguments: list[str]) -> None:
                     None: "stopped; ",
                 }
                 screen.say(note.get(conversation.finish, "") + str(conversation.speed))
+        if mistakes and not sys.stdin.isatty():
+            sys.exit(2)  # a script has no other way to know
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -211,12 +217,13 @@ def _save(messages: list[dict[str, str]], transcript: str, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _mistakes(screen: Screen) -> Iterator[None]:
+def _said(mistakes: list[UserError], screen: Screen) -> Iterator[None]:
     """A mistake is said, and the conversation goes on."""
     try:
         yield
     except UserError as error:
         screen.say(f"error: {error}", style="red")
+        mistakes.append(error)
 
 
 def _show(answer: Generator[tuple[str, bool], None, None], screen: Screen, ctrl_c: _CtrlC) -> None:

@@ -182,19 +182,19 @@ def _generation_settings(assets: Path, tokenizer: Tokenizer) -> tuple[set[int], 
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
     ends = settings.get("eos_token_id")
-    stop = {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
-    stop |= {end for end in (tokenizer.special_id("eos_token"), tokenizer.end_of_text) if end is not None}
-    sampling = Sampling()
-    if settings.get("do_sample"):
-        if isinstance(top_k := settings.get("top_k"), float) and top_k.is_integer():
-            settings["top_k"] = int(top_k)
-        # Fields that it leaves out are those of Transformers.
-        named: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-            if isinstance(value := settings.get(name), int | float)
-        }
-        absent: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
-        sampling = Sampling(**absent | named)
-        sampling.check(f"{path}: ")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        raise UserError(f"{path}: eos_token_id: must be a token's number, or a list of such, not {ends}")
+    stop = {end for end in (*ends, tokenizer.special_id("eos_token"), tokenizer.end_of_text) if end is not None}
+    if not settings.get("do_sample"):
+        return stop, Sampling()
+    fields: dict[str, Any] = {"temperature": 1.0, "top_k": 50}  # Transformers' own, where the file leaves them out
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if (value := settings.get(name)) is None:
+            continue
+        if type(value) not in (int, float):
+            raise UserError(f"{path}: {name}: must be a number, not {json.dumps(value)}")
+        fields[name] = int(value) if name == "top_k" and float(value).is_integer() else value
+    sampling = Sampling(**fields)
+    sampling.check(f"{path}: ")
     return stop, sampling
