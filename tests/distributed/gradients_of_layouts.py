@@ -42,22 +42,16 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
     """(compile, embeddings, recomputation) for a layout.
 
     The embeddings are outside the blocks: graphs of blocks are the same with either kind, and each kind has two. The
-    whole-model graph is there only where it differs from the blocks'. Graphs know nothing of copies, and of the
-    degree of tensor parallelism only the sizes.
+    whole-model graph is there only where it differs from the blocks'. FSDP2 and copies are outside of all graphs, and
+    of the degree of tensor parallelism graphs know only the sizes: layouts of both or of more ranks compile once.
     """
     eager = list(itertools.product(("eager",), ("tied", "untied"), [kind for kind in RECOMPUTE if kind != "budget"]))
-    if dp_replicate > 1 or tp > 2:
-        return [*eager, ("block", "untied", "op"), ("model", "tied", "none")]
-    return [
-        *eager,
-        ("block", "tied", "none"),
-        ("block", "untied", "op"),
-        ("block", "tied", "full"),
-        ("block", "untied", "2"),
-        *([("block", "untied", "budget")] if tp == 1 else []),
-        ("model", "tied", "none"),
-        ("model", "untied", "op"),
-    ]
+    if dp_replicate * dp_shard * tp > 2:
+        return [*eager, ("block", "untied", "op")]
+    blocks = [("block", "tied", "none"), ("block", "untied", "op"), ("block", "tied", "full"), ("block", "untied", "2")]
+    if tp > 1:
+        return [*eager, *blocks, ("model", "tied", "none")]
+    return [*eager, *blocks, ("block", "untied", "budget"), ("model", "tied", "none"), ("model", "untied", "op")]
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
