@@ -20,6 +20,7 @@ __all__ = [
     "locked",
     "new_folder",
     "readable_bytes",
+    "remove_empty",
     "sha256",
     "write_in_one_go",
 ]
@@ -29,13 +30,20 @@ __all__ = [
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One process of this machine at a time; the others wait. ``folder`` need not exist."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"torchtitan_style-{name}.lock").open("a") as file:
+    path = Path(tempfile.gettempdir()) / f"torchtitan_style-{name}.lock"
+    try:
+        file = os.open(path, os.O_RDONLY)  # another user's, who alone may write to it
+    except FileNotFoundError:
+        file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"waiting for another process that works on {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 def fsync(path: Path) -> None:
@@ -72,6 +80,20 @@ def first_missing(folder: Path) -> Path | None:
     return missing
 
 
+def remove_empty(folder: Path, *, up_to: Path | None) -> None:
+    """Remove ``folder`` and its parents as far as ``up_to``, the outermost that was made, each if nothing is in it:
+    others may have put theirs there meanwhile. None: nothing was made."""
+    for each in (folder, *folder.parents) if up_to else ():
+        try:
+            each.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return
+        if each == up_to:
+            return
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside ``output`` to write into. The caller renames it; otherwise nothing stays behind.
@@ -90,8 +112,8 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise UserError(f"--output {output}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if made and not output.exists():
-            shutil.rmtree(made, ignore_errors=True)
+        if not output.exists():
+            remove_empty(output.parent, up_to=made)
 
 
 def copy_folder(source: Path, target: Path) -> None:

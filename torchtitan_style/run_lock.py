@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .folders import first_missing
+from .folders import first_missing, remove_empty
 
 __all__ = ["check_free", "run_lock"]
 
@@ -52,8 +51,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         if held:
             (folder / NAME).unlink(missing_ok=True)
         os.close(file)
-        if made and not any(folder.glob("*")):
-            shutil.rmtree(made, ignore_errors=True)
+        remove_empty(folder, up_to=made)
 
 
 def check_free(folder: Path) -> None:

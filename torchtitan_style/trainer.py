@@ -10,7 +10,6 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -80,7 +79,6 @@ class Trainer:
         self.is_warm = False
         self.told_to_stop = 0
         """The signal that the ranks have agreed to stop for."""
-        self.save_asked_about: Any = None
         self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(self._interrupted()))
         flops = self.model_config.flops_per_token(config.training.seq_len)
@@ -173,9 +171,7 @@ class Trainer:
         """Whether all ranks are to stop now, as one of them was told to. Asked by all equally often."""
         if not self.told_to_stop:
             self.told_to_stop, busy = self.agreement.exchange(told_to_stop(), self.checkpointer.is_busy)
-            if not busy and self.save_asked_about is self.checkpointer.under_way:
-                self.checkpointer.finish()  # nobody waits: it is done on all ranks
-            self.save_asked_about = self.checkpointer.under_way
+            self.checkpointer.settle(busy=bool(busy))
             self.watchdog.beat()
         return bool(self.told_to_stop)
 

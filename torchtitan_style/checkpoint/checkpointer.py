@@ -68,6 +68,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.under_way: Future[None] | None = None
         """A save, or the deletion of old checkpoints, that ``finish`` has not heard the end of."""
+        self._asked_about: Future[None] | None = None
         self._step = 0
         self._failure: RunError | None = None
 
@@ -102,6 +103,13 @@ class Checkpointer:
     def is_busy(self) -> bool:
         """Whether this rank still writes, or has yet to hear how it went."""
         return self.under_way is not None and not self.under_way.done()
+
+    def settle(self, *, busy: bool) -> None:
+        """Finish the save that the ranks spoke of if none was ``busy`` with it. Their answers come one question late
+        (``Agreement``), and a save may have begun since: that one is the next question's."""
+        if not busy and self._asked_about is self.under_way:
+            self.finish()
+        self._asked_about = self.under_way
 
     def finish(self) -> None:
         """Wait for a save in the background. All ranks hear the same of it.

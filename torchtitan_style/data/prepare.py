@@ -18,7 +18,7 @@ from typing import Any
 
 from torchtitan_style.config.schema import Data
 from torchtitan_style.errors import UserError
-from torchtitan_style.folders import copy_folder, first_missing, fsync, locked, write_in_one_go
+from torchtitan_style.folders import copy_folder, first_missing, fsync, locked, remove_empty, write_in_one_go
 
 from .changes import change_of, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
@@ -154,7 +154,7 @@ def _make(
     """Make everything in a folder beside ``folder``, and put it there when it is complete."""
     sources = {name: source_files(corpus) for name, corpus in config.corpora().items()}
     staging = folder.parent / f"{folder.name}.tmp"
-    made = [first_missing(dump_folder), first_missing(folder)]
+    made = {each: first_missing(each) for each in (folder.parent, dump_folder)}
     try:
         plan = {
             "settings": settings,
@@ -212,10 +212,8 @@ def _make(
         raise  # with the limit raised, it goes on from here
     except UserError:
         shutil.rmtree(staging, ignore_errors=True)
-        listed = dump_folder / FILE_NAME
-        for new in made:
-            if new and not (listed.exists() and listed.is_relative_to(new)):
-                shutil.rmtree(new, ignore_errors=True)
+        for each, outermost in made.items():
+            remove_empty(each, up_to=outermost)
         raise
     return Prepared(folder, manifest)
 

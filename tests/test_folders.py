@@ -1,0 +1,59 @@
+"""Folders that are made for something, and what becomes of them if it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchtitan_style.config.schema import Data
+from torchtitan_style.data.prepare import prepare
+from torchtitan_style.errors import UserError
+from torchtitan_style.folders import new_folder
+from torchtitan_style.run_lock import run_lock
+
+
+def fail_in_a_lock(folder: Path) -> None:
+    with run_lock(folder):
+        (folder.parent / "other").mkdir()  # as another run does, which has begun meanwhile
+        (folder.parent / "other" / "file").touch()
+        raise UserError("wrong")
+
+
+def fail_in_a_new_folder(folder: Path) -> None:
+    with new_folder(folder) as temporary:
+        (temporary / "part").touch()
+        (folder.parent / "other").mkdir()
+        (folder.parent / "other" / "file").touch()
+        raise UserError("wrong")
+
+
+def fail_to_prepare(folder: Path) -> None:
+    def say(_line: str) -> None:
+        (folder.parent / "other").mkdir(exist_ok=True)
+        (folder.parent / "other" / "file").touch()
+
+    text = folder.parent.parent / "text.txt"
+    text.write_text("too short")
+
+    def refuse(*_: object) -> None:
+        raise UserError("wrong")
+
+    config = Data(dataset="files", paths=[str(text)])
+    prepare(config, folder, vocab_size=300, validation_tokens=0, say=say, complete=refuse)
+
+
+@pytest.mark.parametrize("fail", [fail_in_a_lock, fail_in_a_new_folder, fail_to_prepare])
+def test_what_others_have_put_beside_it_stays(fail, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wrong"):
+        fail(tmp_path / "outputs" / "mine")
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["other"]
+    assert (tmp_path / "outputs" / "other" / "file").exists()
+
+
+def test_nothing_stays_where_nothing_was(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wrong"), new_folder(tmp_path / "a" / "b" / "c"):
+        raise UserError("wrong")
+    with pytest.raises(UserError, match="wrong"), run_lock(tmp_path / "a" / "b"):
+        raise UserError("wrong")
+    assert not any(tmp_path.iterdir())
