@@ -34,8 +34,8 @@ export RDZV_ENDPOINT="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec ./run_train.sh "$@"' run "$@"
 status=$?
 
-# The run leaves this when it was told to stop and has saved.
-if [[ -e "$folder/preempted.json" ]]; then
+# The run leaves this when it was told to stop and has saved. With another status it may be one of an earlier job.
+if [[ "$status" == 0 && -e "$folder/preempted.json" ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -40,7 +40,7 @@ def fail_to_prepare(folder: Path) -> None:
         raise UserError("wrong")
 
     config = Data(dataset="files", paths=[str(text)])
-    prepare(config, folder, vocab_size=300, validation_tokens=0, say=say, complete=refuse)
+    prepare(config, folder, vocab_size=300, say=say, complete=refuse)
 
 
 @pytest.mark.parametrize("fail", [fail_in_a_lock, fail_in_a_new_folder, fail_to_prepare])

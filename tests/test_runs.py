@@ -213,6 +213,25 @@ def test_a_finished_run_says_so_and_goes_on_when_steps_are_raised(launch, config
     assert (one_process / "metrics.jsonl").read_text() == before
 
 
+def test_fewer_steps_than_are_trained_validate_what_is_there(launch, config, tmp_path) -> None:
+    common = ["--config", config, "--job.dump_folder", tmp_path / "run"]
+    succeed(launch(*common, "--training.steps", "10", "--validation.enable", "false"))
+    output = succeed(launch(*common, "--training.steps", "5", "--validation.freq", "5"))
+    assert "validation at step 10" in output
+    assert "done: 10 steps" in output
+
+
+def test_without_checkpoints_a_run_that_has_some_is_left_alone(launch, config, tmp_path) -> None:
+    common = ["--config", config, "--job.dump_folder", tmp_path / "run", "--training.steps", "5"]
+    succeed(launch(*common, "--validation.freq", "5", "--checkpoint.keep_best", "false"))
+    assert not (tmp_path / "run" / "checkpoint" / "best").exists()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    process = launch(*common, "--checkpoint.enable", "false")
+    assert process.returncode == 2
+    assert "error: checkpoint.enable: false starts from scratch, but" in process.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
 def test_a_damaged_checkpoint_is_skipped_and_named(launch, config, tmp_path) -> None:
     common = ["--config", config, "--job.dump_folder", tmp_path / "run", "--checkpoint.interval", "5"]
     succeed(launch(*common, "--training.steps", "10"))

@@ -341,6 +341,15 @@ def test_resuming_a_run_from_a_run_that_is_gone(launch: Launch, config: Path, fi
     assert "resuming after step 2" in succeed(launch(*resolved, nproc=2))
 
 
+def test_a_run_from_weights_without_a_tokenizer_is_resumed_with_its_own(
+    launch: Launch, config: Path, folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(folder, tmp_path / "source", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    common = ["--config", config, "--job.dump_folder", tmp_path / "run", "--model.hf_assets_path", source]
+    assert "has no tokenizer: one was trained" in succeed(launch(*common, "--training.steps", 1)).replace("\n", " ")
+    assert "resuming after step 1" in succeed(launch(*common, "--training.steps", 2))
+
+
 # Mistakes
 
 

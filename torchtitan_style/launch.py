@@ -21,6 +21,7 @@ from .ending import interruptible
 from .errors import UserError
 from .preempted import clear_preempted, is_preempted
 from .preflight import preflight
+from .run_lock import run_lock
 
 __all__ = ["main"]
 
@@ -79,7 +80,8 @@ def main(arguments: list[str]) -> None:
                 check_address(endpoint)
             from .preparation import prepare_data
 
-            with interruptible(Path(config.job.dump_folder)):
+            folder = Path(config.job.dump_folder)
+            with interruptible(folder), run_lock(folder):  # the ranks take it over when this is done
                 prepare_data(config, dp=plan_layout(config.parallelism, nproc * nnodes).dp, say=print)
     rendezvous = ["--standalone"]
     if nnodes > 1:

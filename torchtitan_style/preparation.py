@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def prepare_data(
     training, validation = config.training, config.validation
     needs_held_out = config.data.streaming and validation.enable
     rows = validation.steps * plan_batch(training, dp).global_batch_size if needs_held_out else 0
+    # Each corpus of a mixture has to have its share, and a row at least.
+    of_corpora = [max(math.ceil(rows * weight), 1) if rows else 0 for weight in config.data.weights()]
 
     def lay_out_rows(prepared: Prepared, say: Callable[[str], None]) -> None:
         """See that there are rows, and have them packed."""
@@ -42,7 +45,7 @@ def prepare_data(
         config.data,
         Path(config.job.dump_folder),
         vocab_size=config.model.qwen3().vocab_size,
-        validation_tokens=rows * training.seq_len + 1 if rows else 0,
+        held_out=[count * training.seq_len for count in of_corpora],
         say=say,
         complete=lay_out_rows,
         progress=progress,

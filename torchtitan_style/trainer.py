@@ -110,7 +110,7 @@ class Trainer:
                     result = self._train_step()
                 self._after_step(result)
             self.log.flush()
-            finished = state.step == steps and not self._validation_is_due()
+            finished = state.step >= steps and not self._validation_is_due()
             if not finished:
                 self._leave()
             self.checkpointer.close()
@@ -122,7 +122,7 @@ class Trainer:
             self.log.close()
             self.watchdog.close()
         if finished:
-            self.display.say(f"done: {steps} steps; everything is in {self.dump_folder}")
+            self.display.say(f"done: {state.step} steps; everything is in {self.dump_folder}")
 
     def _train_step(self) -> StepResult:
         with self.meter.waiting_for_data():
@@ -159,8 +159,8 @@ class Trainer:
             self.state.rewinds = 0
         if self.log.spiked and self._rewind():
             return
-        best = validates and self._validate()
-        if saves or (best and config.checkpoint.enable and config.checkpoint.keep_best):
+        best = validates and self._validate() and config.checkpoint.keep_best
+        if saves or (best and config.checkpoint.enable):
             self._save(best=best)
         if (validates or last) and not self.told_to_stop:
             self._print_sample()
@@ -263,6 +263,7 @@ class Trainer:
                 multiple_of=self.world.layout.tp,
                 seed=mix(self.config.training.seed, self.state.step),
                 device=self.world.device,
+                advance=self.watchdog.beat,
             )
         self.display.sample(config.prompt, self.tokenizer.decode(prompt + ids)[len(config.prompt) :])
 

@@ -131,3 +131,11 @@ def test_a_tokenizer_that_does_not_fit_still_encodes(tmp_path: Path, content: di
     slow.save(str(tmp_path / "tokenizer.json"))
     found = Tokenizer(tmp_path).encode_batch(["ABC Def", ""])
     assert [ids.tolist() for ids in found] == [slow.encode("ABC Def").ids, []]
+
+
+def test_what_tiktoken_gives_up_on_is_encoded_all_the_same(content: dict[str, Any]) -> None:
+    slow = backend(content)
+    fast = bulk_encoder(slow)
+    assert fast is not None
+    text = "a" + " " * 1_200_000 + "b"
+    assert fast([text])[0].tolist() == slow.encode(text, add_special_tokens=False).ids

@@ -130,7 +130,7 @@ def predicted(rows: Rows) -> Iterator[list[int]]:
 
 def prepared(corpus: Path, tmp: Path, variant: dict[str, Any], **settings: Any) -> tuple[Data, Any, Tokenizer]:
     config = Data(**(data_section(corpus, variant) | settings))
-    found = prepare(config, tmp / "run", vocab_size=512, validation_tokens=0, say=lambda line: None)
+    found = prepare(config, tmp / "run", vocab_size=512, say=lambda line: None)
     return config, found, Tokenizer(found.tokenizer)
 
 

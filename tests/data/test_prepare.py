@@ -61,7 +61,7 @@ def run(
     """Prepare ``folder``/run from ``folder``/corpus.jsonl."""
     config = Data(**({"dataset": "files", "paths": [str(folder / "corpus.jsonl")]} | settings))
     options = {"processes": processes, "allow_changed_data": allow_changed_data, "for_run": for_run}
-    return prepare(config, folder / name, vocab_size=vocab_size, validation_tokens=0, say=say, **options)
+    return prepare(config, folder / name, vocab_size=vocab_size, say=say, **options)
 
 
 def token_ids(prepared: Prepared, part: str, name: str = "") -> np.ndarray:
@@ -334,6 +334,22 @@ def test_sources_may_be_deleted_or_touched(tmp_path: Path) -> None:
     prepared = run(tmp_path)
     assert snapshot(tmp_path / "run") == after
     assert prepared.rows("", "train", seq_len=16, packing="concat").num_rows > 10
+
+
+def test_other_paths_are_noticed_where_files_cannot_be_looked_at(tmp_path: Path) -> None:
+    """Those of a server are not asked for again, and a pattern that matches nothing has no files to compare."""
+    write_corpus(tmp_path)
+    (tmp_path / "other.jsonl").write_text('{"text": "something else entirely"}\n' * 500)
+    urls = [f"file://{tmp_path}/{name}.jsonl" for name in ("corpus", "other")]
+    before = run(tmp_path, name="remote", paths=urls[:1])
+    assert run(tmp_path, name="remote", paths=urls[:1]).fingerprint("") == before.fingerprint("")
+    assert run(tmp_path, name="remote", paths=urls[1:]).fingerprint("") != before.fingerprint("")
+    (tmp_path / "remote/checkpoint/step-5").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"data\.paths changed since this run began"):
+        run(tmp_path, name="remote", paths=urls[:1])
+    run(tmp_path)
+    with pytest.raises(UserError, match=r"data\.paths: no file matches"):
+        run(tmp_path, paths=[str(tmp_path / "corpsu.jsonl")])
 
 
 def test_a_copied_folder_is_as_good(tmp_path: Path) -> None:
@@ -612,7 +628,6 @@ def test_a_process_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytes
             config,
             tmp_path / "run",
             vocab_size=1100,
-            validation_tokens=0,
             say=lambda _: None,
             progress=kill,
             processes=2,

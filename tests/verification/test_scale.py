@@ -8,6 +8,7 @@ import pytest
 
 from torchtitan_style.config import Config, load_config
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
+from torchtitan_style.verification.layout import STEPS
 from torchtitan_style.verification.scale import for_verification
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
@@ -89,3 +90,8 @@ def test_every_nth_block_is_among_the_layers() -> None:
 def test_the_rate_rises_within_the_steps() -> None:
     _, small, _, _ = scaled("qwen3_14b.toml", world_size=4)
     assert small.lr_scheduler.warmup_steps <= 5
+
+
+def test_a_run_shorter_than_what_is_compared_has_learning_rates_for_all_of_it() -> None:
+    _, small, _, _ = scaled("qwen3.toml", "--training.steps", "3", "--lr_scheduler.warmup_steps", "1", world_size=1)
+    assert small.training.steps == STEPS

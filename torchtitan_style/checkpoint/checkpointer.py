@@ -195,9 +195,14 @@ class Checkpointer:
         wanted: a step; -1: the newest that verifies; 0: none, and there must not be one. Raises UserError if what
         is wanted is not there, or no checkpoint is whole.
         """
-        if not self.config.enable:
-            return None
         steps = on_main(self.folder.steps)
+        if not self.config.enable:
+            if steps:
+                raise UserError(
+                    f"checkpoint.enable: false starts from scratch, but {self.folder.root} holds checkpoints; use "
+                    "another --job.dump_folder, or delete them"
+                )
+            return None
         candidates = steps if wanted == -1 else [wanted] if wanted in steps else []
         for step in candidates:
             # Each rank reads its share of the files.

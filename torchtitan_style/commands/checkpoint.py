@@ -81,7 +81,7 @@ def _about(path: Path, *, hashes: bool) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         manifest, files = {}, {}
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    best = CheckpointFolder(path.parent).best() == manifest.get("step")
+    best = CheckpointFolder(path.parent).best() == manifest.get("step", -1)
     return {"path": str(path), "problem": problem, "bytes": size, **manifest, "best": best, "files": files}
 
 

@@ -170,10 +170,9 @@ def reported_errors() -> Iterator[None]:
         status = 2 if isinstance(error, UserError) else 1
         if verdict := os.environ.get(VERDICT):
             Path(verdict).write_text(str(status), encoding="utf-8")
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            _wait_for_the_end(status)
+        if os.environ.get("RANK", "0") != "0" and error.everywhere:
+            _wait_for_the_end(status)  # and if none comes, this rank alone has the error
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(status) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None

@@ -5,6 +5,7 @@ python -m torchtitan_style prepare --config train_configs/qwen3.toml
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from torchtitan_style.config import load_config
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.ending import interruptible
 from torchtitan_style.errors import UserError
-from torchtitan_style.run_lock import check_free
+from torchtitan_style.run_lock import check_free, run_lock
 
 from .cli import Arguments, reported_errors
 from .progress import tokenizing_bar
@@ -47,12 +48,14 @@ def main(arguments: list[str]) -> None:
         if config.data.streaming:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
-        check_free(Path(config.job.dump_folder))
-
         from torchtitan_style.preparation import prepare_data
 
         begin = time.monotonic()
-        with tokenizing_bar() as (progress, say):
+        folder = Path(config.job.dump_folder)
+        check_free(folder)
+        # A folder for several runs has a lock of its own, at which others wait.
+        lock = contextlib.nullcontext() if config.data.prepared_folder else run_lock(folder)
+        with lock, tokenizing_bar() as (progress, say):
             prepared = prepare_data(config, say=say, progress=progress, processes=options.processes, for_run=False)
         tokens = prepared.tokens("train") + prepared.tokens("validation")
         print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -116,11 +117,13 @@ def _take_over(tree: dict[str, Any]) -> list[Problem]:
         if not isinstance(source, str) or not source:
             continue
         try:
-            found = _own_checkpoint(sections["job"]) or open_model(source, verify=False)
+            own = _own_checkpoint(sections["job"])
+            found = own or open_model(source, verify=False)
         except UserError as error:
             return [Problem((f"{section}.{name}",), str(error))]
         tree["model"] = dataclasses.asdict(found.config) | sections["model"]
-        if found.tokenizer and sections["data"].get("tokenizer", "train") == "train":
+        has_trained_one = own is not None and _settings_of(own).get("data", {}).get("tokenizer") == "train"
+        if found.tokenizer and not has_trained_one and sections["data"].get("tokenizer", "train") == "train":
             tree["data"] = sections["data"] | {"tokenizer": source}
         break
     return []
@@ -130,10 +133,18 @@ def _own_checkpoint(job: dict[str, Any]) -> SavedModel | None:
     """A checkpoint of the run itself, if there is one that says what model it is."""
     folder = job.get("dump_folder", Job().dump_folder)
     try:
-        path = find_checkpoint(Path(folder), verify=False)
+        path = find_checkpoint(Path(os.path.expanduser(folder)), verify=False)
         return SavedModel(path) if path else None
     except (UserError, TypeError):
         return None
+
+
+def _settings_of(checkpoint: SavedModel) -> dict[str, Any]:
+    """What the run that has written ``checkpoint`` was told, if that can be read."""
+    try:
+        return tomllib.loads((checkpoint.path / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

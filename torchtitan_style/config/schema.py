@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -45,7 +46,7 @@ class Section(BaseModel):
 class Job(Section):
     """Where a run leaves its files."""
 
-    dump_folder: str = Field("outputs/qwen3", min_length=1)
+    dump_folder: Annotated[str, AfterValidator(os.path.expanduser)] = Field("outputs/qwen3", min_length=1)
     """Folder for everything the run writes. A folder that holds checkpoints is resumed."""
     description: str = ""
     """Free text, kept in config.toml."""

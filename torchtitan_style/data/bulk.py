@@ -46,7 +46,10 @@ class BulkEncoder:
     def _encode(self, text: str) -> NDArray[np.uint32]:
         if self.normalized and not unicodedata.is_normalized("NFC", text):
             return self._encode_slowly(text)
-        return self.encoding.encode_to_numpy(text, allowed_special="all")
+        try:
+            return self.encoding.encode_to_numpy(text, allowed_special="all")
+        except ValueError:  # its regular expressions give up on a million spaces in a row
+            return self._encode_slowly(text)
 
     def _encode_slowly(self, text: str) -> NDArray[np.uint32]:
         return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)

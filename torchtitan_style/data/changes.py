@@ -32,7 +32,7 @@ def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str 
     changed = [
         f"data.{key}"
         for name, new in settings["corpora"].items()
-        for key in new
+        for key in new.keys() - {"paths"}  # what they match is compared, however they are spelled
         if before["corpora"][name].get(key) != new[key]
     ]
     changed += [
@@ -47,7 +47,8 @@ def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str 
     sources = json.dumps(present.manifest["corpora"])
     for name, corpus in config.corpora().items():
         entry = present.manifest["corpora"][name]
-        if what := _source_change(entry["sources"], corpus, streaming=config.streaming):
+        paths = before["corpora"][name].get("paths", corpus.paths)
+        if what := _source_change(entry["sources"], corpus, paths=paths, streaming=config.streaming):
             return what
     if json.dumps(present.manifest["corpora"]) != sources:
         with contextlib.suppress(OSError):  # files that were only touched need not be read again next time
@@ -64,14 +65,17 @@ def tokenizer_in_folder(config: Data) -> str | None:
         return None
 
 
-def _source_change(before: list[dict[str, Any]], corpus: Corpus, *, streaming: bool) -> str | None:
-    """How the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more."""
-    if not streaming and all("://" in source["url"] for source in before):
-        return None  # no reason to ask a server
+def _source_change(before: list[dict[str, Any]], corpus: Corpus, *, paths: list[str], streaming: bool) -> str | None:
+    """How the files of ``corpus`` are others now. Prepared once, files that are gone are not needed any more.
+
+    paths: what ``before`` was found by. Raises UserError if other paths lead nowhere.
+    """
+    if not streaming and all("://" in source["url"] for source in before):  # no reason to ask a server
+        return None if corpus.paths == paths else "data.paths changed"
     try:
         files = source_files(corpus)
     except UserError:
-        if streaming:
+        if streaming or corpus.paths != paths:
             raise
         return None
     if [[file.url, file.size, file.version] for file in files] == [

@@ -35,7 +35,7 @@ def hold_out(
         return entry
     say("collecting held-out documents from the beginning of the stream")
     tokenizer = Tokenizer(Path(recipe.tokenizer))
-    lengths: list[int] = []
+    lengths, total = list[int](), 0
     path = place / "validation-00000.bin"
     with path.open("wb") as shard:
         shard.write(np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes())
@@ -44,12 +44,13 @@ def hold_out(
                 ids = [*tokenizer.encode(text), tokenizer.end_of_text]
                 shard.write(np.array(ids, dtype=recipe.dtype).tobytes())
                 lengths.append(len(ids))
-            if sum(lengths) >= wanted:
-                break
+                total += len(ids)
+                if total >= wanted:
+                    break
         else:
             entry["exhausted"] = True
     path.with_suffix(".index").write_bytes(np.array(lengths, dtype="<u4").tobytes())
     entry["documents"]["validation"] = len(lengths)
-    entry["tokens"]["validation"] = sum(lengths) + 1
+    entry["tokens"]["validation"] = total + 1
     entry["files"] = {file.name: file_entry(file) for file in (path, path.with_suffix(".index"))}
     return entry

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ def prepare(
     dump_folder: Path,
     *,
     vocab_size: int,
-    validation_tokens: int,
     say: Callable[[str], None],
+    held_out: Sequence[int] = (),
     complete: Complete = lambda prepared, say: None,
     progress: Progress | None = None,
     processes: int | None = None,
@@ -51,17 +51,18 @@ def prepare(
 ) -> Prepared:
     """Make the tokenizer and the prepared folder of a run, or see that they are there and still right.
 
-    validation_tokens: how many a streamed corpus needs held out. say: called with a line of progress. complete:
-    called with what there is and with ``say``, to add to its folder, or to refuse it with a UserError. progress:
-    called now and then while tokenizing; left out: a line every ten seconds. processes: left out: one per CPU.
-    allow_changed_data: take a corpus that has changed though the run has checkpoints. for_run: whether the dump folder
-    gets its own copy of the tokenizer.
+    say: called with a line of progress. held_out: how many tokens of each streamed corpus are wanted; left out: none.
+    complete: called with what there is and with ``say``, to add to its folder, or to refuse it with a UserError.
+    progress: called now and then while tokenizing; left out: a line every ten seconds. processes: left out: one per
+    CPU. allow_changed_data: take a corpus that has changed though the run has checkpoints. for_run: whether the dump
+    folder gets its own copy of the tokenizer.
 
     Raises UserError, with nothing left behind but the list of bad documents, if the corpus cannot be used.
     """
     folder = Path(os.path.expanduser(config.prepared_folder)) if config.prepared_folder else dump_folder / "data"
     with locked(folder, say) if config.prepared_folder else contextlib.nullcontext():  # other runs may share it
         settings = _settings(config, vocab_size)
+        held_out = held_out or [0] * len(settings["corpora"])
         present = read_prepared(folder)
         change = present and change_of(present, config, settings)
         # A folder that is prepared for other runs has nothing to do with the one in the dump folder.
@@ -83,13 +84,13 @@ def prepare(
                 f"{folder} holds something else, and would be replaced by the prepared corpus; name another folder "
                 f"with {'data.prepared_folder' if config.prepared_folder else 'job.dump_folder'}"
             )
-        if present is None or change or _lacks_held_out(present, config, validation_tokens):
+        if present is None or change or _lacks_held_out(present, config, held_out):
             present = _make(
                 config,
                 folder,
                 dump_folder,
                 settings=settings,
-                validation_tokens=validation_tokens,
+                held_out=held_out,
                 say=say,
                 complete=complete,
                 progress=progress or lines_of_progress(say),
@@ -119,22 +120,17 @@ def _settings(config: Data, vocab_size: int) -> dict[str, Any]:
         "max_document_bytes": config.max_document_bytes,
         "streaming": config.streaming,
         "corpora": {
-            name: corpus.model_dump(include={"dataset", "subset", "split", "text_key"})
+            name: corpus.model_dump(include={"dataset", "subset", "split", "text_key", "paths"})
             for name, corpus in config.corpora().items()
         },
     }
 
 
-def _held_out_share(tokens: int, weight: float) -> int:
-    """Held-out tokens that a corpus of this weight has to have."""
-    return -int(-tokens * weight // 1)
-
-
-def _lacks_held_out(present: Prepared, config: Data, wanted: int) -> bool:
+def _lacks_held_out(present: Prepared, config: Data, held_out: Sequence[int]) -> bool:
     """Whether validation has been turned on or made longer since a streamed corpus's held-out tokens were collected."""
     return config.streaming and any(
-        corpus["tokens"]["validation"] < _held_out_share(wanted, weight) and not corpus["exhausted"]
-        for corpus, weight in zip(present.manifest["corpora"].values(), config.weights(), strict=True)
+        corpus["tokens"]["validation"] < wanted and not corpus["exhausted"]
+        for corpus, wanted in zip(present.manifest["corpora"].values(), held_out, strict=True)
     )
 
 
@@ -144,7 +140,7 @@ def _make(
     dump_folder: Path,
     *,
     settings: dict[str, Any],
-    validation_tokens: int,
+    held_out: Sequence[int],
     say: Callable[[str], None],
     complete: Complete,
     progress: Progress,
@@ -171,13 +167,12 @@ def _make(
             "dtype": "<u2" if settings["vocab_size"] <= 2**16 else "<u4",
         }
         corpora, problems = {}, []
-        for (name, corpus), weight in zip(config.corpora().items(), config.weights(), strict=True):
+        for number, (name, corpus) in enumerate(config.corpora().items()):
             place = staging / name if name else staging
             place.mkdir(exist_ok=True)
             own = Recipe(**recipe, text_key=corpus.text_key)
             if config.streaming:
-                wanted = _held_out_share(validation_tokens, weight)
-                corpora[name] = hold_out(sources[name], place, own, wanted, say)
+                corpora[name] = hold_out(sources[name], place, own, held_out[number], say)
                 continue
             corpora[name], bad = _tokenize(
                 sources[name], place, own, processes, progress, max_bad=config.max_bad_documents

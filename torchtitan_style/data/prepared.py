@@ -138,9 +138,10 @@ class Prepared:
         if streamed or (counts["train"] >= row and (fraction == 0 or counts["validation"] >= row)):
             border = counts["train"]
             if streamed and counts["validation"] < row:
+                of = f" of {name}" if name else ""
                 raise UserError(
-                    f"data.validation_fraction: {counts['validation']} tokens are held out in the whole stream, but a "
-                    f"row takes {row}; raise it, or set validation.enable = false"
+                    f"data.validation_fraction: {counts['validation']} tokens are held out in the whole stream{of}, "
+                    f"but a row takes {row}; raise it, or set validation.enable = false"
                 )
         else:
             total = sum(counts.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ def sample(
     multiple_of: int,
     seed: int,
     device: torch.device,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """Token ids that continue ``prompt``, up to end-of-text. Called by all ranks, the same on all.
 
     model: token ids [1, T] → logits [1, T, V]. max_length: positions the model has. windows: of its layers.
     multiple_of: T must be a multiple of it (tensor parallelism splits the positions). If it is above 1 there is no
     cache: the whole text so far goes through the model, with padding last, where a causal model does not see it.
+    advance: called after each token.
     """
     sampler = Sampler(Sampling(temperature=config.temperature, top_k=config.top_k), seeds=[seed], prompts=[prompt])
     cache = KVCache(windows, capacity=len(prompt) + config.max_new_tokens) if multiple_of == 1 else None
@@ -57,4 +60,5 @@ def sample(
         if token.item() == end_of_text:
             break
         ids.append(int(token.item()))
+        advance()
     return ids[len(prompt) :]

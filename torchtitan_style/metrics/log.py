@@ -92,6 +92,8 @@ class TrainingLog:
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[int, int, StepResult]] = []
         self._is_first = True
+        self._longest = skipped.in_a_row
+        """Skipped steps in a row, the most since the last flush."""
         self._recorder = (
             Recorder(config, dump_folder, resumed_step=first_step, settings=settings, warn=display.warn)
             if world.is_main
@@ -150,9 +152,10 @@ class TrainingLog:
         for record in records:
             if "skipped" in record:
                 self._report_skipped(record)
-        if self.skipped.in_a_row > self.max_skipped and not (self.rewinds and self.spiked):
+        longest, self._longest = self._longest, self.skipped.in_a_row
+        if longest > self.max_skipped and not (self.rewinds and self.spiked):
             raise RunError(
-                f"{self.skipped.in_a_row} steps in a row were skipped (training.max_skipped_steps is "
+                f"{longest} steps in a row were skipped (training.max_skipped_steps is "
                 f"{self.max_skipped}); the weights were not changed by them. A lower optimizer.lr or "
                 "training.max_norm, or a longer lr_scheduler.warmup_steps, may help"
             )
@@ -165,6 +168,7 @@ class TrainingLog:
             return figures
         self.skipped.total += 1
         self.skipped.in_a_row += 1
+        self._longest = max(self._longest, self.skipped.in_a_row)
         return figures | {"skipped": True}
 
     def _report_skipped(self, record: dict[str, Any]) -> None:

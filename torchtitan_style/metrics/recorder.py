@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,12 @@ class Recorder:
                     "enable_wandb = false"
                 ) from None
             self._wandb = wandb.init(
-                project="torchtitan_style", name=dump_folder.name, dir=dump_folder, config=settings, resume="allow"
+                project="torchtitan_style",
+                name=dump_folder.name,
+                dir=dump_folder,
+                config=settings,
+                id=_wandb_id(dump_folder / "wandb_id", keep=resumed_step > 0),
+                resume="allow",
             )
 
     def write(self, records: list[dict[str, Any]]) -> None:
@@ -111,6 +117,13 @@ class Recorder:
         except OSError as error:
             self._tensorboard = None
             self._warn(f"TensorBoard events cannot be written any more: {error}")
+
+
+def _wandb_id(file: Path, *, keep: bool) -> str:
+    """What Weights & Biases knows the run by: the same after a resume."""
+    if not (keep and file.exists()):
+        write_in_one_go(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

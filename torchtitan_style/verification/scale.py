@@ -63,7 +63,12 @@ def for_verification(
     update = {
         "model": config.model.model_copy(update={"hf_assets_path": "", **dataclasses.asdict(shape)}),
         "training": config.training.model_copy(
-            update={"seq_len": seq_len, "local_batch_size": local, "global_batch_size": rows}
+            update={
+                "seq_len": seq_len,
+                "local_batch_size": local,
+                "global_batch_size": rows,
+                "steps": max(config.training.steps, STEPS),
+            }
         ),
         # Within the few steps that are compared the rate goes all the way up.
         "lr_scheduler": config.lr_scheduler.model_copy(
