@@ -32,3 +32,23 @@ def test_an_error_of_all_ranks_is_one_message(
     if delays[0] == 1.5:  # the others were there, with nothing to say; torchrun then tells them to end
         assert done.stderr.count(f"exitcode  : {status} ") == 3, done.stderr
     assert "cli.py" not in done.stderr  # in no traceback but torchrun's own
+
+
+ONE = """
+import os, time
+from torchtitan_style.commands import cli
+from torchtitan_style.errors import UserError
+
+cli._PATIENCE = 1
+with cli.reported_errors():
+    if os.environ["RANK"] == "1":
+        raise UserError("this GPU has no room")
+    time.sleep(30)  # as in a collective
+"""
+
+
+def test_an_error_that_others_do_not_have_is_said_by_the_one_that_has_it(python: Python, tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(ONE, encoding="utf-8")
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, timeout=60)
+    assert done.stderr.count("error: this GPU has no room\n") == 1, done.stderr

@@ -33,6 +33,7 @@ from torchtitan_style.data.prepare import prepare
 from torchtitan_style.data.prepared import Prepared
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.errors import RunError, UserError
+from torchtitan_style.preparation import prepare_data
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 MANY = [*WORDS, *(f"w{i}" for i in range(1000))]
@@ -350,6 +351,28 @@ def test_other_paths_are_noticed_where_files_cannot_be_looked_at(tmp_path: Path)
     run(tmp_path)
     with pytest.raises(UserError, match=r"data\.paths: no file matches"):
         run(tmp_path, paths=[str(tmp_path / "corpsu.jsonl")])
+
+
+def test_a_streamed_corpus_has_a_row_held_out_however_small_its_share(tmp_path: Path) -> None:
+    write_corpus(tmp_path, 2000)
+    corpus = f'dataset = "files", paths = ["{tmp_path}/corpus.jsonl"]'
+    (tmp_path / "config.toml").write_text(f"""
+        [data]
+        dataset = "mixture"
+        streaming = true
+        mixture = [{{name = "much", weight = 98, {corpus}}}, {{name = "little", weight = 2, {corpus}}}]
+        [training]
+        seq_len = 256
+        global_batch_size = 4
+        local_batch_size = 4
+        [validation]
+        steps = 1
+        """)
+    options = ["--job.dump_folder", str(tmp_path / "run"), "--model.vocab_size", "400"]
+    prepared = prepare_data(load_config(tmp_path / "config.toml", options, world_size=1), say=lambda _: None)
+    rows = {name: prepared.rows(name, "validation", seq_len=256, packing="concat").num_rows for name in prepared.names}
+    assert rows["little"] >= 1
+    assert rows["much"] >= 4
 
 
 def test_a_copied_folder_is_as_good(tmp_path: Path) -> None:

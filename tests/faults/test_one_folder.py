@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Runs
+from torchtitan_style import launch
 from torchtitan_style.errors import UserError
 from torchtitan_style.run_lock import check_free, run_lock
 
@@ -99,3 +100,19 @@ def test_a_lock_file_with_nonsense_is_taken_over(tmp_path: Path) -> None:
         (tmp_path / "run.lock").write_text(content)
         with run_lock(tmp_path):
             pass
+
+
+def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def prepare_data(*_: object, **__: object) -> None:
+        with pytest.raises(UserError, match=f"in use by another run, process {os.getpid()} on"):
+            check_free(tmp_path / "run")
+        seen.append("prepared")
+
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setattr("torchtitan_style.preparation.prepare_data", prepare_data)
+    monkeypatch.setattr("torchtitan_style.launch.start_ranks", lambda *_, **__: seen.append("started"))
+    launch.main(["--job.dump_folder", str(tmp_path / "run")])
+    assert seen == ["prepared", "started"]
+    check_free(tmp_path / "run")  # the ranks take it

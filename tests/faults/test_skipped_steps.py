@@ -47,6 +47,13 @@ def test_nans_for_ever_stop_the_run(runs: Runs, tmp_path: Path) -> None:
 SPIKE = ["--training.spike_sigma", 8, "--training.spike_window", 6]
 
 
+def test_too_many_between_two_log_lines_stop_the_run(runs: Runs) -> None:
+    fault = {"kind": "nan_gradient", "rank": 0, "steps": [4, 5, 6]}
+    options = ["--metrics.log_freq", 10, "--training.max_skipped_steps", 2, "--training.steps", 12]
+    run = runs("run", *options, faults=[fault], status=1)
+    assert "3 steps in a row were skipped (training.max_skipped_steps is 2)" in run.output
+
+
 def test_a_spike_is_skipped(runs: Runs, whole: Path, tmp_path: Path) -> None:
     options = [*SPIKE, "--checkpoint.interval", 9, "--checkpoint.keep_latest_k", 0]
     fault = {"kind": "high_loss", "steps": [10], "factor": 50}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import hf_model, write_tokenizer
 from torch import Tensor
 
+from torchtitan_style.checkpoint.saved import open_model
 from torchtitan_style.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
@@ -469,3 +470,11 @@ def test_the_folder_of_another_size_is_refused(one: Path) -> None:
     assert "11 of 35 tensors are missing: model.layers.2." in refusal(one)
     change_json(one / "config.json", lambda config: config.update(num_hidden_layers=1))
     assert "11 tensors are none of the model's: model.layers.1." in refusal(one)
+
+
+def test_a_name_on_the_hub_may_be_like_that_of_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen" / "Qwen3-1.7B").mkdir(parents=True)
+    hf_model().save_pretrained(tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchtitan_style.checkpoint.saved.fetch", lambda source, *, weights: tmp_path / "cache")
+    assert open_model("Qwen/Qwen3-0.6B", verify=False).path == tmp_path / "cache"
