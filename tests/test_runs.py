@@ -305,6 +305,7 @@ MISTAKES = {
     "missing file": (["--data.paths", "no/such/*.txt"], "no file matches"),
     "empty corpus": (["--data.paths", os.devnull], "no file matches"),
     "world size that does not fit": (["--parallelism.data_parallel_shard_degree", "3"], "there are 2 processes"),
+    "pattern of no name": (["--optimizer.no_decay", "embed_tokens"], '"embed_tokens" matches no parameter'),
     "no tokenizer": (["--data.tokenizer", "./nowhere"], "there is no folder ./nowhere"),
 }
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .checkpoint.folder import CheckpointFolder
@@ -22,10 +23,11 @@ __all__ = ["check_room", "checkpoint_bytes", "preflight"]
 
 def preflight(config: Config, *, world_size: int, say: Callable[[str], None]) -> None:
     """Raise UserError if the dump folder cannot be written, is in use, has no room for the run's checkpoints, or
-    holds those of another run."""
+    holds those of another run, or if a setting names parameters that the model has not."""
     folder = Path(config.job.dump_folder)
     check_writable(folder)
     check_free(folder)
+    check_patterns(config)
     check_before_start(config, dp=plan_layout(config.parallelism, world_size).dp)
     check_room(config, say)
 
@@ -40,6 +42,17 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
+
+
+def check_patterns(config: Config) -> None:
+    """Raise UserError if a pattern of names matches no parameter: what it was meant for would go on as before."""
+    names = parameter_shapes(config.model.qwen3())
+    for pattern in config.optimizer.no_decay:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f'optimizer.no_decay: "{pattern}" matches no parameter; names are as model.embed_tokens.weight, and '
+                "* stands for any part, as in *embed_tokens*"
+            )
 
 
 def check_room(config: Config, say: Callable[[str], None]) -> None:

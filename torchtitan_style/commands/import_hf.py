@@ -15,7 +15,7 @@ USAGE = """\
 usage: python -m torchtitan_style import-hf --hf DIR_OR_REPO --output DIR
 
 Make a verified checkpoint of a Qwen3 model in Transformers' format, bit for bit, with its dimensions
-and its tokenizer. Needs memory for one file of it at most.
+and its tokenizer. Needs memory for one tensor of it.
 
   --hf DIR_OR_REPO   a folder with config.json and safetensors, or a name on the Hugging Face Hub
   --output DIR       the checkpoint, a new folder
