@@ -30,6 +30,11 @@ class TrainState:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Where the data is: what ``Loader.start`` takes."""
 
+    def go_back_to(self, saved: TrainState) -> None:
+        """Be ``saved`` again in all but the data, which goes on, and the count of how often this happened."""
+        self.step, self.skipped, self.recent_losses = saved.step, saved.skipped, saved.recent_losses
+        self.best_val_loss, self.validated_step = saved.best_val_loss, saved.validated_step
+
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:
         """What an older version did not write is as at the start of a run."""

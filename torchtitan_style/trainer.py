@@ -208,8 +208,7 @@ class Trainer:
             )
         self.display.warn(f"going back to step {found}, and on with the data after step {state.step}")
         saved, _ = self._read_state(found)
-        for name in ("step", "best_val_loss", "validated_step", "skipped", "recent_losses"):  # the data goes on
-            setattr(state, name, getattr(saved, name))
+        state.go_back_to(saved)
         self._restore(found)
         self.log.close()
         self._open_log()
