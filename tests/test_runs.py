@@ -216,9 +216,15 @@ def test_a_finished_run_says_so_and_goes_on_when_steps_are_raised(launch, config
 def test_fewer_steps_than_are_trained_validate_what_is_there(launch, config, tmp_path) -> None:
     common = ["--config", config, "--job.dump_folder", tmp_path / "run"]
     succeed(launch(*common, "--training.steps", "10", "--validation.enable", "false"))
-    output = succeed(launch(*common, "--training.steps", "5", "--validation.freq", "5"))
+    validating = ["--validation.freq", "5", "--training.steps"]
+    output = succeed(launch(*common, *validating, "5"))
     assert "validation at step 10" in output
     assert "done: 10 steps" in output
+    # Which is kept: it is not done again, and is what a later one is compared with.
+    assert "is trained to step 10 already" in succeed(launch(*common, *validating, "5"))
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "step-10" / "train_state.json").read_text())["state"]
+    assert saved["best_val_loss"] == records(tmp_path / "run")[-1]["val_loss"]
+    assert (tmp_path / "run" / "checkpoint" / "best").read_text().strip() == "step-10"
 
 
 def test_without_checkpoints_a_run_that_has_some_is_left_alone(launch, config, tmp_path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 from pathlib import Path
@@ -197,6 +198,11 @@ class Trainer:
         checkpointer.finish()
         found = checkpointer.find(-1)
         if found is None:
+            if state.skipped.in_a_row > self.config.training.max_skipped_steps:
+                raise RunError(
+                    f"{state.skipped.in_a_row} steps in a row were skipped (training.max_skipped_steps), and there is "
+                    "no checkpoint yet to rewind to"
+                )
             self.display.warn("there is no checkpoint yet to rewind to")
             return False
         state.furthest_step = max(state.furthest_step, state.step)
@@ -207,9 +213,11 @@ class Trainer:
                 "(training.max_skipped_steps); a lower optimizer.lr or training.max_norm may help"
             )
         self.display.warn(f"going back to step {found}, and on with the data after step {state.step}")
-        saved, _ = self._read_state(found)
+        saved, saved_identity = self._read_state(found)
         state.go_back_to(saved)
-        self._restore(found)
+        self._restore(found, saved_identity)
+        checkpointer.saved_step = None  # the data is further than it says
+        on_main(lambda: checkpointer.folder.set_aside_after(found, self.display.warn))
         self.log.close()
         self._open_log()
         return True
@@ -229,8 +237,8 @@ class Trainer:
         """Validate before the first step, and on a resume if the run was stopped before it had."""
         if self._validation_is_due():
             best = self._validate()
-            if best and self.state.step and self.config.checkpoint.enable and self.config.checkpoint.keep_best:
-                on_main(lambda: self.checkpointer.folder.set_best(self.state.step))
+            if self.state.step and self.config.checkpoint.enable:  # else the next start would validate again
+                self._save(best=best and self.config.checkpoint.keep_best)
             self.meter.restart()
 
     def _validate(self) -> bool:
@@ -239,9 +247,10 @@ class Trainer:
             figures = validate(self.model, self.data.validation_batches, self.world.dp_group, stop=self._stopping)
         if figures is None:
             return False
-        best = self.state.best_val_loss is None or figures["val_loss"] < self.state.best_val_loss
+        loss, lowest = figures["val_loss"], self.state.best_val_loss
+        best = math.isfinite(loss) and (lowest is None or loss < lowest)
         if best:
-            self.state.best_val_loss = figures["val_loss"]
+            self.state.best_val_loss = loss
         self.state.validated_step = self.state.step
         self.log.validation(self.state.step, figures, best=best and self.state.step > 0)
         return best
@@ -304,7 +313,7 @@ class Trainer:
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
             self.display.warn(f"a process of this run has died; starting again ({restarts} of {most} times)")
-        wanted = self.config.checkpoint.load_step
+        wanted = asked = self.config.checkpoint.load_step
         if wanted > 0 and on_main(lambda: self.checkpointer.folder.newest_state().get("went_back_to")) == wanted:
             self.display.say(
                 f"the run has gone back to step {wanted} before: going on from the newest checkpoint since"
@@ -324,10 +333,10 @@ class Trainer:
         dropout = max(self.model_config.dropout, self.model_config.attention_dropout)
         if dropout and manifest.get("mesh") != self.checkpointer.about["mesh"]:
             self.display.warn("on another layout than before dropout draws other numbers")
-        if wanted > 0:
-            state.went_back_to = wanted
+        if asked > 0:
+            state.went_back_to = asked
         self.state = state
-        self._restore(step, optimizer=saved_identity["optimizer"] == self.identity["optimizer"])
+        self._restore(step, saved_identity)
 
     def _read_state(self, step: int) -> tuple[TrainState, Identity]:
         """What the checkpoint of ``step`` says of the run. Raises UserError if no run wrote that."""
@@ -338,9 +347,12 @@ class Trainer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: its train_state.json cannot be used: {error!r}") from None
 
-    def _restore(self, step: int, *, optimizer: bool = True) -> None:
+    def _restore(self, step: int, saved_identity: Identity) -> None:
         """Bring weights, optimizer and what goes with them to where they were at ``step``, as ``state`` has it."""
-        self.checkpointer.load(step, optimizer=optimizer)
+        same_optimizer = saved_identity["optimizer"] == self.identity["optimizer"]
+        if not same_optimizer:
+            self.optimizer.forget()
+        self.checkpointer.load(step, optimizer=same_optimizer)
         self.optimizer.start_after(step - self.state.skipped.total)
         self.guard.losses = self.state.recent_losses
 
@@ -373,7 +385,7 @@ class Trainer:
         self.state.recent_losses = self.guard.losses
         figures = {"loss": self.log.last.get("loss"), "val_loss": None}
         if self.state.validated_step == self.state.step:
-            figures["val_loss"] = self.log.last_validation["val_loss"]
+            figures["val_loss"] = self.log.last_validation.get("val_loss")  # none after a rewind
         train_state = {"state": dataclasses.asdict(self.state), "identity": self.identity}
         self.checkpointer.save(self.state.step, train_state, figures=figures, best=best)
 

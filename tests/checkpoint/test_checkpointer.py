@@ -117,6 +117,27 @@ def fail(*_: Any) -> Any:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+def test_a_file_that_cannot_be_read_back_is_a_failed_save(make, mode: str, on_error: str, monkeypatch) -> None:
+    said: list[str] = []
+    checkpointer = make(async_mode=mode, on_error=on_error, said=said)
+    save(checkpointer, 1)
+
+    def sha256(path: Path, **_: object) -> str:
+        raise UserError(f"{path}: cannot be read: Input/output error")
+
+    monkeypatch.setattr("torchtitan_style.checkpoint.manifest.sha256", sha256)
+    if on_error == "stop":
+        with pytest.raises(RunError, match=r"the checkpoint of step 2 could not be saved: .*Input/output error"):
+            save(checkpointer, 2)
+    else:
+        save(checkpointer, 2)
+        assert "the checkpoint of step 2 could not be saved" in said[0]
+    checkpointer.wait()
+    assert [path.name for path in checkpointer.folder.root.iterdir()] == ["step-1"]
+
+
 def test_the_watchdog_hears_of_reading(make, monkeypatch) -> None:
     checkpointer = make(keep_latest_k=1)
     save(checkpointer, 1)

@@ -212,6 +212,13 @@ def test_what_is_set_aside_is_never_deleted(folder: CheckpointFolder) -> None:
     assert names(folder) == ["set-aside-step-10", "set-aside-step-10-2", "set-aside-step-10-3", "step-10"]
 
 
+def test_what_is_set_aside_outlives_a_step_that_is_saved_twice(folder: CheckpointFolder) -> None:
+    save(folder, 5)
+    folder.set_aside_after(3, lambda line: None)
+    save(folder, 5, 5)
+    assert names(folder) == ["set-aside-step-5", "step-5"]
+
+
 def test_the_best_is_a_line_with_its_name(folder: CheckpointFolder) -> None:
     save(folder, 5, 10)
     folder.set_best(5)

@@ -72,6 +72,19 @@ def high_loss(steps: list[int], factor: float, times: int | None = None) -> None
     in_the_step(steps, scale)
 
 
+def stop_in_rewind() -> None:
+    """SIGTERM as the run goes back after a spike."""
+    from torchtitan_style.trainer import Trainer
+
+    real = Trainer._rewind
+
+    def rewind(trainer: Trainer) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer)
+
+    Trainer._rewind = rewind  # type: ignore[method-assign]
+
+
 def die(steps: list[int], once: str) -> None:
     """SIGKILL in a step; ``once``: a file that says that it has happened."""
 

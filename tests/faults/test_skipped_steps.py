@@ -87,6 +87,23 @@ def test_a_spike_is_gone_back_from(runs: Runs, whole: Path, tmp_path: Path) -> N
     same_tensors(once / "checkpoint/step-18", run.folder / "checkpoint/step-18", tmp_path)
 
 
+def test_spikes_with_nothing_to_go_back_to_stop_the_run(runs: Runs) -> None:
+    options = [*SPIKE, "--training.spike_action", "rewind", "--training.max_skipped_steps", 2]
+    fault = {"kind": "high_loss", "steps": [10, 11, 12, 13], "factor": 50}
+    run = runs("run", *options, "--checkpoint.enable", "false", "--training.steps", 16, faults=[fault], status=1)
+    assert "3 steps in a row were skipped (training.max_skipped_steps), and there is no checkpoint" in run.output
+
+
+def test_a_stop_right_after_going_back_keeps_that_it_went_back(runs: Runs, whole: Path) -> None:
+    options = [*SPIKE, "--training.spike_action", "rewind"]
+    faults = [{"kind": "high_loss", "steps": [10], "factor": 50, "times": 1}, {"kind": "stop_in_rewind"}]
+    run = runs("run", *options, "--training.steps", 14, faults=faults)
+    assert "stopped at step 8, as told" in run.output
+    runs(run.folder, *options, "--training.steps", 14)
+    hashes, usual = records(run.folder, "batch_hash"), records(whole, "batch_hash")
+    assert [hashes[step] for step in range(9, 15)] == [usual[step + 2] for step in range(9, 15)]
+
+
 def test_spikes_without_end_stop_the_run(runs: Runs) -> None:
     options = [*SPIKE, "--training.spike_action", "rewind", "--training.max_skipped_steps", 2]
     fault = {"kind": "high_loss", "steps": [10], "factor": 50}

@@ -53,6 +53,13 @@ def test_sequence_is_the_one_spelled_out(
     assert got == pytest.approx(spelled_out(warmup, stable, decay, shape, floor), rel=0, abs=1e-14)
 
 
+@pytest.mark.parametrize("warmup", [0, 50, 99, 100, 150, 500])
+def test_past_its_end_it_stays_at_the_floor(warmup: int) -> None:
+    got = factors(300, warmup_steps=warmup, total_steps=100, min_lr_factor=0.25)
+    assert got[100:] == [0.25] * 200
+    assert factors(300, warmup_steps=warmup, total_steps=100, decay_ratio=0.0)[-1] == min(1.0, 300 / (warmup + 1))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ratio", [None, 0.0, 0.03, 0.3, 1.0])
 @pytest.mark.parametrize("warmup", [0, 1, 20, 99])

@@ -92,7 +92,7 @@ class Checkpointer:
             try:
                 self._write(step, tensors, None, train_state, about)
                 self.under_way.set_result(None)
-            except (OSError, CheckpointException) as error:
+            except BaseException as error:  # raised again by finish
                 self.under_way.set_exception(error)
             self.finish()
         if self.under_way is None and self._failure is None:
@@ -122,7 +122,7 @@ class Checkpointer:
         self._failure = None
         try:
             under_way.result()
-        except (OSError, CheckpointException) as error:
+        except (OSError, UserError, CheckpointException) as error:  # UserError: a file that cannot be read back
             on_main(self.folder.remove_unfinished)
             self._failure = RunError(
                 f"the checkpoint of step {self._step} could not be saved: {_reason(error)}; {self._last_good()}"
@@ -255,7 +255,7 @@ class Checkpointer:
         return tensors
 
 
-def _reason(error: OSError | CheckpointException) -> str:
+def _reason(error: OSError | UserError | CheckpointException) -> str:
     """What went wrong, of one rank: the others mostly say the same."""
     if isinstance(error, CheckpointException):
         rank, (failure, _) = next(iter(error.failures.items()))

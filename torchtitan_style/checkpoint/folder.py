@@ -21,7 +21,7 @@ from typing import Any
 
 from torchtitan_style.folders import write_in_one_go
 
-from .manifest import problem_of, seal
+from .manifest import aside, problem_of, seal
 
 __all__ = ["CheckpointFolder"]
 
@@ -132,12 +132,9 @@ class CheckpointFolder:
         a course that it leaves, and would be resumed from next time."""
         for later in self.steps():
             if later > step:
-                aside, number = self.root / f"set-aside-{self.path(later).name}", 1
-                while aside.exists():
-                    number += 1
-                    aside = aside.with_name(f"set-aside-{self.path(later).name}-{number}")
-                self.path(later).rename(aside)
-                say(f"the checkpoint of step {later} is now {aside}")
+                name = aside(self.path(later))
+                self.path(later).rename(name)
+                say(f"the checkpoint of step {later} is now {name}")
         if (self.best() or 0) > step:
             (self.root / "best").unlink()
 

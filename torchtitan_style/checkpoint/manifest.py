@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 from torchtitan_style.errors import UserError
 from torchtitan_style.folders import fsync, sha256
 
-__all__ = ["MANIFEST", "file_entry", "problem_of", "read_manifest", "seal"]
+__all__ = ["MANIFEST", "aside", "file_entry", "problem_of", "read_manifest", "seal"]
 
 MANIFEST = "manifest.json"
 
@@ -122,12 +123,17 @@ def seal(
     _publish(temporary, final)
 
 
+def aside(path: Path) -> Path:
+    """A name for what is to make room at ``path`` and not to be deleted."""
+    names = (f"set-aside-{path.name}" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+    return next(other for name in names if not (other := path.with_name(name)).exists())
+
+
 def _publish(temporary: Path, final: Path) -> None:
     """Give ``temporary`` its final name; what had that name is deleted only afterwards."""
     replaced = None
     if final.exists():
-        replaced = final.with_name(f"set-aside-{final.name}")  # which nothing deletes, should this be cut short
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = aside(final)  # which nothing deletes, should this be cut short
         final.rename(replaced)
     temporary.rename(final)
     fsync(final.parent)

@@ -97,6 +97,12 @@ class Optimizers:
             self.muon.step_if(sound)
         self.updates += sound
 
+    def forget(self) -> None:
+        """Begin anew: no moments, no momenta."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
     def start_after(self, updates: int) -> None:
         """Go on as after so many updates."""
         self.updates.fill_(updates)

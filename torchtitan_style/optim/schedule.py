@@ -14,10 +14,12 @@ def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
 
     Rises linearly over ``warmup_steps``, stays at 1, and falls over the last ``decay_ratio`` of all
     steps to ``min_lr_factor``. It would reach that one step past the end, so that no step is wasted
-    on a rate of zero.
+    on a rate of zero. Past the end it stays there, however long the warm-up was to be.
     """
     total = config.total_steps or total_steps
     warmup = config.warmup_steps
+    if step > total and config.decay_ratio != 0:
+        return config.min_lr_factor
     if step <= warmup:
         return step / (warmup + 1)
     decay = total - warmup if config.decay_ratio is None else round(total * config.decay_ratio)
@@ -25,7 +27,7 @@ def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
     start = total - decay
     if step <= start or decay <= 0:
         return 1.0
-    progress = min(1.0, (step - start) / (decay + 1))  # in (0, 1)
+    progress = (step - start) / (decay + 1)  # in (0, 1)
     if config.decay_type == "linear":
         shape = 1.0 - progress
     elif config.decay_type == "sqrt":

@@ -63,8 +63,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, *, 
         and torch.compiler.is_compiling()
     ):
         return _CausalAttention.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
-    if mask is not None and q.shape[2] > 1 and q.device.type == "cuda":
-        # The kernel there that takes a mask wants keys for each query head; the one that takes both holds all scores.
+    if q.shape[2] > 1 and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        # The kernel there that takes a mask, or fp32, wants keys for each query head; the one that takes fewer of them
+        # holds all scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True)
 
