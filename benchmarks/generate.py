@@ -41,7 +41,7 @@ def ours(model: Qwen3ForCausalLM, config: Qwen3Config, *, step: CompiledStep | N
         sampler = Sampler(Sampling(temperature=0.0), seeds=range(len(prompts)))
         cache = KVCache(config.windows, capacity=prompts.shape[1] + new)
         decoder = Decoder(model, prompts.tolist(), sampler, cache=cache, device=prompts.device, step=step)
-        tokens = [drawn for drawn, _ in zip(decoder, range(new), strict=False)]
+        tokens = [drawn for _, drawn in zip(range(new), decoder, strict=False)]  # and no step beyond
         return decoder.speed.prefill_seconds, decoder.speed.decode_seconds, torch.tensor(tokens).T
 
     return run

@@ -59,14 +59,15 @@ def main(arguments: list[str]) -> None:
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
-        preflight(config, world_size=nproc * nnodes, say=print)
+        node_rank = os.environ.get("NODE_RANK", "0")
+        # The first host has the folder: it may be preparing the data already.
+        preflight(config, world_size=nproc * nnodes, say=print, is_first=node_rank == "0")
         check_initial_weights(config)
         if gpus and nproc > gpus:
             raise UserError(
                 f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}; "
                 "with CUDA_VISIBLE_DEVICES= in front they train on the CPU"
             )
-        node_rank = os.environ.get("NODE_RANK", "0")
         if not node_rank.isdecimal() or int(node_rank) >= nnodes:
             raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
         endpoint = os.environ.get("RDZV_ENDPOINT", "")

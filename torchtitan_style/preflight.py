@@ -21,12 +21,16 @@ from .run_lock import check_free
 __all__ = ["check_room", "checkpoint_bytes", "preflight"]
 
 
-def preflight(config: Config, *, world_size: int, say: Callable[[str], None]) -> None:
+def preflight(config: Config, *, world_size: int, say: Callable[[str], None], is_first: bool = True) -> None:
     """Raise UserError if the dump folder cannot be written, is in use, has no room for the run's checkpoints, or
-    holds those of another run, or if a setting names parameters that the model has not."""
+    holds those of another run, or if a setting names parameters that the model has not.
+
+    is_first: whether this is the host that is to hold the folder.
+    """
     folder = Path(config.job.dump_folder)
     check_writable(folder)
-    check_free(folder)
+    if is_first:
+        check_free(folder)
     check_patterns(config)
     check_before_start(config, dp=plan_layout(config.parallelism, world_size).dp)
     check_room(config, say)

@@ -88,10 +88,12 @@ def _take(file: int, folder: Path, *, write: bool = True) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() > patience:
                 raise _in_use(folder, _holder(file)) from None
             time.sleep(0.05)
+        except OSError:  # a file system without locks: the file's time has to do
+            break
     holder, me = _holder(file), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     age = time.time() - os.fstat(file).st_mtime
     if holder and holder.get("host") != me["host"] and age < _STALE:

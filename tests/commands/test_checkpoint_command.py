@@ -127,3 +127,17 @@ def test_mistakes(run: Path, capsys, arguments: list[str], message: str) -> None
     (run / "empty").mkdir()
     assert call(*(argument.replace("{run}", str(run)) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mesh": {"a": 1}}, {"figures": [1]}, {"figures": {"loss": "x"}}, {"time": "x"}, {"data": 5}, {"files": {"a": 1}}],
+    ids=str,
+)
+def test_a_manifest_that_says_odd_things_hides_nothing(run: Path, wrong: dict, capsys) -> None:
+    path = run / "checkpoint/step-10/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    assert call("list", run) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert call("show", run / "checkpoint/step-10") == 0
+    assert "checkpoint" in capsys.readouterr().out

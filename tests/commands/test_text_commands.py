@@ -359,6 +359,17 @@ def test_the_end_of_the_input_ends_a_message(command: Python, folder: Path, unfi
     assert "tokens/s" in done.stderr
 
 
+def test_what_is_not_utf8_is_refused_and_the_chat_goes_on(folder: Path) -> None:
+    line = [sys.executable, "-m", "torchtitan_style", "chat", "--checkpoint", str(folder), "--plain", *GREEDY]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(
+        list(map(str, line)), input=b"\xff\xfe\ndef\n", env=environment, capture_output=True, timeout=200, check=False
+    )
+    assert done.returncode == 2, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"tokens/s") == 2  # prefill and decode of the second
+
+
 def test_a_conversation_beyond_the_models_positions_is_said(command: Python, tmp_path: Path) -> None:
     hf_model(max_position_embeddings=32).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)

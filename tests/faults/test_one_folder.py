@@ -116,3 +116,14 @@ def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeyp
     launch.main(["--job.dump_folder", str(tmp_path / "run")])
     assert seen == ["prepared", "started"]
     check_free(tmp_path / "run")  # the ranks take it
+
+
+def test_another_host_may_come_while_the_first_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node0:29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torchtitan_style.launch.wait_for_host", lambda _: seen.append("waited"))
+    monkeypatch.setattr("torchtitan_style.launch.start_ranks", lambda *_, **__: seen.append("started"))
+    with run_lock(tmp_path / "run"):
+        launch.main(["--job.dump_folder", str(tmp_path / "run"), "--training.local_batch_size", "4"])
+    assert seen == ["waited", "started"]

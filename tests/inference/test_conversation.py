@@ -150,3 +150,23 @@ def test_thoughts_are_told_from_the_answer_whatever_the_pieces(size: int) -> Non
     found = [part for i, piece in enumerate(pieces) for part in thoughts.split(piece, last=i == len(pieces) - 1)]
     assert "".join(part for part, thought in found if thought) == "\nhm < 3 </thin?\n"
     assert "".join(part for part, thought in found if not thought) == "\n\nyes <b> </think"
+
+
+def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
+    model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(model, template=None)
+    answer(conversation, "def loss(x)")
+    before = list(conversation.messages)
+    with monkeypatch.context() as patch:
+        patch.setattr("torchtitan_style.inference.generate.available_memory", lambda device: 0)
+        with pytest.raises(UserError, match="are free"):
+            answer(conversation, "more")
+    assert conversation.messages == before
+    answer(conversation, "more")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+
+
+def test_a_template_that_fails_is_said() -> None:
+    with pytest.raises(UserError, match="the model's chat template does not take this conversation"):
+        ChatTemplate("{{ messages[0].content + 1 }}", {}).render([{"role": "user", "content": "hi"}])

@@ -206,6 +206,19 @@ def test_a_models_own_recommendation_is_the_default(model: TextModel, run: Path)
     assert model.settings(top_p=0.5) == Sampling(temperature=0.6, top_k=50, top_p=0.5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_said(folder: Path, temperature: float) -> None:
+    model = load_model(folder, dtype=torch.float32)
+    model.model.model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="the model's logits are no numbers"):
+        model.generate("def", temperature=temperature)
+
+
+def test_one_stop_string_may_be_given_as_it_is(model: TextModel) -> None:
+    whole = model.generate("def", **GREEDY)
+    assert model.generate("def", stop=whole[7:10], **GREEDY) == model.generate("def", stop=[whole[7:10]], **GREEDY)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

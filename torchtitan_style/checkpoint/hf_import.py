@@ -40,8 +40,8 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
         if source.tokenizer is not None:
             copy_pretrained(str(source.tokenizer), temporary / "tokenizer")
             _check_vocabulary(source, Tokenizer(temporary / "tokenizer"))
-        elif (source.assets / GENERATION).is_file():
-            (temporary / "tokenizer").mkdir()
+        if (source.assets / GENERATION).is_file() and not (temporary / "tokenizer" / GENERATION).exists():
+            (temporary / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(source.assets / GENERATION, temporary / "tokenizer" / GENERATION)
         settings = {
             "job": {"description": f"imported from {source.path.resolve()}"},

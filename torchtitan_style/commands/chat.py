@@ -146,6 +146,8 @@ class _CtrlC:
 def _inputs(ctrl_c: _CtrlC) -> Iterator[str]:
     """What is written, message by message, until the input ends. From a pipe each line is a message."""
     interactive = sys.stdin.isatty()
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused as a message
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys, and earlier lines
@@ -209,7 +211,7 @@ def _save(messages: list[dict[str, str]], transcript: str, name: str) -> None:
             file.write(text)
     except FileExistsError:
         raise UserError(f"/save: {name} is there already") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"/save {name}: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -5,6 +5,7 @@ python -m torchtitan_style checkpoint list outputs/qwen3
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -77,12 +78,32 @@ def _about(path: Path, *, hashes: bool) -> dict[str, Any]:
     try:
         manifest = read_manifest(path)
         files = manifest.pop("files")
-        size = sum(entry["size"] for entry in files.values())
+        size = sum(entry["size"] for entry in files.values() if entry["sha256"][:16])
+        manifest = _readable(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         manifest, files = {}, {}
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     best = CheckpointFolder(path.parent).best() == manifest.get("step", -1)
     return {"path": str(path), "problem": problem, "bytes": size, **manifest, "best": best, "files": files}
+
+
+def _readable(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What of a manifest is of the kind that it should be; that the rest is not, ``problem_of`` says."""
+    layout, numbers = {field.name for field in dataclasses.fields(Layout)}, (int, float)
+    right = {
+        "mesh": lambda mesh: mesh.keys() == layout,
+        "figures": lambda figures: all(x is None or isinstance(x, numbers) for x in figures.values()),
+        "time": lambda time: isinstance(time, numbers),
+        "data": lambda data: all(isinstance(x, str) for x in data),
+    }
+
+    def is_right(key: str, value: Any) -> bool:
+        try:
+            return bool(key not in right or right[key](value))
+        except (TypeError, AttributeError):
+            return False
+
+    return {key: value for key, value in manifest.items() if is_right(key, value)}
 
 
 def _list(paths: list[Path], *, hashes: bool) -> int:

@@ -14,6 +14,7 @@ from torchtitan_style.config import load_config
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.ending import interruptible
 from torchtitan_style.errors import UserError
+from torchtitan_style.preflight import check_writable
 from torchtitan_style.run_lock import check_free, run_lock
 
 from .cli import Arguments, reported_errors
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> None:
 
         begin = time.monotonic()
         folder = Path(config.job.dump_folder)
+        check_writable(folder)
         check_free(folder)
         # A folder for several runs has a lock of its own, at which others wait.
         lock = contextlib.nullcontext() if config.data.prepared_folder else run_lock(folder)

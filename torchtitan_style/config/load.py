@@ -151,7 +151,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        names = [str(p) for p in sorted({*path.parent.glob("*.toml"), *DEFAULT_CONFIG.parent.glob("*.toml")})]
+        names = [
+            str(p)
+            for p in sorted({*path.parent.glob("*.toml"), *DEFAULT_CONFIG.parent.glob("*.toml")})
+            if p.name != "pyproject.toml"
+        ]
         close = difflib.get_close_matches(str(path), names, n=1)
         if not close:
             by_name = {Path(name).name: name for name in names}

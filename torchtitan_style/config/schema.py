@@ -161,7 +161,7 @@ class Data(Corpus):
     max_bad_documents: NonNegative = 100
     """Documents that may be unreadable before the run stops. They are left out, and listed with file and
     position in data_errors.jsonl."""
-    max_document_bytes: Positive = 5_000_000
+    max_document_bytes: int = Field(5_000_000, ge=1, le=2**40)
     """A longer JSON line's or parquet row's text counts as unreadable."""
 
     def corpora(self) -> dict[str, Corpus]:

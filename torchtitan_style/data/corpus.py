@@ -74,7 +74,7 @@ def _remote(url: str) -> SourceFile:
         info = patiently(ask, url)
     except FileNotFoundError:
         raise UserError(f"data.paths: there is no {url}") from None
-    except (ImportError, ValueError) as error:  # a protocol that needs another package, or none at all
+    except (ImportError, ValueError, PermissionError) as error:  # a protocol that needs another package, or none at all
         raise UserError(f"data.paths: {url}: {error}") from None
     version = next((str(info[field]) for field in _VERSION_FIELDS if info.get(field)), "")
     return SourceFile(url, info.get("size") or 0, version, *_kind(url.partition("?")[0]))
@@ -111,7 +111,7 @@ def _expand(patterns: list[str]) -> list[Path | str]:
         if "://" in pattern:
             found |= {url: url for url in _expand_url(pattern)}
             continue
-        expanded = str(Path(pattern).expanduser())
+        expanded = os.path.expanduser(pattern)
         matches = [p for p in map(Path, sorted(glob.glob(expanded, recursive=True))) if p.is_file()]
         if not matches and Path(expanded).is_file():  # a name with wildcard characters in it
             matches = [Path(expanded)]

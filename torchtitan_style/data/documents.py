@@ -166,7 +166,7 @@ def _parse_line(line: bytes | None, text_key: str, max_bytes: int, *, first: boo
         record = json.loads(decoded)
     except UnicodeDecodeError as error:
         return "", f"not UTF-8 text: {error}"
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits, too
         return "", f"not JSON: {error}"
     if not isinstance(record, dict):
         return "", "not a JSON object"

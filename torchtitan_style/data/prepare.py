@@ -60,6 +60,9 @@ def prepare(
     Raises UserError, with nothing left behind but the list of bad documents, if the corpus cannot be used.
     """
     folder = Path(os.path.expanduser(config.prepared_folder)) if config.prepared_folder else dump_folder / "data"
+    folder = folder.resolve() if folder.is_symlink() else folder  # what it names is replaced, and not the link
+    own = None if config.prepared_folder and not for_run else dump_folder / "tokenizer"
+    _check_ours(folder, own, key="data.prepared_folder" if config.prepared_folder else "job.dump_folder")
     with locked(folder, say) if config.prepared_folder else contextlib.nullcontext():  # other runs may share it
         settings = _settings(config, vocab_size)
         held_out = held_out or [0] * len(settings["corpora"])
@@ -78,11 +81,6 @@ def prepare(
             raise UserError(
                 f"data.prepared_folder: {folder}: {change} since it was prepared; name another folder, or delete "
                 "this one"
-            )
-        if present is None and not (folder / "manifest.json").exists() and _holds_something(folder):
-            raise UserError(
-                f"{folder} holds something else, and would be replaced by the prepared corpus; name another folder "
-                f"with {'data.prepared_folder' if config.prepared_folder else 'job.dump_folder'}"
             )
         if present is None or change or _lacks_held_out(present, config, held_out):
             present = _make(
@@ -107,8 +105,24 @@ def prepare(
         return present
 
 
-def _holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+def _check_ours(folder: Path, tokenizer: Path | None, *, key: str) -> None:
+    """Raise UserError if something that is not ours would be replaced."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        is_prepared = isinstance(manifest["format"], int) and "corpora" in manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        is_prepared = False
+    staging = folder.with_name(f"{folder.name}.tmp")
+    for place, ours in (
+        (folder, is_prepared or ((folder / "manifest.json").exists() and (folder / "tokenizer").is_dir())),
+        (staging, any((staging / name).exists() for name in ("plan.json", "plan.json.tmp", "manifest.json"))),
+        (tokenizer, tokenizer is not None and (tokenizer / "tokenizer.json").exists()),
+    ):
+        if place and not ours and place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(
+                f"{place} holds something else, and would be replaced by the prepared corpus; name another folder "
+                f"with {key}"
+            )
 
 
 def _settings(config: Data, vocab_size: int) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class _BestFit:
         self.emitted = 0
         if emitted:
             self._pack()
-            self.emitted = emitted
+            self.emitted = min(emitted, len(self.packed))  # of other data the block may have fewer rows
 
     def row(self) -> Rows:
         if self.emitted == len(self.packed):

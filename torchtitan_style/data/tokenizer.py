@@ -53,6 +53,9 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         try:
             self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+            # Of the last call before it was saved; Transformers switches both off too unless asked.
+            self.backend.no_truncation()
+            self.backend.no_padding()
             path = folder / "tokenizer_config.json"
             settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             roles = {role: settings.get(role) for role in ("eos_token", "pad_token")}

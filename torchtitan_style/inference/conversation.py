@@ -61,7 +61,7 @@ class ChatTemplate:
             rendered, _ = render_jinja_template(
                 conversations=[list(messages)], chat_template=self._source, add_generation_prompt=True, **options
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # it is a program
             raise UserError(f"the model's chat template does not take this conversation: {error}") from None
         return str(rendered[0])
 
@@ -107,7 +107,7 @@ class Conversation:
         prompt = self._render(messages)
         ids = self._encode(prompt)
         known = self._common_prefix(ids)
-        self.messages, self.speed, self.finish = messages, Speed(), None
+        before, self.messages, self.speed, self.finish = self.messages, messages, Speed(), None
         # Some templates begin the thought themselves.
         answer, thoughts = "", _Thoughts(thinking=self.template is not None and prompt.rstrip().endswith(THINK))
         pieces = self.model.continue_ids(
@@ -119,16 +119,19 @@ class Conversation:
             cache=self._cache,
             cached=self._cached,
         )
-        done = False
+        done = refused = False
         try:
             for piece in pieces:
                 answer += piece.text
                 self.finish = piece.finish
                 yield from thoughts.split(piece.text, last=piece.finish is not None)
             done = True
+        except UserError:
+            refused = True
+            raise
         finally:
             pieces.close()  # brings the cached ids up to date
-            self.messages.append({"role": "assistant", "content": answer})
+            self.messages = before if refused else [*messages, {"role": "assistant", "content": answer}]
             # An interrupted forward pass has written beyond the length, and in a window over what was there.
             lost = not done and any(self._cache.windows)
             if lost or self._cache.truncate(len(self._cached)) < len(self._cached):

@@ -30,6 +30,10 @@ Finish = Literal["stop", "length", "positions"]
 """Why a text ended: a stop token or string, enough tokens, or no position left in the model."""
 
 
+_AT_FIRST = 1024
+"""New tokens that the cache has room for from the beginning; it grows if there are more."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some more text of a row; rows are counted prompt by prompt, the samples of each next to each other."""
@@ -195,7 +199,8 @@ class TextModel:
         prompts = [[*(cached or ()), *row] for row in rows for _ in range(num_samples)]
         positions = self.config.max_position_embeddings
         seeds = [f"{seed}/{sample}" for _ in rows for sample in range(num_samples)]
-        capacity = min(positions, max(map(len, rows)) + max_new_tokens)
+        capacity = min(positions, max(map(len, rows)) + min(max_new_tokens, _AT_FIRST))
+        stop = [stop] if isinstance(stop, str) else stop
         decoder = Decoder(
             self.model,
             rows,

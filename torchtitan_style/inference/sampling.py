@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchtitan_style.errors import UserError
+
 from .settings import Sampling
 
 __all__ = ["Sampler", "filter_logits"]
@@ -84,10 +86,14 @@ class Sampler:
             for row, prompt in enumerate(self._prompts):
                 self._seen[row, list(prompt)] = True
         logits = filter_logits(logits, sampling, self._seen)
-        if sampling.temperature == 0.0:
-            tokens = logits.max(dim=-1).indices  # of several the first; a third of argmax's time on CPU
-        else:
-            tokens = _draw(logits, [draw.random() for draw in self._draws])
+        highest, tokens = logits.max(dim=-1)  # of several the first; a third of argmax's time on CPU
+        if not highest.isfinite().all():
+            raise UserError(
+                "the model's logits are no numbers: its weights are damaged or do not fit the type that it computes "
+                "in, or the temperature or the repetition penalty is too small"
+            )
+        if sampling.temperature > 0.0:
+            tokens = _draw(logits, highest, [draw.random() for draw in self._draws])
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         picked: list[int] = tokens.tolist()
@@ -100,9 +106,11 @@ class Sampler:
             self._seen = self._seen[rows]
 
 
-def _draw(logits: Tensor, uniform: list[float]) -> Tensor:
-    """The tokens [B] at which the distribution function of softmax(logits) first exceeds ``uniform``, in [0, 1)."""
-    weights = (logits - logits.max(dim=-1, keepdim=True).values).exp()
+def _draw(logits: Tensor, highest: Tensor, uniform: list[float]) -> Tensor:
+    """The tokens [B] at which the distribution function of softmax(logits) first exceeds ``uniform``, in [0, 1).
+
+    highest: of each row of logits."""
+    weights = (logits - highest[:, None]).exp()
     # Ten thousand small numbers are added up: in fp32 the last ones would be lost.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     at = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
