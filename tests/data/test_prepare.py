@@ -29,8 +29,10 @@ from tests.conftest import ENVIRONMENT
 from torchtitan_style.config import load_config
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data import tokenize
-from torchtitan_style.data.prepare import prepare
+from torchtitan_style.data.prepare import prepare, streamed_corpora
 from torchtitan_style.data.prepared import Prepared
+from torchtitan_style.data.rows import Rows
+from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.errors import RunError, UserError
 from torchtitan_style.preparation import prepare_data
@@ -421,6 +423,41 @@ def test_what_a_tokenizer_cuts_or_pads_for_others_is_not_cut_or_padded_here(tmp_
     backend.save(str(tmp_path / "hf/tokenizer.json"))
     assert [Tokenizer(tmp_path / "hf").encode(text) for text in texts] == expected
     assert [ids.tolist() for ids in Tokenizer(tmp_path / "hf").encode_batch(texts)] == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_best_fit_divides_documents_at_an_end_of_text_too(tmp_path: Path, streaming: bool) -> None:
+    """As files are that several documents were joined into."""
+    texts = [f"{i} " + " ".join(WORDS[(i * k) % 10] for k in range(1, 6)) for i in range(400)]
+    (tmp_path / "joined.txt").write_text("<|endoftext|>".join(texts))
+    (tmp_path / "config.toml").write_text(f"""
+        [data]
+        dataset = "files"
+        paths = ["{tmp_path}/joined.txt"]
+        packing = "best_fit"
+        {"streaming = true" if streaming else ""}
+        [training]
+        seq_len = 64
+        global_batch_size = 4
+        local_batch_size = 4
+        [validation]
+        enable = false
+        """)
+    options = ["--job.dump_folder", str(tmp_path / "run"), "--model.vocab_size", "400"]
+    config = load_config(tmp_path / "config.toml", options, world_size=1)
+    prepared = prepare_data(config, say=lambda _: None)
+    if streaming:
+        (corpus,) = streamed_corpora(config.data, prepared, vocab_size=400)
+        stream = Stream(0, [corpus], [1.0], None, num_streams=1, tokenizer=Tokenizer(prepared.tokenizer),
+                        packing="best_fit", seq_len=64, seed=0)  # fmt: skip
+        rows = Rows.join([stream.row()[0] for _ in range(20)])
+    else:
+        source = prepared.rows("", "train", seq_len=64, packing="best_fit")
+        rows = source.rows(np.arange(source.num_rows))
+    real = rows.labels != -100
+    begins = np.diff(rows.documents, axis=1, prepend=-1) > 0
+    assert ((rows.inputs == prepared.manifest["end_of_text"]) & real == begins & real).all()
+    assert (begins & real).sum() > 50
 
 
 def test_a_copied_folder_is_as_good(tmp_path: Path) -> None:

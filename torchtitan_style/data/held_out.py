@@ -11,6 +11,7 @@ import numpy as np
 from .changes import sample_hash, source_entry
 from .corpus import SourceFile
 from .documents import texts_of
+from .packing import text_lengths
 from .tokenize import PARTS, Recipe, file_entry, is_held_out
 from .tokenizer import Tokenizer
 
@@ -35,22 +36,22 @@ def hold_out(
         return entry
     say("collecting held-out documents from the beginning of the stream")
     tokenizer = Tokenizer(Path(recipe.tokenizer))
-    lengths, total = list[int](), 0
+    lengths, count, total = list[int](), 0, 0
     path = place / "validation-00000.bin"
     with path.open("wb") as shard:
         shard.write(np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes())
         for text in texts_of(files, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes):
             if is_held_out(text, recipe.validation_fraction):
-                ids = [*tokenizer.encode(text), tokenizer.end_of_text]
-                shard.write(np.array(ids, dtype=recipe.dtype).tobytes())
-                lengths.append(len(ids))
-                total += len(ids)
+                ids = np.array([*tokenizer.encode(text), tokenizer.end_of_text], dtype=recipe.dtype)
+                shard.write(ids.tobytes())
+                lengths += text_lengths(ids, tokenizer.end_of_text)
+                count, total = count + 1, total + len(ids)
                 if total >= wanted:
                     break
         else:
             entry["exhausted"] = True
     path.with_suffix(".index").write_bytes(np.array(lengths, dtype="<u4").tobytes())
-    entry["documents"]["validation"] = len(lengths)
+    entry["documents"]["validation"] = count
     entry["tokens"]["validation"] = total + 1
     entry["files"] = {file.name: file_entry(file) for file in (path, path.with_suffix(".index"))}
     return entry

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["Piece", "best_fit", "pieces_of"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Piece", "best_fit", "pieces_of", "text_lengths"]
 
 
 class Piece(NamedTuple):
@@ -21,6 +24,13 @@ class Piece(NamedTuple):
     start: int
     """Its first input, counted over all tokens."""
     pairs: int
+
+
+def text_lengths(ids: NDArray[Any], end_of_text: int) -> list[int]:
+    """Of each text in ``ids`` how long it is with the end-of-text behind it; ``ids`` ends with one. A document that has
+    the literal end-of-text in it is several texts."""
+    lengths: list[int] = np.diff(np.flatnonzero(ids == end_of_text), prepend=-1).tolist()
+    return lengths
 
 
 def pieces_of(start: int, pairs: int, capacity: int) -> list[Piece]:

@@ -20,7 +20,7 @@ from torchtitan_style.errors import UserError
 from .corpus import SourceFile
 from .documents import EMPTY, Record, read_records
 from .mixture import choose
-from .packing import Piece, best_fit, pieces_of
+from .packing import Piece, best_fit, pieces_of, text_lengths
 from .problems import Problem, describe, problem_of
 from .rows import Rows, permute
 from .tokenize import Recipe, is_held_out
@@ -191,9 +191,13 @@ class _BestFit:
             (epoch, place, record), ids = next(self.reading)
             self.end = (epoch, place, record + 1)
             # Offsets count all ids of the block, of which each document has one more than it has pairs.
-            pieces += pieces_of(size, len(ids) + 1, self.seq_len)
-            block += [end_of_text, ids, end_of_text]
-            size += len(ids) + 2
+            ended = np.concatenate((ids, end_of_text))
+            at = size
+            for length in text_lengths(ended, self.end_of_text):
+                pieces += pieces_of(at, length, self.seq_len)
+                at += length
+            block += [end_of_text, ended]
+            size += len(ended) + 1
         all_ids = np.concatenate(block)
         self.packed = [
             Rows.packed(

@@ -4,7 +4,7 @@ The files are cut into units of about equal size, always in the same way; each u
 itself, so that neither the number of processes nor a restart changes what comes out.
 
     train-00007.bin, validation-00007.bin     token ids of unit 7, each document followed by end-of-text
-    train-00007.index, validation-00007.index tokens of each document, as uint32
+    train-00007.index, validation-00007.index tokens of each text, as uint32
     unit-00007.json                           what is in them; written last: the unit is done
 """
 
@@ -30,6 +30,7 @@ from torchtitan_style.folders import sha256
 
 from .corpus import SourceFile
 from .documents import EMPTY, Record, parquet_groups, read_records
+from .packing import text_lengths
 from .problems import Problem, problem_of
 from .tokenizer import Tokenizer
 
@@ -272,13 +273,13 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
     tokens = {"train": 0, "validation": 0}
     bad: list[tuple[int, int, str]] = []  # part of the unit, place, problem
     paths = {part: folder / f"{part}-{number:05d}.bin" for part in PARTS}
-    end_of_text = np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes()
+    end_of_text = np.array([tokenizer.end_of_text], dtype=recipe.dtype)
     with paths["train"].open("wb") as train, paths["validation"].open("wb") as validation:
         shards: dict[str, BinaryIO] = {"train": train, "validation": validation}
         lengths: dict[str, list[int]] = {part: [] for part in PARTS}
         if number == 0:  # so that each document, the first too, has an end-of-text in front of it
             for part, shard in shards.items():
-                shard.write(end_of_text)
+                shard.write(end_of_text.tobytes())
                 tokens[part] = 1
         for place, (file_number, span) in enumerate(job.units[number]):
             file = job.files[file_number]
@@ -299,11 +300,12 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
                         bad.append((place, record.place, f"token {ids.max()} is past model.vocab_size"))
                         continue
                     part = PARTS[is_held_out(record.text, recipe.validation_fraction)]
-                    shards[part].write(ids.astype(recipe.dtype).tobytes() + end_of_text)
-                    lengths[part].append(len(ids) + 1)
+                    ended = np.concatenate((ids.astype(recipe.dtype), end_of_text))
+                    shards[part].write(ended.tobytes())
+                    lengths[part] += text_lengths(ended, tokenizer.end_of_text)
                     documents[part] += 1
-                    tokens[part] += len(ids) + 1
-                    made += len(ids) + 1
+                    tokens[part] += len(ended)
+                    made += len(ended)
                 harmful = sum(problem != EMPTY for _, _, problem in bad[unread:])
                 counter.add(max(batch[-1].consumed - before, 0), made, harmful)
                 before = batch[-1].consumed
