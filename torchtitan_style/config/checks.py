@@ -202,6 +202,8 @@ def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
             (f"{prefix}dataset",),
             f'must be "stdlib", "files", "mixture" or a dataset of the Hub as "owner/name", not "{name}"{hint}',
         )
+    if name == "mixture" and corpus.text_key != type(corpus).model_fields["text_key"].default:
+        yield Problem((f"{prefix}text_key", f"{prefix}dataset"), "each corpus of a mixture has a text_key of its own")
     if name in ("stdlib", "files", "mixture"):
         for key, default in (("subset", ""), ("split", "train")):
             if getattr(corpus, key) != default:

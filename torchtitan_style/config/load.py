@@ -166,7 +166,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -214,8 +214,10 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
         text = text.lower()
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of thousands of digits
         pass
+    if _accepts(annotation, list):
+        return given  # one text that begins like a list, as the pattern [ab]*.txt
     try:
         return float(text)  # Python writes 1e-3 and TOML too, but only Python writes 1.e-3 or .1
     except ValueError:
