@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any
 
+from . import __version__
 from .errors import UserError
 
 
@@ -43,6 +44,7 @@ usage: python -m torchtitan_style COMMAND [...]
   --help            this
   --help SECTION    every key of a section of the configuration, with its default
   COMMAND --help    what a command takes
+  --version         which version this is
 
 Sections: job, model, data, training, optimizer, optimizer.muon, lr_scheduler, parallelism,
           activation_checkpoint, compile, checkpoint, validation, metrics, profiling, comm, generation, debug
@@ -60,6 +62,9 @@ def main(arguments: list[str]) -> None:
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     if not arguments or arguments in (["--help"], ["-h"], ["help"]):
         print(USAGE)  # at once: what checks a configuration takes longer to import than Python to start
+        return
+    if arguments == ["--version"]:
+        print(f"torchtitan_style {__version__}")
         return
     with _imported(".commands.cli").reported_errors():
         if arguments[0] in ("--help", "-h", "help"):

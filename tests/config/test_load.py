@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -383,6 +384,10 @@ def test_a_typo_costs_no_import_and_no_traceback(tmp_path: Path) -> None:
     assert done.stderr == "error: --training.stepz: unknown key; did you mean training.steps?\n"
     # Processor time, since other jobs may hold up the clock. 0.2 s where this was written; torch alone takes over 1.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").stdout == f"torchtitan_style {metadata.version('torchtitan_style')}\n"
 
 
 @pytest.mark.parametrize("command", [(), ("train",)], ids=["program", "train"])
