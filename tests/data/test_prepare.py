@@ -399,13 +399,16 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "disk/manifest.json").exists()
 
 
+@pytest.mark.parametrize("in_the_first", ['{"other": "no text"}', '{"text": ""}'], ids=["bad", "empty"])
 def test_too_many_bad_documents_in_units_that_are_under_way_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_the_first: str
 ) -> None:
     monkeypatch.setattr(tokenize, "_ALONE", 0)
     monkeypatch.setattr(tokenize, "_in_processes", lambda *_, **__: {})  # all were told to stop before they were done
     for number in range(2):
-        lines = ['{"other": "no text"}'] * 300 + [json.dumps({"text": f"{number} {i} one two"}) for i in range(300)]
+        lines = ['{"other": "no text"}' if number else in_the_first] * 300 + [
+            json.dumps({"text": f"{number} {i} one two"}) for i in range(300)
+        ]
         with gzip.open(tmp_path / f"{number}.jsonl.gz", "wt") as file:
             file.write("\n".join(lines))
     with pytest.raises(UserError, match=r"documents cannot be read, and data\.max_bad_documents is 100"):

@@ -160,7 +160,7 @@ def tokenize(
 
     # Too many documents may have been in units that were under way: these are gone through until they are named.
     for number in job.todo():
-        if len(_problems(files, done())) > max_bad:
+        if sum(problem["problem"] != EMPTY for problem in _problems(files, done())) > max_bad:
             break
         _tokenize_unit(job, number, Tokenizer(Path(recipe.tokenizer)), _Counter())
     found = done()
