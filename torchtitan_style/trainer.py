@@ -237,7 +237,8 @@ class Trainer:
         """Validate before the first step, and on a resume if the run was stopped before it had."""
         if self._validation_is_due():
             best = self._validate()
-            if self.state.step and self.config.checkpoint.enable:  # else the next start would validate again
+            done = not self._validation_is_due()  # and not told to stop meanwhile
+            if done and self.state.step and self.config.checkpoint.enable:  # else the next start would do it again
                 self._save(best=best and self.config.checkpoint.keep_best)
             self.meter.restart()
 

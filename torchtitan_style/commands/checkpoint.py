@@ -76,10 +76,9 @@ def _about(path: Path, *, hashes: bool) -> dict[str, Any]:
     """What the manifest says, as far as it can be read, and what is wrong."""
     problem = problem_of(path, hashes=hashes)
     try:
-        manifest = read_manifest(path)
+        manifest = _readable(read_manifest(path))
         files = manifest.pop("files")
-        size = sum(entry["size"] for entry in files.values() if entry["sha256"][:16])
-        manifest = _readable(manifest)
+        size = sum(entry["size"] for entry in files.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         manifest, files = {}, {}
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -95,12 +94,15 @@ def _readable(manifest: dict[str, Any]) -> dict[str, Any]:
         "figures": lambda figures: all(x is None or isinstance(x, numbers) for x in figures.values()),
         "time": lambda time: isinstance(time, numbers),
         "data": lambda data: all(isinstance(x, str) for x in data),
+        "files": lambda files: all(
+            isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in files.values()
+        ),
     }
 
     def is_right(key: str, value: Any) -> bool:
         try:
             return bool(key not in right or right[key](value))
-        except (TypeError, AttributeError):
+        except (TypeError, AttributeError, KeyError):
             return False
 
     return {key: value for key, value in manifest.items() if is_right(key, value)}

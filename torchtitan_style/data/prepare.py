@@ -61,15 +61,19 @@ def prepare(
     """
     folder = Path(os.path.expanduser(config.prepared_folder)) if config.prepared_folder else dump_folder / "data"
     folder = folder.resolve() if folder.is_symlink() else folder  # what it names is replaced, and not the link
-    own = None if config.prepared_folder and not for_run else dump_folder / "tokenizer"
-    _check_ours(folder, own, key="data.prepared_folder" if config.prepared_folder else "job.dump_folder")
+    hands_out = for_run or not config.prepared_folder
+    _check_ours(
+        folder,
+        dump_folder / "tokenizer" if hands_out else None,
+        key="data.prepared_folder" if config.prepared_folder else "job.dump_folder",
+    )
     with locked(folder, say) if config.prepared_folder else contextlib.nullcontext():  # other runs may share it
         settings = _settings(config, vocab_size)
         held_out = held_out or [0] * len(settings["corpora"])
         present = read_prepared(folder)
         change = present and change_of(present, config, settings)
         # A folder that is prepared for other runs has nothing to do with the one in the dump folder.
-        is_running = any(dump_folder.glob("checkpoint/step-*")) and (for_run or not config.prepared_folder)
+        is_running = hands_out and any(dump_folder.glob("checkpoint/step-*"))
         if present and change and is_running and not allow_changed_data:
             mend = f"delete {folder}, and it is prepared again" if str(folder) in change else "put it back"
             raise UserError(
@@ -100,7 +104,7 @@ def prepare(
                 (dump_folder / FILE_NAME).unlink(missing_ok=True)  # of an attempt before this one
         else:
             complete(present, lambda line: None)  # it was said when it was made
-        if for_run or not config.prepared_folder:
+        if hands_out:
             _hand_out(present, dump_folder, is_running=is_running and not allow_changed_data)
         return present
 
@@ -181,12 +185,12 @@ def _make(
             "dtype": "<u2" if settings["vocab_size"] <= 2**16 else "<u4",
         }
         corpora, problems = {}, []
-        for number, (name, corpus) in enumerate(config.corpora().items()):
+        for (name, corpus), wanted in zip(config.corpora().items(), held_out, strict=True):
             place = staging / name if name else staging
             place.mkdir(exist_ok=True)
             own = Recipe(**recipe, text_key=corpus.text_key)
             if config.streaming:
-                corpora[name] = hold_out(sources[name], place, own, held_out[number], say)
+                corpora[name] = hold_out(sources[name], place, own, wanted, say)
                 continue
             corpora[name], bad = _tokenize(
                 sources[name], place, own, processes, progress, max_bad=config.max_bad_documents
