@@ -405,6 +405,7 @@ def test_too_many_bad_documents_in_units_that_are_under_way_are_named(
 ) -> None:
     monkeypatch.setattr(tokenize, "_ALONE", 0)
     monkeypatch.setattr(tokenize, "_in_processes", lambda *_, **__: {})  # all were told to stop before they were done
+    monkeypatch.setattr(tokenize, "plan_units", lambda files: [[(number, None)] for number in range(len(files))])
     for number in range(2):
         lines = ['{"other": "no text"}' if number else in_the_first] * 300 + [
             json.dumps({"text": f"{number} {i} one two"}) for i in range(300)
