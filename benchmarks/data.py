@@ -130,9 +130,9 @@ import json, sys, time
 from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed.world import init_world
-from torchtitan_style.ending import ending_at_once
+from torchtitan_style.train.stopping import ending_at_once
 from torchtitan_style.metrics.display import Display
-from torchtitan_style.run_data import RunData
+from torchtitan_style.train.data import RunData
 if __name__ == "__main__":
     with ending_at_once():
         config = load_config("train_configs/qwen3.toml", sys.argv[2:])

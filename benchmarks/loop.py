@@ -29,17 +29,17 @@ import torch
 from race import machine, table
 from train_step import step_on
 
-from torchtitan_style import trainer
 from torchtitan_style.config import Config, load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Loader
-from torchtitan_style.distributed.garbage import GarbageCollector
 from torchtitan_style.distributed.world import World, init_world
-from torchtitan_style.ending import ending_at_once, interruptible
 from torchtitan_style.metrics.log import TrainingLog
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 from torchtitan_style.optim.guard import StepGuard
+from torchtitan_style.train import trainer
+from torchtitan_style.train.garbage import GarbageCollector
+from torchtitan_style.train.stopping import ending_at_once, interruptible
 
 STEP = "training steps"
 ASKED_FOR = ("validation", "samples of text", "checkpoints")

@@ -26,7 +26,7 @@ from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.optim import exchange
-from torchtitan_style.step import build_model, build_optimizer
+from torchtitan_style.train.step import build_model, build_optimizer
 
 REPEATS = 15
 

@@ -29,7 +29,7 @@ from torchtitan_style.distributed.device import current_device, fastest_dtype
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.step import build_model, build_optimizer, train_step
 
 SHAPES = {"100M": (768, 2048, 12, 12, 4, 64, 32_768)}
 """Beside the flavors: hidden and intermediate size, layers, heads, key/value heads, head size, vocabulary."""

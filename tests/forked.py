@@ -24,10 +24,11 @@ from typing import Any
 _IMPORTED = [
     *(
         f"torchtitan_style.commands.{name}"
-        for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "torchrun", "train", "verify")
+        for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "train", "verify")
     ),
-    "torchtitan_style.preparation",
-    "torchtitan_style.trainer",
+    "torchtitan_style.data.preparation",
+    "torchtitan_style.launch.torchrun",
+    "torchtitan_style.train.trainer",
     "torchtitan_style.inference.load",
     "torchtitan_style.inference.generate",
     "torchtitan_style.checkpoint.hf_export",

@@ -47,7 +47,7 @@ from torchtitan_style.data.loader import Batch, microbatch
 from torchtitan_style.data.rows import Rows
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.step import build_model, build_optimizer, train_step
 
 config = load_config("train_configs/qwen3.toml", [
     "--model.flavor", "debug", "--optimizer.name", "{optimizer}", "--activation_checkpoint.mode", "{recompute}",

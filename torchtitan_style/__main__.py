@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from . import __version__
-from .errors import UserError
+from .common.errors import UserError
 
 
 def _imported(module: str) -> Any:

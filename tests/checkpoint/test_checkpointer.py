@@ -14,14 +14,14 @@ from torch import nn
 
 from torchtitan_style.checkpoint.checkpointer import Checkpointer
 from torchtitan_style.checkpoint.writer import HashingWriter
+from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import Checkpoint, LRScheduler, Optimizer
 from torchtitan_style.distributed.world import World, destroy_world, init_world
-from torchtitan_style.errors import RunError, UserError
+from torchtitan_style.launch.preflight import checkpoint_bytes
 from torchtitan_style.optim.build import Optimizers
-from torchtitan_style.preflight import checkpoint_bytes
-from torchtitan_style.step import build_model, build_optimizer
+from torchtitan_style.train.step import build_model, build_optimizer
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan_style.checkpoint.reader import SafeReader
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 
 class Malicious:

@@ -11,8 +11,8 @@ from tests.conftest import Python
 RANK = """
 import os, time
 from torchtitan_style.commands.cli import reported_errors
-from torchtitan_style.errors import RunError, UserError
-from torchtitan_style.ending import interruptible
+from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.train.stopping import interruptible
 
 with reported_errors(), interruptible():
     time.sleep({delays}[int(os.environ["RANK"])])
@@ -37,7 +37,7 @@ def test_an_error_of_all_ranks_is_one_message(
 ONE = """
 import os, time
 from torchtitan_style.commands import cli
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 cli._PATIENCE = 1
 with cli.reported_errors():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config, load_config, to_toml
-from torchtitan_style.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from torchtitan_style.__main__ import USAGE
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import load_config, to_toml
 from torchtitan_style.config.help import section_help
 from torchtitan_style.config.schema import SECTIONS
-from torchtitan_style.errors import UserError
 
 
 def load(tmp_path: Path, text: str, *overrides: str):

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed.world import World, destroy_world, init_world
-from torchtitan_style.ending import ending_at_once
 from torchtitan_style.metrics.display import Display
-from torchtitan_style.run_data import RunData
+from torchtitan_style.train.data import RunData
+from torchtitan_style.train.stopping import ending_at_once
 
 
 def deal(path: Path, world: World, steps: int, workers: int, *, resume: bool) -> None:

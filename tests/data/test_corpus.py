@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus
 from torchtitan_style.data.corpus import source_files
 from torchtitan_style.data.documents import read_records
-from torchtitan_style.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.config.schema import Corpus
 from torchtitan_style.data import documents, network
 from torchtitan_style.data.corpus import SourceFile, source_files
 from torchtitan_style.data.documents import EMPTY, Record, read_records
-from torchtitan_style.errors import RunError, UserError
 
 LIMIT = 5_000_000
 

@@ -11,8 +11,8 @@ import pytest
 import regex
 import transformers
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.data.tokenizer import Tokenizer, train
-from torchtitan_style.errors import UserError
 
 # As in https://huggingface.co/Qwen/Qwen3-0.6B, tokenizer_config.json, from <|endoftext|> on.
 QWEN3 = [

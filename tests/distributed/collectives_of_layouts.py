@@ -20,9 +20,9 @@ from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.world import destroy_world, init_world
-from torchtitan_style.ending import ending_at_once
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.stopping import ending_at_once
 
 KINDS = {
     "all_gather": "all-gather",

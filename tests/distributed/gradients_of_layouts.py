@@ -20,9 +20,9 @@ from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World, destroy_world, init_world
-from torchtitan_style.ending import ending_at_once
 from torchtitan_style.models.qwen3.config import FLAVORS
 from torchtitan_style.models.qwen3.parallelize import parallelize_qwen3
+from torchtitan_style.train.stopping import ending_at_once
 
 RECOMPUTE = {
     "none": ActivationCheckpoint(mode="none"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan_style.distributed.agreement import Agreement
+from torchtitan_style.train.agreement import Agreement
 
 
 def main(arguments: list[str]) -> None:

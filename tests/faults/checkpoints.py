@@ -22,10 +22,10 @@ from torch import nn
 
 from torchtitan_style.checkpoint import checkpointer as checkpointers
 from torchtitan_style.checkpoint.checkpointer import Checkpointer
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import Checkpoint, LRScheduler, Optimizer
 from torchtitan_style.distributed.world import init_world
-from torchtitan_style.errors import UserError
 from torchtitan_style.optim.build import Optimizers
 
 

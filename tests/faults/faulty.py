@@ -18,7 +18,7 @@ now = 0
 
 
 def inject(faults: list[dict[str, Any]]) -> None:
-    import torchtitan_style.trainer as trainer
+    import torchtitan_style.train.trainer as trainer
 
     real = trainer.train_step
 
@@ -39,7 +39,7 @@ def rank() -> int:
 
 def in_the_step(steps: Sequence[int] | None, action: Callable[..., None]) -> None:
     """Call ``action(gradients, loss)`` after the backward pass of these steps (None: all), before clipping."""
-    import torchtitan_style.step as step
+    import torchtitan_style.train.step as step
 
     real = step.clip_grad_norm_
 
@@ -74,7 +74,7 @@ def high_loss(steps: list[int], factor: float, times: int | None = None) -> None
 
 def stop_in_rewind() -> None:
     """SIGTERM as the run goes back after a spike."""
-    from torchtitan_style.trainer import Trainer
+    from torchtitan_style.train.trainer import Trainer
 
     real = Trainer._rewind
 
@@ -115,7 +115,7 @@ def slow_steps(seconds: float) -> None:
 
 
 def held(mark: str, stubborn: bool = False) -> None:
-    from torchtitan_style.ending import told_to_stop
+    from torchtitan_style.train.stopping import told_to_stop
 
     mine = Path(f"{mark}.{rank()}")
     if mine.exists():  # once
@@ -133,7 +133,7 @@ def hold_step(step: int, mark: str, stubborn: bool = False) -> None:
 
 def hold_validation(step: int, mark: str) -> None:
     """Before its first batch goes through the model."""
-    import torchtitan_style.trainer as trainer
+    import torchtitan_style.train.trainer as trainer
 
     real = trainer.validate
 

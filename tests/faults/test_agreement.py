@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.faults.runs import Run, Zygote
-from torchtitan_style.distributed.agreement import Agreement
+from torchtitan_style.train.agreement import Agreement
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

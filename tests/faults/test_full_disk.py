@@ -11,9 +11,9 @@ import pytest
 
 from tests.faults.runs import Run, Runs, records, steps
 from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import load_config
-from torchtitan_style.errors import UserError
-from torchtitan_style.preflight import preflight
+from torchtitan_style.launch.preflight import preflight
 
 LIMIT = 60_000
 """Bytes that a file may have: less than a rank's part of a checkpoint, more than metrics.jsonl."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Runs
-from torchtitan_style import launch
-from torchtitan_style.errors import UserError
-from torchtitan_style.run_lock import check_free, run_lock
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.launch import launcher as launch
+from torchtitan_style.launch.run_lock import check_free, run_lock
 
 HOST = socket.gethostname()
 
@@ -77,7 +77,7 @@ def test_a_lock_of_another_host_counts_while_it_is_fresh(tmp_path: Path) -> None
 
 
 def test_a_lock_is_kept_fresh(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("torchtitan_style.run_lock._STALE", 0.3)
+    monkeypatch.setattr("torchtitan_style.launch.run_lock._STALE", 0.3)
     with run_lock(tmp_path):
         lock = tmp_path / "run.lock"
         os.utime(lock, (0, 0))
@@ -111,8 +111,8 @@ def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeyp
         seen.append("prepared")
 
     monkeypatch.setenv("NPROC", "2")
-    monkeypatch.setattr("torchtitan_style.preparation.prepare_data", prepare_data)
-    monkeypatch.setattr("torchtitan_style.launch.start_ranks", lambda *_, **__: seen.append("started"))
+    monkeypatch.setattr("torchtitan_style.data.preparation.prepare_data", prepare_data)
+    monkeypatch.setattr("torchtitan_style.launch.launcher.start_ranks", lambda *_, **__: seen.append("started"))
     launch.main(["--job.dump_folder", str(tmp_path / "run")])
     assert seen == ["prepared", "started"]
     check_free(tmp_path / "run")  # the ranks take it
@@ -122,8 +122,8 @@ def test_another_host_may_come_while_the_first_prepares(tmp_path: Path, monkeypa
     seen = []
     for name, value in {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node0:29500"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torchtitan_style.launch.wait_for_host", lambda _: seen.append("waited"))
-    monkeypatch.setattr("torchtitan_style.launch.start_ranks", lambda *_, **__: seen.append("started"))
+    monkeypatch.setattr("torchtitan_style.launch.launcher.wait_for_host", lambda _: seen.append("waited"))
+    monkeypatch.setattr("torchtitan_style.launch.launcher.start_ranks", lambda *_, **__: seen.append("started"))
     with run_lock(tmp_path / "run"):
         launch.main(["--job.dump_folder", str(tmp_path / "run"), "--training.local_batch_size", "4"])
     assert seen == ["waited", "started"]

@@ -28,9 +28,9 @@ def main() -> None:
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "torch._dynamo",  # which the first optimizer imports
-        "torchtitan_style.launch",
-        "torchtitan_style.train",
-        "torchtitan_style.trainer",
+        "torchtitan_style.launch.launcher",
+        "torchtitan_style.launch.rank",
+        "torchtitan_style.train.trainer",
         "tests.faults.faulty",
     ):
         importlib.import_module(name)

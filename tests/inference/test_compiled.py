@@ -16,7 +16,7 @@ from test_cache import BASE, WINDOW, assert_close, random_model, tokens
 from tiny_hf import hf_model, write_tokenizer
 
 from torchtitan_style import load_model
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.compiled import CompiledStep
 from torchtitan_style.inference.decode import Decoder

@@ -12,7 +12,7 @@ import transformers
 from tiny_hf import hf_model, write_tokenizer
 
 from torchtitan_style import load_model
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.inference.conversation import ChatTemplate, Conversation, _Thoughts
 from torchtitan_style.inference.generate import TextModel
 from torchtitan_style.inference.settings import Sampling

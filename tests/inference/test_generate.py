@@ -18,7 +18,7 @@ from torchtitan_style import load_model
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.hf_import import import_hf
 from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.inference.generate import TextModel
 from torchtitan_style.inference.settings import Sampling
 from torchtitan_style.models.hf_folder import HFFolder

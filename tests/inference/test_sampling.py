@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.inference.sampling import Sampler, filter_logits
 from torchtitan_style.inference.settings import Sampling
 

@@ -21,7 +21,7 @@ from tiny_hf import hf_model, write_tokenizer
 from torch import Tensor
 
 from torchtitan_style.checkpoint.saved import open_model
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
 from torchtitan_style.models.qwen3.hf import parameter_shapes

@@ -18,9 +18,9 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from torchtitan_style.config.schema import Muon, Optimizer
 from torchtitan_style.distributed.gloo import one_thread_each
-from torchtitan_style.ending import ending_at_once
 from torchtitan_style.optim import exchange, muon
 from torchtitan_style.optim.adamw import adamw, step_if
+from torchtitan_style.train.stopping import ending_at_once
 
 SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (3, 10), (33, 12), (2, 2)]
 SOUND = torch.tensor(True)

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import RowwiseParallel
 
-from torchtitan_style import step
 from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed import init
 from torchtitan_style.distributed.world import destroy_world, init_world
-from torchtitan_style.ending import ending_at_once
 from torchtitan_style.models.qwen3 import parallelize
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 from torchtitan_style.optim import clip
+from torchtitan_style.train import step
+from torchtitan_style.train.stopping import ending_at_once
 from torchtitan_style.verification.layout import compare
 
 Patch = contextlib.AbstractContextManager[Any]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3 import model as qwen3
 from torchtitan_style.verification import against_hf

@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.config.schema import Checkpoint
 from torchtitan_style.distributed.world import on_main, patient_group
-from torchtitan_style.errors import RunError, UserError
 from torchtitan_style.optim.build import Optimizers
 
 from .folder import CheckpointFolder

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.folders import write_in_one_go
+from torchtitan_style.common.files import write_in_one_go
 
 from .manifest import aside, problem_of, seal
 

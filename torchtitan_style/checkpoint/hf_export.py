@@ -11,9 +11,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import new_folder
 from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import new_folder
 from torchtitan_style.models.hf_folder import HFFolder, copy_assets
 from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
 

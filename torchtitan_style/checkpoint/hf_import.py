@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import new_folder
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import new_folder
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 
 from .manifest import seal

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import fsync, sha256
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import fsync, sha256
 
 __all__ = ["MANIFEST", "aside", "file_entry", "problem_of", "read_manifest", "seal"]
 

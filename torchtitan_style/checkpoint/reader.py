@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 __all__ = ["SafeReader", "without_warnings"]
 

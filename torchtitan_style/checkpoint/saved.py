@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
-from torchtitan_style.errors import UserError
-from torchtitan_style.hub import fetch
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
 

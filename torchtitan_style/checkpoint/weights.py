@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.distributed.init import local_part
-from torchtitan_style.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.hf import parameter_shapes
 

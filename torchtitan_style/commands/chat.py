@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .cli import Arguments, check_torch, reported_errors
 from .screen import Screen

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.checkpoint.manifest import MANIFEST, problem_of, read_manifest
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.config.layout import Layout
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import readable_bytes
 
 from .cli import Arguments, reported_errors
 

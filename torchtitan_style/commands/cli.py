@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
+from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.common.hub import fetch
+from torchtitan_style.common.signals import STOP_SIGNALS
 from torchtitan_style.config import Config
 from torchtitan_style.config.help import section_help
 from torchtitan_style.config.load import DEFAULT_CONFIG
-from torchtitan_style.errors import RunError, UserError
-from torchtitan_style.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
-from torchtitan_style.signals import STOP_SIGNALS
 
 __all__ = [
     "VERDICT",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from torchtitan_style.checkpoint.saved import SavedModel, with_model
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
 
 from .cli import Arguments, check_torch, reported_errors

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.layout import Layout
-from torchtitan_style.ending import ending_at_once
-from torchtitan_style.errors import UserError
+from torchtitan_style.train.stopping import ending_at_once
 
 from .cli import Arguments, check_torch, reported_errors
 from .screen import Screen, show_anything

@@ -10,12 +10,12 @@ import os
 import time
 from pathlib import Path
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import load_config
 from torchtitan_style.config.load import DEFAULT_CONFIG
-from torchtitan_style.ending import interruptible
-from torchtitan_style.errors import UserError
-from torchtitan_style.preflight import check_writable
-from torchtitan_style.run_lock import check_free, run_lock
+from torchtitan_style.launch.preflight import check_writable
+from torchtitan_style.launch.run_lock import check_free, run_lock
+from torchtitan_style.train.stopping import interruptible
 
 from .cli import Arguments, reported_errors
 from .progress import tokenizing_bar
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         if config.data.streaming:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
-        from torchtitan_style.preparation import prepare_data
+        from torchtitan_style.data.preparation import prepare_data
 
         begin = time.monotonic()
         folder = Path(config.job.dump_folder)

@@ -6,7 +6,7 @@ import argparse
 import random
 from typing import TYPE_CHECKING, Any
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .cli import Arguments
 

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 from torchtitan_style.config import load_config
-from torchtitan_style.ending import ending_at_once, interruptible
-from torchtitan_style.preflight import preflight
+from torchtitan_style.launch.preflight import preflight
+from torchtitan_style.train.stopping import ending_at_once, interruptible
 
 from .cli import check_initial_weights, check_torch, check_verdict, parse_config_arguments, reported_errors
 
@@ -40,6 +40,6 @@ def main(arguments: list[str]) -> None:
             check_initial_weights(config)
         # Several ranks have the data prepared, and agree on when to stop from the beginning.
         with interruptible(Path(config.job.dump_folder), gracefully=world_size > 1):
-            from torchtitan_style.trainer import train  # imports torch
+            from torchtitan_style.train.trainer import train  # imports torch
 
             train(config, world_size=world_size)

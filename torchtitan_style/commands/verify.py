@@ -11,13 +11,13 @@ import os
 import tempfile
 from pathlib import Path
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config, load_config, to_toml
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
-from torchtitan_style.errors import UserError
+from torchtitan_style.launch.torchrun import count_gpus, start_ranks
 from torchtitan_style.models.hf_folder import HFFolder
 
 from .cli import Arguments, check_torch, hf_folder, reported_errors
-from .torchrun import count_gpus, start_ranks
 
 __all__ = ["main"]
 

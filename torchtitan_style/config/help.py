@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .load import nearest_section
 from .schema import SECTIONS

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .checks import Problem, cross_checks
 from .schema import SECTIONS, Config, Job

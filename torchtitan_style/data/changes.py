@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import sha256
 from torchtitan_style.config.schema import Corpus, Data
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import sha256
 
 from .corpus import SourceFile, source_files
 from .prepared import Prepared

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus
-from torchtitan_style.errors import UserError
 
 from .network import patiently
 

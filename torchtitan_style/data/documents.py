@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .corpus import SourceFile
 from .network import is_permanent, wait_before

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.common.signals import STOP_SIGNALS
 from torchtitan_style.config.layout import BatchPlan
-from torchtitan_style.errors import RunError, UserError
-from torchtitan_style.signals import STOP_SIGNALS
 
 from .mixture import choose
 from .problems import Problem

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Data
-from torchtitan_style.errors import UserError
 
 from .corpus import SourceFile
 from .documents import texts_of

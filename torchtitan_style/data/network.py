@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from torchtitan_style.errors import RunError
+from torchtitan_style.common.errors import RunError
 
 __all__ = ["ATTEMPTS", "is_permanent", "patiently", "wait_before"]
 

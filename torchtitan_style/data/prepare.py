@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import copy_folder, first_missing, fsync, locked, remove_empty, write_in_one_go
 from torchtitan_style.config.schema import Data
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import copy_folder, first_missing, fsync, locked, remove_empty, write_in_one_go
 
 from .changes import change_of, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files

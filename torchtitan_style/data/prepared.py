@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import sha256, write_in_one_go
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import sha256, write_in_one_go
 
 from .packing import Piece, best_fit, pieces_of
 from .rows import BestFitRows, ConcatRows, RowSource

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .corpus import SourceFile
 from .documents import EMPTY, PLACE_NAMES, Record

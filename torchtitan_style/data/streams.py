@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .corpus import SourceFile
 from .documents import EMPTY, Record, read_records

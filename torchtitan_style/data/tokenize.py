@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchtitan_style.errors import RunError
-from torchtitan_style.folders import sha256
+from torchtitan_style.common.errors import RunError
+from torchtitan_style.common.files import sha256
 
 from .corpus import SourceFile
 from .documents import EMPTY, Record, parquet_groups, read_records

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
-from torchtitan_style.errors import UserError
-from torchtitan_style.hub import fetch
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.hub import fetch
 from torchtitan_style.models.hf_folder import copy_assets
 
 from .bulk import bulk_encoder

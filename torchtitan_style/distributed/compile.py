@@ -22,7 +22,7 @@ def apply_compile(model: nn.Module, layers: Iterable[nn.Module], config: Compile
     if device_type == "cpu":
         from torch._inductor import config as inductor_config  # takes long to import
 
-        from .operands import OperandsInRows
+        from torchtitan_style.cpu.operands import OperandsInRows
 
         inductor_config.post_grad_custom_post_pass = OperandsInRows()
     for module in [model] if config.scope == "model" else layers:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan_style.common.signals import holding_interrupts
 from torchtitan_style.models.qwen3.config import Qwen3Config
-from torchtitan_style.signals import holding_interrupts
 
 from .cache import KVCache
 

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .decode import Speed
 from .generate import Finish, TextModel

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 from .settings import Sampling
 

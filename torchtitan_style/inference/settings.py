@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torchtitan_style.errors import UserError
+from torchtitan_style.common.errors import UserError
 
 __all__ = ["Sampling"]
 

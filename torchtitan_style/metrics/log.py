@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan_style.common.errors import RunError
 from torchtitan_style.config.schema import Metrics
 from torchtitan_style.data.problems import Problem
 from torchtitan_style.distributed.world import World
-from torchtitan_style.errors import RunError
 
 from .display import Display
 from .recorder import Recorder

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import write_in_one_go
 from torchtitan_style.config.schema import Metrics
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import write_in_one_go
 
 __all__ = ["Recorder"]
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtitan_style.errors import UserError
-
-from .qwen3.config import Qwen3Config
-from .qwen3.hf import from_hf, parameter_shapes
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.qwen3.hf import from_hf, parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .qwen3.model import Qwen3ForCausalLM
-from .qwen3.parallelize import parallelize_qwen3
+from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+from torchtitan_style.models.qwen3.parallelize import parallelize_qwen3
 
 __all__ = ["MODELS", "ModelFamily"]
 

@@ -31,7 +31,7 @@ from torchtitan_style.optim.build import is_hidden_matrix, rows_together
 from torchtitan_style.optim.guard import StepGuard
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
-from torchtitan_style.step import DTYPES, build_model, build_optimizer, train_step
+from torchtitan_style.train.step import DTYPES, build_model, build_optimizer, train_step
 
 from .report import SMALLEST, Check, Difference, gradient_check, gradient_difference
 

@@ -18,13 +18,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
-from torchtitan_style.distributed.activation_checkpoint import (
-    apply_activation_checkpoint,
-    recomputes_operations,
-    set_memory_budget,
-)
 from torchtitan_style.distributed.compile import apply_compile
 from torchtitan_style.distributed.loss import chunked_cross_entropy
+from torchtitan_style.distributed.recompute import apply_activation_checkpoint, recomputes_operations, set_memory_budget
 from torchtitan_style.distributed.sharding import compute_in, shard
 
 from .model import Qwen3ForCausalLM, RMSNorm, rms_norm

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .gloo import one_thread_each
+from torchtitan_style.distributed.gloo import one_thread_each
 
 __all__ = ["Agreement"]
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from torchtitan_style.common.signals import STOP_SIGNALS
+
 from .preempted import write_preempted
-from .signals import STOP_SIGNALS
 
 __all__ = ["ending_at_once", "interruptible", "on_interrupt", "stop_gracefully", "told_to_stop"]
 

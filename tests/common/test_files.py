@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import new_folder
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data.prepare import prepare
-from torchtitan_style.errors import UserError
-from torchtitan_style.folders import new_folder
-from torchtitan_style.run_lock import run_lock
+from torchtitan_style.launch.run_lock import run_lock
 
 
 def fail_in_a_lock(folder: Path) -> None:

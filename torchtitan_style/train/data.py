@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from .config import Config
-from .config.layout import plan_batch, plan_streams
-from .data.loader import Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
-from .data.mixture import choose
-from .data.prepare import streamed_corpora
-from .data.problems import FILE_NAME, BadDocuments, Problem
-from .data.rows import Rows, RowSource
-from .distributed.world import World, on_main
-from .metrics.display import Display
-from .preparation import prepare_data
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import plan_batch, plan_streams
+from torchtitan_style.data.loader import Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
+from torchtitan_style.data.mixture import choose
+from torchtitan_style.data.preparation import prepare_data
+from torchtitan_style.data.prepare import streamed_corpora
+from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem
+from torchtitan_style.data.rows import Rows, RowSource
+from torchtitan_style.distributed.world import World, on_main
+from torchtitan_style.metrics.display import Display
 
 __all__ = ["RunData"]
 

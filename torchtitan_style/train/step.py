@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .config import Config
-from .data.loader import Batch
-from .distributed import device as devices
-from .distributed.half_precision import multiply_in_fp32
-from .distributed.init import init_weights
-from .distributed.world import World
-from .metrics.log import StepResult
-from .models.registry import MODELS
-from .optim.build import Optimizers
-from .optim.clip import clip_grad_norm_
-from .optim.guard import StepGuard
+from torchtitan_style.config import Config
+from torchtitan_style.cpu.half_precision import multiply_in_fp32
+from torchtitan_style.data.loader import Batch
+from torchtitan_style.distributed import device as devices
+from torchtitan_style.distributed.init import init_weights
+from torchtitan_style.distributed.world import World
+from torchtitan_style.metrics.log import StepResult
+from torchtitan_style.models.registry import MODELS
+from torchtitan_style.optim.build import Optimizers
+from torchtitan_style.optim.clip import clip_grad_norm_
+from torchtitan_style.optim.guard import StepGuard
 
 __all__ = ["DTYPES", "build_model", "build_optimizer", "evaluating", "mix", "train_step"]
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import Config
-from .config.layout import plan_batch
-from .data.prepare import prepare
-from .data.prepared import Prepared
-from .data.tokenize import Progress
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import plan_batch
+
+from .prepare import prepare
+from .prepared import Prepared
+from .tokenize import Progress
 
 __all__ = ["prepare_data"]
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .checkpoint.folder import CheckpointFolder
-from .config import Config
-from .config.layout import plan_layout
-from .errors import UserError
-from .folders import readable_bytes
-from .models.qwen3.hf import parameter_shapes
-from .resuming import check_before_start
+from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import readable_bytes
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import plan_layout
+from torchtitan_style.models.qwen3.hf import parameter_shapes
+from torchtitan_style.train.identity import check_before_start
+
 from .run_lock import check_free
 
 __all__ = ["check_room", "checkpoint_bytes", "preflight"]

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .folders import first_missing, remove_empty
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import first_missing, remove_empty
 
 __all__ = ["check_free", "run_lock"]
 

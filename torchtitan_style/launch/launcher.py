@@ -13,15 +13,16 @@ import re
 import sys
 from pathlib import Path
 
-from .checkpoint.folder import CheckpointFolder
-from .commands import train
-from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
-from .commands.torchrun import check_address, count_gpus, start_ranks, wait_for_host
-from .ending import interruptible
-from .errors import UserError
-from .preempted import clear_preempted, is_preempted
+from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.commands import train
+from torchtitan_style.commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.train.preempted import clear_preempted, is_preempted
+from torchtitan_style.train.stopping import interruptible
+
 from .preflight import preflight
 from .run_lock import run_lock
+from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
 
 __all__ = ["main"]
 
@@ -54,8 +55,8 @@ def main(arguments: list[str]) -> None:
             train.main(arguments)
             return
 
-        from .config import load_config
-        from .config.layout import plan_layout
+        from torchtitan_style.config import load_config
+        from torchtitan_style.config.layout import plan_layout
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> None:
         else:
             if nnodes > 1:
                 check_address(endpoint)
-            from .preparation import prepare_data
+            from torchtitan_style.data.preparation import prepare_data
 
             folder = Path(config.job.dump_folder)
             with interruptible(folder), run_lock(folder):  # the ranks take it over when this is done
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> None:
     clear_preempted(folder)
     start_ranks(
         [*rendezvous, f"--nnodes={nnodes}"],
-        "torchtitan_style.train",
+        "torchtitan_style.launch.rank",
         arguments,
         nproc=nproc,
         on_gpus=gpus > 0,

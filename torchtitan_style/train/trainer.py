@@ -14,36 +14,37 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint.checkpointer import Checkpointer
-from .checkpoint.manifest import read_manifest
-from .checkpoint.saved import open_model
-from .checkpoint.weights import load_weights
-from .config import Config, to_toml
-from .config.layout import plan_batch, plan_layout
-from .data.tokenizer import Tokenizer
-from .distributed import device as devices
-from .distributed.agreement import Agreement
-from .distributed.garbage import GarbageCollector
-from .distributed.half_precision import multiply_in_fp32
-from .distributed.watchdog import Watchdog
-from .distributed.world import World, destroy_world, init_world, on_main, set_timeout
-from .ending import on_interrupt, stop_gracefully, told_to_stop
-from .errors import RunError, UserError
-from .inference.sample import sample
-from .metrics.display import Display
-from .metrics.log import StepResult, TrainingLog
-from .metrics.profiler import profile_step
-from .metrics.throughput import Meter
-from .metrics.validation import validate
-from .models.qwen3.config import FLAVORS
-from .optim.guard import StepGuard
+from torchtitan_style.checkpoint.checkpointer import Checkpointer
+from torchtitan_style.checkpoint.manifest import read_manifest
+from torchtitan_style.checkpoint.saved import open_model
+from torchtitan_style.checkpoint.weights import load_weights
+from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.common.signals import shielding_children
+from torchtitan_style.config import Config, to_toml
+from torchtitan_style.config.layout import plan_batch, plan_layout
+from torchtitan_style.cpu.half_precision import multiply_in_fp32
+from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.distributed import device as devices
+from torchtitan_style.distributed.world import World, destroy_world, init_world, on_main, set_timeout
+from torchtitan_style.inference.sample import sample
+from torchtitan_style.launch.run_lock import run_lock
+from torchtitan_style.metrics.display import Display
+from torchtitan_style.metrics.log import StepResult, TrainingLog
+from torchtitan_style.metrics.profiler import profile_step
+from torchtitan_style.metrics.throughput import Meter
+from torchtitan_style.metrics.validation import validate
+from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.optim.guard import StepGuard
+
+from .agreement import Agreement
+from .data import RunData
+from .garbage import GarbageCollector
+from .identity import Identity, changed_settings, check_same_run, identity
 from .preempted import clear_preempted, write_preempted
-from .resuming import Identity, changed_settings, check_same_run, identity
-from .run_data import RunData
-from .run_lock import run_lock
-from .signals import shielding_children
+from .state import TrainState
 from .step import DTYPES, build_model, build_optimizer, evaluating, mix, train_step
-from .train_state import TrainState
+from .stopping import on_interrupt, stop_gracefully, told_to_stop
+from .watchdog import Watchdog
 
 __all__ = ["Trainer", "train"]
 

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torchtitan_style.errors import UserError
-from torchtitan_style.signals import STOP_SIGNALS
-
-from .cli import VERDICT
+from torchtitan_style.commands.cli import VERDICT
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.signals import STOP_SIGNALS
 
 __all__ = ["check_address", "count_gpus", "start_ranks", "wait_for_host"]
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.folder import CheckpointFolder
-from .config import Config
-from .config.layout import plan_batch, plan_streams
-from .errors import UserError
+from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import plan_batch, plan_streams
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from torchtitan_style.distributed import watchdog
-from torchtitan_style.distributed.watchdog import Watchdog
+from torchtitan_style.train import watchdog
+from torchtitan_style.train.watchdog import Watchdog
 
 
 @pytest.fixture

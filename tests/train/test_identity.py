@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
-from torchtitan_style.errors import UserError
-from torchtitan_style.launch import main
+from torchtitan_style.launch.launcher import main
 from torchtitan_style.metrics.log import SkippedSteps
-from torchtitan_style.resuming import changed_settings, check_before_start, check_same_run, identity
-from torchtitan_style.train_state import TrainState
+from torchtitan_style.train.identity import changed_settings, check_before_start, check_same_run, identity
+from torchtitan_style.train.state import TrainState
 
 HERE = Path("run/checkpoint/step-5")
 

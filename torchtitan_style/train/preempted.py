@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from .folders import write_in_one_go
+from torchtitan_style.common.files import write_in_one_go
 
 __all__ = ["clear_preempted", "is_preempted", "write_preempted"]
 

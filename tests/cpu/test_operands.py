@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchtitan_style.distributed.operands import OperandsInRows
+from torchtitan_style.cpu.operands import OperandsInRows
 
 aten = torch.ops.aten
 

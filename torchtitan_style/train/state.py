@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .metrics.log import SkippedSteps
+from torchtitan_style.metrics.log import SkippedSteps
 
 __all__ = ["TrainState"]
 

@@ -1,0 +1,1 @@
+"""What every other part uses: errors for people, files that are complete or absent, signals, the Hub."""
