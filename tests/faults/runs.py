@@ -177,7 +177,7 @@ class Runs:
         if faults:
             environment["FAULTS"] = json.dumps(faults)
         arguments = ["--config", config or self.config, "--job.dump_folder", folder, *options]
-        command = ["-m", "torchtitan_style.launch", *map(str, arguments)]
+        command = ["-m", "torchtitan_style.launch.launcher", *map(str, arguments)]
         pid = self.zygote.ask(start={"command": command, "env": environment, "cwd": str(ROOT), "log": str(log)})
         run = Run(self.zygote, folder, log, pid, nproc)
         self._started.append(run)
