@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write; a temporary folder if left out")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    init_world(Layout(1, 1, 1), timeout_seconds=600)
+    init_world(Layout(), timeout_seconds=600)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options.layers, options.repeats)
         started = resume(Path(folder))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from race import machine, table
 
-from torchtitan_style.distributed.device import current_device, peak_flops, synchronize
+from torchtitan_style.common.device import current_device, peak_flops, synchronize
 
 
 def seconds(action: Callable[[], Any], device: torch.device, *, repeats: int) -> float:

@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 import transformers
 
+from torchtitan_style.common.device import current_device, fastest_dtype, name, synchronize
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
-from torchtitan_style.distributed.device import current_device, fastest_dtype, name, synchronize
 from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.compiled import CompiledStep
 from torchtitan_style.inference.decode import Decoder

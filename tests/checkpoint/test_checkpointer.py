@@ -26,7 +26,7 @@ from torchtitan_style.train.step import build_model, build_optimizer
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    yield init_world(Layout(1, 1, 1), timeout_seconds=60)
+    yield init_world(Layout(), timeout_seconds=60)
     destroy_world()
 
 

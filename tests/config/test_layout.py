@@ -15,7 +15,9 @@ def test_degrees_multiply_to_the_world_size_or_are_refused(world_size: int) -> N
     degrees = (1, 2, 3, 4)
     for replicate, shard, tp in itertools.product(degrees, (-1, *degrees), degrees):
         options = range(1, world_size + 1) if shard == -1 else [shard]
-        fitting = [Layout(replicate, s, tp) for s in options if replicate * s * tp == world_size]
+        fitting = [
+            Layout(dp_replicate=replicate, dp_shard=s, tp=tp) for s in options if replicate * s * tp == world_size
+        ]
         wanted = Parallelism(
             data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard, tensor_parallel_degree=tp
         )

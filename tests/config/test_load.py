@@ -124,13 +124,13 @@ def test_all_mistakes_are_in_one_error(tmp_path: Path) -> None:
         [data]
         dataset = "files"
     """
-    lines = problems_of(tmp_path, toml, "--compile.scope", "all", "--metrics.log_freq=0", "steps")
+    lines = problems_of(tmp_path, toml, "--optimizer.name", "sgd", "--metrics.log_freq=0", "steps")
     starts = [
         "FILE: training.stepz: unknown",
         "FILE: training.seq_len: 4096",
         "FILE: optimizer.lr: must be",
         "FILE: data.paths: ",
-        "--compile.scope: must be",
+        "--optimizer.name: must be",
         "--metrics.log_freq: must be",
         "argument steps: expected",
     ]
@@ -230,19 +230,6 @@ def test_a_world_size_that_does_not_fit_says_how_many_to_start(tmp_path: Path, s
     assert "3 processes" in line
     assert f"NPROC={fitting}" in line
     assert loaded(tmp_path, toml, world_size=fitting)
-
-
-def test_whole_model_compilation_of_recomputed_tensor_parallel_blocks_is_refused(tmp_path: Path) -> None:
-    toml = """
-        [compile]
-        enable = true
-        scope = "model"
-        [activation_checkpoint]
-        mode = "full"
-    """
-    assert loaded(tmp_path, toml)
-    [line] = problems_of(tmp_path, toml, "--parallelism.tensor_parallel_degree=2", world_size=2)
-    assert line.startswith("FILE: compile.scope (with --parallelism.tensor_parallel_degree): ")
 
 
 def test_a_memory_budget_of_tensor_parallel_blocks_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtitan_style.common import device as devices
 from torchtitan_style.cpu import half_precision
-from torchtitan_style.distributed import device as devices
 
 CPU = torch.device("cpu")
 LAYOUTS = ["rows, rows", "rows, columns", "columns, rows", "columns, columns"]

@@ -34,24 +34,23 @@ RECOMPUTE = {
 COMPILE = {
     "eager": Compile(enable=False),
     "block": Compile(enable=True),
-    "model": Compile(enable=True, scope="model"),
 }
 
 
 def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, str, str]]:
     """(compile, embeddings, recomputation) for a layout.
 
-    The embeddings are outside the blocks: graphs of blocks are the same with either kind, and each kind has two. The
-    whole-model graph is there only where it differs from the blocks'. FSDP2 and copies are outside of all graphs, and
-    of the degree of tensor parallelism graphs know only the sizes: layouts of both or of more ranks compile once.
+    The embeddings are outside the blocks: graphs of blocks are the same with either kind, and each kind is compiled
+    somewhere. FSDP2 and copies are outside of all graphs, and of the degree of tensor parallelism graphs know only the
+    sizes: layouts of both or of more ranks compile once.
     """
     eager = list(itertools.product(("eager",), ("tied", "untied"), [kind for kind in RECOMPUTE if kind != "budget"]))
     if dp_replicate * dp_shard * tp > 2:
         return [*eager, ("block", "untied", "op")]
     blocks = [("block", "tied", "none"), ("block", "untied", "op"), ("block", "tied", "full"), ("block", "untied", "2")]
     if tp > 1:
-        return [*eager, *blocks, ("model", "tied", "none")]
-    return [*eager, *blocks, ("block", "untied", "budget"), ("model", "tied", "none"), ("model", "untied", "op")]
+        return [*eager, *blocks]
+    return [*eager, *blocks, ("block", "untied", "budget")]
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +120,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     *degrees, output = sys.argv[1:]
-    world = init_world(Layout(*map(int, degrees)), timeout_seconds=300)
-    results = {"/".join(c): compare(world, *c) for c in combinations(*map(int, degrees))}
+    dp_replicate, dp_shard, tp = map(int, degrees)
+    world = init_world(Layout(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp), timeout_seconds=300)
+    results = {"/".join(c): compare(world, *c) for c in combinations(dp_replicate, dp_shard, tp)}
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     destroy_world()

@@ -58,7 +58,7 @@ def in_a_child(action: Callable[[], None]) -> int:
 
 
 def checkpointer(folder: Path, say: Callable[[str], None] = print, **settings: Any) -> Checkpointer:
-    init_world(Layout(1, 1, 1), timeout_seconds=60)
+    init_world(Layout(), timeout_seconds=60)
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 8))
     optimizer = Optimizers(
         model, Optimizer(), LRScheduler(warmup_steps=1), total_steps=10, dtype=torch.float32, head_dim=8

@@ -51,7 +51,7 @@ def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype) ->
     start = [0.1 * torch.randn(s) for s in SHAPES]
     whole = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     sharded = [torch.nn.Parameter(distribute_tensor(tensor, mesh, how)) for tensor in start]
-    with patch.object(muon, "_world_size", lambda: 1):
+    with patch.object(muon, "_ranks", lambda group: 1):
         dense = muon.Muon(whole, Muon(), lr=0.02, weight_decay=0.1, dtype=dtype)
     optimizer = muon.Muon(sharded, Muon(), lr=0.02, weight_decay=0.1, dtype=dtype)
 

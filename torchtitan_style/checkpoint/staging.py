@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from torchtitan_style.distributed.local import local_tensor
 
 __all__ = ["Staging"]
 
@@ -22,7 +23,7 @@ class Staging:
         """This rank's part of each tensor, as it is now, in host memory."""
         on_gpu = False
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = local_tensor(tensor)
             on_gpu |= local.is_cuda
             buffer = self._buffers.get(name)
             if buffer is None:

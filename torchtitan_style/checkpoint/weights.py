@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.distributed.init import local_part
+from torchtitan_style.distributed.local import local_part
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.hf import parameter_shapes
 

@@ -94,7 +94,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _join(ranks: int) -> World:
     from torchtitan_style.distributed.world import init_world
 
-    return init_world(Layout(dp_replicate=1, dp_shard=1, tp=ranks), timeout_seconds=600)
+    return init_world(Layout(tp=ranks), timeout_seconds=600)
 
 
 def _prompts(options: argparse.Namespace, world: World | None) -> list[str]:

@@ -66,7 +66,7 @@ def _verify_hf(folder: HFFolder, dtype: str, tolerance: float | None) -> bool:
     import torch
     import transformers
 
-    from torchtitan_style.distributed.device import current_device, name
+    from torchtitan_style.common.device import current_device, name
     from torchtitan_style.verification.against_hf import compare_with_transformers
     from torchtitan_style.verification.report import print_checks
 
@@ -94,7 +94,7 @@ def _load(path: str | None, overrides: list[str], world_size: int | None) -> tup
 def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> bool:
     import torch
 
-    from torchtitan_style.distributed.device import available_memory, name, peak_flops
+    from torchtitan_style.common.device import available_memory, name, peak_flops
     from torchtitan_style.verification.layout import reference
     from torchtitan_style.verification.report import Check, print_checks
     from torchtitan_style.verification.scale import for_verification

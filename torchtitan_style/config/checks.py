@@ -133,13 +133,6 @@ def _rest(config: Config) -> Iterator[Problem]:
             ("activation_checkpoint.mode", "parallelism.tensor_parallel_degree"),
             'torch cannot weigh the activations of tensor-parallel blocks: use "selective" or "full"',
         )
-    blocks = recompute.mode == "full" or (recompute.mode == "selective" and option != "op")
-    if compiled.enable and compiled.scope == "model" and blocks and config.parallelism.tensor_parallel_degree > 1:
-        yield Problem(
-            ("compile.scope", "activation_checkpoint.mode", "parallelism.tensor_parallel_degree"),
-            "torch cannot compile tensor-parallel blocks that are recomputed whole into one graph: use "
-            'compile.scope = "block", or activation_checkpoint.mode = "selective" with selective_ac_option = "op"',
-        )
     if config.checkpoint.load_step > config.training.steps:
         yield Problem(
             ("checkpoint.load_step", "training.steps"),

@@ -12,13 +12,20 @@ _MOST_STREAMS = 64
 """A stream keeps a file open."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the mesh axes, outermost first."""
+    """Sizes of the mesh axes, outermost first. An axis that is not used has size 1."""
 
-    dp_replicate: int
-    dp_shard: int
-    tp: int
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Groups of ranks that each hold all shards."""
+    dp_shard: int = 1
+    """Ranks that parameters, gradients and optimizer state are sharded over, together with cp."""
+    cp: int = 1
+    """Ranks that share the positions of a row."""
+    tp: int = 1
+    """Ranks that share each matrix."""
 
     @property
     def dp(self) -> int:
@@ -26,12 +33,17 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def fsdp(self) -> int:
+        """Ranks that each parameter is sharded over."""
+        return self.dp_shard * self.cp
+
+    @property
     def world_size(self) -> int:
-        return self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     def __str__(self) -> str:
-        replicate = f"dp_replicate {self.dp_replicate} × " if self.dp_replicate > 1 else ""
-        return f"{replicate}dp {self.dp_shard} × tp {self.tp}"
+        axes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "dp": self.dp_shard, "cp": self.cp, "tp": self.tp}
+        return " × ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis in ("dp", "tp"))
 
 
 @dataclass(frozen=True)

@@ -331,10 +331,7 @@ class Compile(Section):
     """torch.compile."""
 
     enable: bool = False
-    """Compile the model and the loss. Needs a C++ compiler on CPU."""
-    scope: Literal["block", "model"] = "block"
-    """block: compile one transformer block and use it for all, which compiles fast. model: one
-    graph for all blocks; FSDP then gathers all parameters at once, so memory must hold them."""
+    """Compile the transformer block, once for all blocks, and the loss. Needs a C++ compiler on CPU."""
 
 
 class Checkpoint(Section):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_style.distributed.device import is_fast
+from torchtitan_style.common.device import is_fast
 
 __all__ = ["multiply_in_fp32"]
 

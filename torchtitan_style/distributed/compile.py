@@ -1,4 +1,4 @@
-"""torch.compile, per block or for the whole model."""
+"""torch.compile, block by block."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchtitan_style.config.schema import Compile
 __all__ = ["apply_compile"]
 
 
-def apply_compile(model: nn.Module, layers: Iterable[nn.Module], config: Compile, *, device_type: str) -> None:
-    """Compile ``layers`` (one graph serves all, as they differ in their weights only) or ``model``, in place.
+def apply_compile(layers: Iterable[nn.Module], config: Compile, *, device_type: str) -> None:
+    """Compile ``layers``, in place. One graph serves all, as they differ in their weights only.
 
     As with recomputation the forward method is wrapped: FSDP's hooks stay outside the graph.
     """
@@ -25,7 +25,7 @@ def apply_compile(model: nn.Module, layers: Iterable[nn.Module], config: Compile
         from torchtitan_style.cpu.operands import OperandsInRows
 
         inductor_config.post_grad_custom_post_pass = OperandsInRows()
-    for module in [model] if config.scope == "model" else layers:
+    for module in layers:
         # One graph for each shape: with sizes left open torch 2.13 compiles attention's gradient wrongly if the number
         # of heads is one of them, as after a second model in one process.
         module.forward = torch.compile(module.forward, dynamic=False)

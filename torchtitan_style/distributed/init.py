@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["init_weights", "local_part"]
+from .local import local_part
+
+__all__ = ["init_weights"]
 
 _TILE = 2**20
 """Elements drawn from one generator, about: many enough for speed, few enough to hold."""
@@ -52,12 +52,3 @@ def _draw(parameter: Tensor, std: float, key: str) -> None:
         values = torch.empty(stop - start, *shape[1:]).normal_(0.0, std, generator=generator)
         low, high = max(start, first), min(stop, last)
         local[low - first : high - first].copy_(values[(slice(low - start, high - start), *inner)])
-
-
-def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this rank holds of ``parameter``, and which part of the whole it is."""
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(slice(0, size) for size in parameter.shape)
-    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    where = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-    return parameter.to_local(), where

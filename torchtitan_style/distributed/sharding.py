@@ -30,11 +30,11 @@ def shard(
 ) -> None:
     """Shard ``blocks`` one by one, and what is left of ``model`` as a last group, in place.
 
-    mesh: axes (dp_replicate, dp_shard). Gradients come out as plain sums over the ranks, in fp32:
+    mesh: axes (dp_replicate, fsdp). Gradients come out as plain sums over the ranks, in fp32:
     the loss is divided by the global number of tokens beforehand, so FSDP must not average.
     """
     replicate = mesh.size(0)
-    fsdp_mesh = mesh if replicate > 1 else mesh["dp_shard"]
+    fsdp_mesh = mesh if replicate > 1 else mesh["fsdp"]
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for block in blocks:
         fully_shard(block, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)

@@ -1,8 +1,11 @@
 """The process group and the device mesh.
 
-Mesh axes, outermost first: ``dp_replicate`` × ``dp_shard`` × ``tp``. Tensor parallelism talks
-most, so its ranks are neighbours. All axes exist in every run, most of them with size 1: one
+Axes, outermost first: ``pp`` × ``dp_replicate`` × ``dp_shard`` × ``cp`` × ``tp``. Tensor parallelism
+communicates most, so its ranks are neighbours. All axes exist in every run, most of them with size 1: one
 process takes the same path through the code as a thousand.
+
+The same ranks are seen in two ways. Parameters are laid out over (pp, dp_replicate, fsdp, tp), where fsdp is
+dp_shard × cp. Tokens are laid out over (dp, cp), where dp is dp_replicate × dp_shard.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from torchtitan_style.common.device import backend, current_device
 from torchtitan_style.config.layout import Layout
+from torchtitan_style.cpu.memory import keep_tensors_apart
 
-from .device import backend, current_device, keep_tensors_apart
 from .gloo import one_thread_each
 
 __all__ = ["World", "destroy_world", "init_world", "on_main", "patient_group", "set_timeout"]
@@ -41,14 +45,25 @@ class World:
     layout: Layout
     device: torch.device
     mesh: DeviceMesh
+    """What parameters are laid out over: axes ("pp", "dp_replicate", "fsdp", "tp")."""
     dp_rank: int
+    """Which of the data-parallel shares of the rows this rank takes."""
     dp_group: dist.ProcessGroup
-    """The ranks that see other rows than this one and hold the same slice of the sequence."""
+    """The ranks that see other rows than this one, and the same slice of everything else."""
+    batch_group: dist.ProcessGroup
+    """The ranks whose tokens add up to the global batch: dp × cp."""
+    stage_group: dist.ProcessGroup
+    """All ranks of this pipeline stage."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one rank that talks to the user and writes shared files."""
         return self.rank == 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank adds up over its tokens counts: of the tp ranks, which hold the same, the first."""
+        return self.mesh["tp"].get_local_rank() == 0
 
 
 @one_thread_each()
@@ -70,20 +85,34 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
             dist.init_process_group(backend(device), store=store, rank=0, world_size=1, timeout=timeout)
     if dist.get_world_size() != layout.world_size:
         raise ValueError(f"layout {layout} does not fit {dist.get_world_size()} processes")
-    mesh = init_device_mesh(
-        device.type,
-        (layout.dp_replicate, layout.dp_shard, layout.tp),
-        mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
-    )
-    dp_mesh = mesh["dp_replicate", "dp_shard"]._flatten("dp")
+    everyone = init_device_mesh(device.type, (layout.world_size,), mesh_dim_names=("world",))
+    parameters = _axes(everyone, pp=layout.pp, dp_replicate=layout.dp_replicate, fsdp=layout.fsdp, tp=layout.tp)
+    tokens = _axes(everyone, pp=layout.pp, dp=layout.dp, cp=layout.cp, tp=layout.tp)
     return World(
         rank=dist.get_rank(),
         layout=layout,
         device=device,
-        mesh=mesh,
-        dp_rank=dp_mesh.get_local_rank(),
-        dp_group=dp_mesh.get_group(),
+        mesh=parameters,
+        dp_rank=tokens["dp"].get_local_rank(),
+        dp_group=tokens["dp"].get_group(),
+        batch_group=_together(tokens, "dp", "cp"),
+        stage_group=_together(parameters, "dp_replicate", "fsdp", "tp"),
     )
+
+
+def _axes(everyone: DeviceMesh, **sizes: int) -> DeviceMesh:
+    """All ranks, seen along these axes. Meshes must come from one to be combined."""
+    return everyone._unflatten(0, tuple(sizes.values()), tuple(sizes))
+
+
+def _together(mesh: DeviceMesh, *axes: str) -> dist.ProcessGroup:
+    """The group of all ranks that differ from this one along ``axes`` only."""
+    wide = [axis for axis in axes if mesh[axis].size() > 1]
+    if len(wide) <= 1:
+        return mesh[wide[0] if wide else axes[0]].get_group()
+    if mesh[axes].size() == dist.get_world_size() and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    return mesh[axes]._flatten("_".join(axes)).get_group()
 
 
 def set_timeout(seconds: int) -> None:

@@ -11,10 +11,10 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 
+from torchtitan_style.common.device import available_memory
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.distributed.device import available_memory
 from torchtitan_style.models.qwen3.config import Qwen3Config
 
 from .cache import KVCache, bytes_per_token

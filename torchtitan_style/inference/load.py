@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
+from torchtitan_style.common.device import available_memory, compiler_problem, current_device, fastest_dtype
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
-from torchtitan_style.distributed.device import available_memory, compiler_problem, current_device, fastest_dtype
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config

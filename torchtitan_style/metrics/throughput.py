@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan_style.distributed import device as devices
+from torchtitan_style.common import device as devices
 from torchtitan_style.distributed.world import World
 
 __all__ = ["Meter"]

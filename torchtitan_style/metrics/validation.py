@@ -16,14 +16,15 @@ __all__ = ["validate"]
 def validate(
     model: Callable[..., tuple[Tensor, Tensor]],
     batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-    dp_group: dist.ProcessGroup,
+    group: dist.ProcessGroup,
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean over all tokens of all ranks' ``batches`` (inputs, labels, -100 for none, and documents or None; [B, T]).
+    """Mean over all tokens of the ``batches`` of all ranks of ``group``.
 
-    model: (inputs, labels, documents) → sum of the token losses, number of right guesses. stop: asked before every
-    batch, by all ranks equally often; once it says yes, None is returned.
+    batches: inputs, labels (-100 for none), and documents or None; each [B, T]. model: takes them, and returns the
+    sum of the token losses and the number of right guesses. stop: asked before every batch, by all ranks equally
+    often; once it says yes, None is returned.
     """
     sums = None
     for inputs, labels, documents in batches:
@@ -33,7 +34,7 @@ def validate(
         part = torch.stack((loss.double(), right.double(), (labels != -100).sum().double()))
         sums = part if sums is None else sums + part
     assert sums is not None, "there is at least one row"
-    dist.all_reduce(sums, group=dp_group)
+    dist.all_reduce(sums, group=group)
     loss_sum, right_sum, tokens = sums.tolist()
     loss_mean = loss_sum / tokens
     return {

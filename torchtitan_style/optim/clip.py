@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+
+from torchtitan_style.distributed.local import local_tensor
 
 __all__ = ["clip_grad_norm_"]
 
@@ -22,7 +25,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Te
     beside: a number, 0-dim fp64, that is summed over all ranks on the way, in place.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    local = [local_tensor(g) for g in grads]
     rows: dict[int, list[Tensor]] = {}
     for grad, part in zip(grads, local, strict=True):
         rows.setdefault(_copies(grad), []).append(torch.linalg.vector_norm(part, dim=-1).flatten())
@@ -42,13 +45,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Te
 
 
 def _copies(grad: Tensor) -> int:
-    """How many ranks hold the same piece of ``grad``."""
+    """How many ranks of the mesh that ``grad`` is on hold the same piece of it. A plain tensor is on one rank."""
     if not isinstance(grad, DTensor):
-        return dist.get_world_size() if dist.is_initialized() else 1
-    mesh = grad.device_mesh
-    copies = dist.get_world_size() // mesh.size()
-    for dim, placement in enumerate(grad.placements):
-        assert not placement.is_partial(), "FSDP reduces every gradient"
-        if isinstance(placement, Replicate):
-            copies *= mesh.size(dim)
-    return copies
+        return 1
+    assert not any(placement.is_partial() for placement in grad.placements), "FSDP reduces every gradient"
+    sizes = [grad.device_mesh.size(dim) for dim, p in enumerate(grad.placements) if isinstance(p, Replicate)]
+    return math.prod(sizes)

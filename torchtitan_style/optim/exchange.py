@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_style.distributed.init import local_part
+from torchtitan_style.distributed.local import local_part
 
 __all__ = ["Exchange"]
 
@@ -42,16 +42,19 @@ class Transfer:
 
 
 class Exchange:
-    """The plan for a list of matrices, plain or DTensors, the same list on all ranks. Made by all ranks together."""
+    """The plan for a list of matrices, plain or DTensors, the same list on all ranks of ``group``. Made by all of them
+    together. group: None for all ranks."""
 
-    def __init__(self, matrices: Sequence[Tensor], *, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, matrices: Sequence[Tensor], *, dtype: torch.dtype, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.dtype, self.group = dtype, group
         self.shapes = [matrix.shape for matrix in matrices]
         self.device = matrices[0].device if matrices else torch.device("cpu")
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.ranks = range(self.world_size)
         everyone: list[list[Slices]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(everyone, [local_part(matrix)[1] for matrix in matrices])
+        dist.all_gather_object(everyone, [local_part(matrix)[1] for matrix in matrices], group=group)
         self.places = [[everyone[rank][i] for rank in self.ranks] for i in range(len(matrices))]
         by_size = sorted(range(len(matrices)), key=lambda i: -matrices[i].numel())
         self.owners = {i: position % self.world_size for position, i in enumerate(by_size)}
@@ -130,5 +133,5 @@ class Exchange:
         """The all-to-all of ``sends``, in the order of the ranks they go to."""
         buffer = torch.empty(sum(receive_counts), dtype=self.dtype, device=self.device)
         sent = torch.cat([tensor.reshape(-1) for tensor in sends]) if sends else buffer.new_empty(0)
-        work = dist.all_to_all_single(buffer, sent, receive_counts, send_counts, async_op=True)
+        work = dist.all_to_all_single(buffer, sent, receive_counts, send_counts, group=self.group, async_op=True)
         return Transfer(work, buffer, receive_counts, sent)

@@ -7,14 +7,13 @@ matrix is orthogonalised whole, by one rank (``exchange.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan_style.config.schema import Muon as MuonConfig
+from torchtitan_style.distributed.local import local_tensor
 
 from .exchange import Exchange, Transfer
 from .orthogonalize import orthogonalize, step_scale
@@ -23,9 +22,10 @@ __all__ = ["Muon"]
 
 
 class Muon(torch.optim.Optimizer):
-    """All ``matrices`` in one group. Made and stepped by all ranks together.
+    """All ``matrices`` in one parameter group. Made and stepped by all ranks of ``group`` together.
 
-    head_dims: for each matrix, how many rows are a matrix of their own; None: all of them.
+    head_dims: for each matrix, how many rows are a matrix of their own; None: all of them. group: the ranks that hold
+    the matrices; None: all ranks.
     dtype: type that matrices are orthogonalised, and sent, in. The state is one fp32 "momentum_buffer" a matrix,
     sharded as the matrix is, and made here, so that a checkpoint can be read into it.
     """
@@ -39,13 +39,14 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype,
         head_dims: Sequence[int | None] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.matrices, self.config, self.dtype = list(matrices), config, dtype
         self.head_dims = list(head_dims or [None] * len(self.matrices))
         for matrix in self.matrices:
             self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
-        self.exchange = Exchange(self.matrices, dtype=dtype) if _world_size() > 1 else None
+        self.exchange = Exchange(self.matrices, dtype=dtype, group=group) if _ranks(group) > 1 else None
 
     @torch.no_grad()
     def step_if(self, sound: Tensor) -> None:
@@ -85,7 +86,7 @@ class Muon(torch.optim.Optimizer):
     def _direction(self, index: int, sound: Tensor) -> Tensor:
         """Take the gradient into the momentum; this rank's part of what is to be made orthogonal."""
         matrix = self.matrices[index]
-        momentum, gradient = _local(self.state[matrix]["momentum_buffer"]), _local(matrix.grad)
+        momentum, gradient = local_tensor(self.state[matrix]["momentum_buffer"]), local_tensor(matrix.grad)
         gradient = torch.where(sound, gradient, momentum)
         momentum.lerp_(gradient, 1 - self.config.momentum)
         direction = gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
@@ -98,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         """Decay and update this rank's part of a matrix."""
         group, matrix = self.param_groups[0], self.matrices[index]
         lr = group["lr"] * sound  # 0 if not
-        weight = _local(matrix)
+        weight = local_tensor(matrix)
         weight.mul_(1 - lr * group["weight_decay"])
         weight.sub_(orthogonal.to(weight.dtype) * (lr * self._scale(index)))
 
@@ -107,9 +108,5 @@ class Muon(torch.optim.Optimizer):
         return step_scale(self.head_dims[index] or rows, columns, self.config.adjust_lr)
 
 
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1

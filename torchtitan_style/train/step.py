@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from torchtitan_style.common import device as devices
 from torchtitan_style.config import Config
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
-from torchtitan_style.data.loader import Batch
-from torchtitan_style.distributed import device as devices
+from torchtitan_style.cpu.memory import keep_freed_memory
+from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.metrics.log import StepResult
@@ -90,20 +91,13 @@ def train_step(
     optimizer.zero_grad()
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
-    dist.all_reduce(tokens, group=world.dp_group)
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    for i, microbatch in enumerate(batch.microbatches, start=1):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == len(batch.microbatches))
-        loss_sum, _ = model(*microbatch)
-        share = loss_sum / tokens
-        share.backward()
-        loss += share.detach()
-    loss /= world.layout.world_size // world.layout.dp  # other ranks have the same rows
+    dist.all_reduce(tokens, group=world.batch_group)
+    loss = forward_backward(model, batch.microbatches, tokens)
+    loss *= world.counts
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
     taken = guard.admits(loss.float(), grad_norm)
     optimizer.step_if(taken)
-    devices.keep_freed_memory(world.device)
+    keep_freed_memory(world.device)
     return StepResult(
         loss=loss.float(),
         grad_norm=grad_norm,
@@ -113,6 +107,23 @@ def train_step(
         corpus_rows=batch.corpus_rows,
         problems=batch.problems,
     )
+
+
+def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], tokens: Tensor) -> Tensor:
+    """Add the gradients of this rank's share of the loss to those that are there.
+
+    tokens: how many labels the whole step has; a 0-dim integer. Returns the share, 0-dim fp64: the loss is the sum
+    of the shares of all ranks that hold different tokens.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    for i, microbatch in enumerate(microbatches, start=1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(i == len(microbatches))
+        loss_sum, _ = model(*microbatch)
+        share = loss_sum / tokens
+        share.backward()
+        loss += share.detach()
+    return loss
 
 
 @contextlib.contextmanager

@@ -18,13 +18,13 @@ from torchtitan_style.checkpoint.checkpointer import Checkpointer
 from torchtitan_style.checkpoint.manifest import read_manifest
 from torchtitan_style.checkpoint.saved import open_model
 from torchtitan_style.checkpoint.weights import load_weights
+from torchtitan_style.common import device as devices
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.signals import shielding_children
 from torchtitan_style.config import Config, to_toml
 from torchtitan_style.config.layout import plan_batch, plan_layout
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.distributed import device as devices
 from torchtitan_style.distributed.world import World, destroy_world, init_world, on_main, set_timeout
 from torchtitan_style.inference.sample import sample
 from torchtitan_style.launch.run_lock import run_lock
@@ -246,7 +246,7 @@ class Trainer:
     def _validate(self) -> bool:
         """Loss on the held-out rows. Whether it is the lowest so far."""
         with evaluating(self.model):
-            figures = validate(self.model, self.data.validation_batches, self.world.dp_group, stop=self._stopping)
+            figures = validate(self.model, self.data.validation_batches, self.world.batch_group, stop=self._stopping)
         if figures is None:
             return False
         loss, lowest = figures["val_loss"], self.state.best_val_loss

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from torchtitan_style.checkpoint.weights import load_weights
+from torchtitan_style.common.device import available_memory
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
-from torchtitan_style.distributed.device import available_memory
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.qwen3.config import Qwen3Config
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.init import init_weights
+from torchtitan_style.distributed.local import whole_tensor
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.registry import MODELS
 from torchtitan_style.optim.adamw import is_decayed
@@ -223,10 +223,6 @@ def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, hea
     matrix.copy_((1 - lr * decay) * matrix - lr * scale * update)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
@@ -242,7 +238,7 @@ def _initial_weights(model: nn.Module, expected: dict[str, str]) -> Check:
     faults = []
     for name, parameter in model.named_parameters():
         if name in expected:
-            same = _fingerprint(_whole(parameter)) == expected[name]
+            same = _fingerprint(whole_tensor(parameter)) == expected[name]
             if not all(_gathered(same)):
                 faults.append(f"{name} starts from other values")
     return Check("initial weights, bit for bit", len(expected), len(faults), 0, tuple(faults))
@@ -257,7 +253,7 @@ def _gradients(model: nn.Module, right: Path, device: torch.device, *, smallest:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             if name in parameters:
                 gradient = parameters[name].grad
-                whole = None if gradient is None else _whole(gradient)
+                whole = None if gradient is None else whole_tensor(gradient)
                 mine = gradient_difference(name, whole, file.get_tensor(name), smallest=smallest)
                 found.append(max(_gathered(mine), key=lambda d: d.severity))
     return found

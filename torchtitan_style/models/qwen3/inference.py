@@ -19,9 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from torchtitan_style.distributed.device import fastest_dtype
+from torchtitan_style.common.device import fastest_dtype
+from torchtitan_style.distributed.local import local_tensor
 
 from .attention import attend
 from .config import Qwen3Config
@@ -72,10 +73,6 @@ def fuse(model: Qwen3ForCausalLM, *, group: dist.ProcessGroup | None = None, com
         model.model.embed_tokens = _Embedding(model.model.embed_tokens, group)  # type: ignore[assignment]
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 _PARTS = 4
 """Parts of a matrix that are read side by side (measured: docs/generation.md)."""
 
@@ -85,9 +82,9 @@ class _Matrix:
 
     def __init__(self, *linears: nn.Linear, group: dist.ProcessGroup | None = None, compile: bool = False) -> None:
         self.group = group
-        self.weight = torch.cat([_local(linear.weight) for linear in linears]).detach()
+        self.weight = torch.cat([local_tensor(linear.weight) for linear in linears]).detach()
         self.dense = self.weight if compile and self.weight.device.type == "cpu" else None
-        biases = [_local(linear.bias) for linear in linears if linear.bias is not None]
+        biases = [local_tensor(linear.bias) for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases).detach() if biases else None
         if self.bias is not None and group is not None and dist.get_rank(group) > 0:
             self.bias.zero_()  # it is added once
@@ -173,8 +170,8 @@ class _Layer(nn.Module):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.head_dim, self.eps = attention.layer, attention.head_dim, attention.q_norm.eps
-        projections = (attention.q_proj, attention.k_proj)
-        self.queries, self.keys = (_local(linear.weight).shape[0] // self.head_dim for linear in projections)  # H, K
+        rows = (local_tensor(linear.weight).shape[0] for linear in (attention.q_proj, attention.k_proj))
+        self.queries, self.keys = (count // self.head_dim for count in rows)  # H, K
         self.input_norm, self.post_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.qkv_proj = _Matrix(attention.q_proj, attention.k_proj, attention.v_proj, compile=compile)
         norms = (attention.q_norm.weight.expand(self.queries, -1), attention.k_norm.weight.expand(self.keys, -1))
@@ -210,7 +207,7 @@ class _Embedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.weight, self.group = _local(embedding.weight), group
+        self.weight, self.group = local_tensor(embedding.weight), group
         self.first = dist.get_rank(group) * self.weight.shape[0]
 
     def forward(self, ids: Tensor) -> Tensor:

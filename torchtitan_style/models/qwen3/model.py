@@ -39,9 +39,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.read_weight: Callable[[Tensor], Tensor] | None = None
+        """Where the parameter is not a plain tensor: how to get one from it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight if self.read_weight is None else self.read_weight(self.weight), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,6 +101,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.attend = attend
+        """(q, k, v, mask, dropout=) → y; training may set another way to compute the same."""
 
     def forward(
         self,
@@ -118,7 +122,7 @@ class Attention(nn.Module):
 
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)  # [B, K, S, D]
-        y = attend(q, k, v, mask, dropout=self.attention_dropout if self.training else 0.0)
+        y = self.attend(q, k, v, mask, dropout=self.attention_dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B, T, C]
 
 

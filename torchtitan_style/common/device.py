@@ -6,14 +6,11 @@ Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,8 +22,6 @@ __all__ = [
     "current_device",
     "fastest_dtype",
     "is_fast",
-    "keep_freed_memory",
-    "keep_tensors_apart",
     "name",
     "peak_flops",
     "peak_memory_gib",
@@ -100,37 +95,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def keep_tensors_apart(device: torch.device) -> None:
-    """Have the C library map each tensor by itself, for the time until ``keep_freed_memory``.
-
-    What the compiler leaves behind in the first step would otherwise lie in the gaps between tensors, for good: a
-    tenth of the memory was then in pieces that fit nothing (docs/performance.md).
-    """
-    mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
-    if mallopt := _mallopt(device):
-        mallopt(mmap_threshold, 2**18)
-
-
-@functools.cache
-def keep_freed_memory(device: torch.device) -> None:
-    """Have the C library keep the memory of tensors that are gone for those that come, from the second step on.
-
-    Left to itself glibc gives it back to the system at the end of every step, and each page of it is faulted in anew
-    in the next one: on CPU up to a quarter of the time (docs/performance.md). Other C libraries are left alone.
-    """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
-    if mallopt := _mallopt(device):
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)  # blocks above the largest threshold there is would be returned in any case
-
-
-def _mallopt(device: torch.device) -> Callable[[int, int], int] | None:
-    """glibc's, if tensors are in its hands."""
-    if device.type != "cpu" or sys.platform != "linux":
-        return None
-    return getattr(ctypes.CDLL(None), "mallopt", None)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

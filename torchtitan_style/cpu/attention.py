@@ -1,0 +1,87 @@
+"""Causal attention in bf16 on CPUs, with a gradient made of matrix multiplications.
+
+Its backward pass takes a third to two thirds of the time of torch's own, if compiled (measured:
+docs/performance.md). Shapes: B batch, T positions, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["with_fast_gradient"]
+
+
+def with_fast_gradient(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``attend``, but for causal bf16 attention without dropout in compiled graphs, which is computed here.
+
+    attend: (q [B, H, T, D], k, v [B, K, S, D], mask, dropout=) → [B, H, T, D].
+    """
+
+    def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, *, dropout: float = 0.0) -> Tensor:
+        causal = mask is None and q.shape[2] > 1
+        if causal and not dropout and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
+            return _CausalAttention.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
+        return attend(q, k, v, mask, dropout=dropout)
+
+    return attend_on_cpu
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Torch's forward pass; the gradient is ``_causal_attention_gradient``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries_per_key = q.shape[1] // k.shape[1]
+        every_k, every_v = (x.repeat_interleave(queries_per_key, dim=1) for x in (k, v))
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, every_k, every_v, is_causal=True)
+        ctx.save_for_backward(q, k, v, y, lse)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        return _causal_attention_gradient(*grad_outputs, *ctx.saved_tensors)
+
+
+def _causal_attention_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to q, k, v, block of queries by block (Dao et al. 2022, FlashAttention, algorithm 4).
+
+    grad, q, y: [B, H, T, D]; k, v: [B, K, T, D]; lse: [B, H, T], of the scaled scores. A block of queries meets all
+    keys up to its last one, in matrix multiplications with nothing but element-wise operations between them, and the
+    H/K query heads of a key head are rows of one matrix.
+    """
+    b, h, t, d = q.shape
+    shape, n, heads = k.shape, b * k.shape[1], h // k.shape[1]
+    k, v = k.reshape(n, t, d), v.reshape(n, t, d)
+    scale = d**-0.5
+    delta = (grad.float() * y.float()).sum(-1)  # [B, H, T]
+    grad_q, grads_k, grads_v = [], [], []
+    # At most 8 blocks, as each is a part of the graph; below 128 queries they are no faster.
+    size = max(128, -(-t // 8))
+    for start in range(0, t, size):
+        end = min(start + size, t)
+
+        def rows(x: Tensor, start: int = start, end: int = end) -> Tensor:
+            return x[:, :, start:end].reshape(n, heads * (end - start), -1)
+
+        q_block, grad_block, k_seen, v_seen = rows(q), rows(grad), k[:, :end], v[:, :end]
+        scores = torch.bmm(q_block, k_seen.mT).float() * scale
+        # As int32: half as many vectors to compare as for int64 (measured: docs/performance.md).
+        position = torch.arange(end, dtype=torch.int32, device=q.device)
+        seen = position <= position[start:, None]
+        p = torch.where(seen.repeat(heads, 1), torch.exp(scores - rows(lse[..., None])), 0.0)
+        grad_scores = p * (torch.bmm(grad_block, v_seen.mT).float() - rows(delta[..., None])) * scale
+        p, grad_scores = p.to(q.dtype), grad_scores.to(q.dtype)
+        grad_q.append(torch.bmm(grad_scores, k_seen).view(b, h, end - start, d))
+        unseen = (0, 0, 0, t - end)
+        grads_k.append(F.pad(torch.bmm(grad_scores.mT, q_block).float(), unseen))
+        grads_v.append(F.pad(torch.bmm(p.mT, grad_block).float(), unseen))
+    grad_k, grad_v = (functools.reduce(torch.add, x).to(q.dtype).view(shape) for x in (grads_k, grads_v))
+    return torch.cat(grad_q, dim=2), grad_k, grad_v

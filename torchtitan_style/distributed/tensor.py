@@ -1,0 +1,54 @@
+"""What tensor parallelism needs beside torch's own styles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
+
+__all__ = ["NormOfShard", "VocabParallelHead", "wait_for_output"]
+
+
+class NormOfShard(ParallelStyle):
+    """A norm of the rows that a rank holds, on plain tensors: a norm is a dozen small operations, each of which
+    would be dispatched in Python as one of DTensors (docs/performance.md)."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """module: an ``RMSNorm``."""
+        weight = DTensor.from_local(module.weight.detach(), device_mesh, [Replicate()], run_check=False)  # type: ignore[arg-type, operator]
+        module.weight = nn.Parameter(weight)
+        module.read_weight = _read_weight  # type: ignore[assignment]
+        return module
+
+
+def _read_weight(weight: DTensor) -> Tensor:
+    """Each rank finds the part of the weight's gradient that comes from its rows."""
+    return weight.to_local(grad_placements=[Partial()])
+
+
+class VocabParallelHead(ColwiseParallel):
+    """Vocabulary split over the ranks; labels go in beside the hidden states, and the loss, a plain
+    number, comes out as it is."""
+
+    @staticmethod
+    def _prepare_input_fn(layouts: Any, desired: Any, module: Any, inputs: Any, mesh: DeviceMesh) -> Any:
+        hidden, *labels = inputs
+        return ColwiseParallel._prepare_input_fn(layouts, desired, module, (hidden,), mesh), *labels
+
+    @staticmethod
+    def _prepare_output_fn(layouts: Any, use_local: bool, module: Any, output: Any, mesh: DeviceMesh) -> Any:
+        if not isinstance(output, DTensor):
+            return output
+        return ColwiseParallel._prepare_output_fn(layouts, use_local, module, output, mesh)
+
+
+def wait_for_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Have the embedding's collective finished before a compiled block takes its result.
+
+    A compiled graph drops the gradient towards an input that is still in flight (measured on torch
+    2.13: the embedding's gradient is zero). An operation on it waits.
+    """
+    return output * 1.0
