@@ -37,6 +37,7 @@ from torchtitan_style.config.schema import Checkpoint, LRScheduler, Optimizer
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.models.qwen3.config import Qwen3Config
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.optim.build import Optimizers
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def build(folder: Path, layers: int) -> dict[str, Checkpointer]:
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     optimizer = Optimizers(
-        model, Optimizer(), LRScheduler(), total_steps=10, dtype=torch.float32, head_dim=config.head_dim
+        model, Optimizer(), LRScheduler(), total_steps=10, dtype=torch.float32, spec=QWEN3, head_dim=config.head_dim
     )
     for state in optimizer.state.values():
         for value in state.values():

@@ -127,7 +127,7 @@ def preparation(work: Path, corpus: Path, tokenizer: Path, repeats: int, process
 
 LOADER = """
 import json, sys, time
-from torchtitan_style.config import load_config
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.train.stopping import ending_at_once

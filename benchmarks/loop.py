@@ -29,13 +29,15 @@ import torch
 from race import machine, table
 from train_step import step_on
 
-from torchtitan_style.config import Config, load_config
+from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Loader
 from torchtitan_style.distributed.world import World, init_world
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.metrics.log import TrainingLog
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+from torchtitan_style.models.registry import model_config
 from torchtitan_style.optim.guard import StepGuard
 from torchtitan_style.train import trainer
 from torchtitan_style.train.garbage import GarbageCollector
@@ -124,7 +126,7 @@ def tiny_steps(layers: int, world: World) -> dict[str, Callable[[], None]]:
     config = load_config(DEFAULT_CONFIG, [text for k, v in shape.items() for text in (f"--{k}", str(v))])
     ids = torch.randint(0, 512, (1, 9), device=world.device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    bare = Qwen3ForCausalLM(config.model.qwen3()).to(world.device)
+    bare = Qwen3ForCausalLM(model_config(config.model)).to(world.device)
     adamw = torch.optim.AdamW(bare.parameters(), lr=1e-3, fused=True)
 
     def by_hand() -> None:

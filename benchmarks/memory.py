@@ -17,6 +17,7 @@ from race import Racer, Turns, machine, parser_of, race, serve, start, table, wr
 from train_step import SHAPES, hf, make_config, our_compile, our_step
 
 from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.registry import model_config
 
 CONTENDERS: dict[str, tuple[str, ...]] = {
     "none": ("none",),
@@ -47,7 +48,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.serve:
         contend(arguments.serve, arguments, Turns(device))
-    state = 16 * make_config(arguments).model.qwen3().num_parameters
+    state = 16 * model_config(make_config(arguments).model).num_parameters
     racers = race(CONTENDERS, lambda name: begin(name, arguments), arguments)
     about = machine(device)
     report(arguments, racers, about, state)

@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_style.config import Config, load_config
+from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.distributed.world import init_world
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.optim import exchange
-from torchtitan_style.train.step import build_model, build_optimizer
+from torchtitan_style.train.step import build_optimizer, build_training_model
 
 REPEATS = 15
 
@@ -40,10 +41,10 @@ def measure() -> None:
     for name in times:
         config: Config = load_config(DEFAULT_CONFIG, ["--optimizer.name", name], world_size=world_size)
         world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=300)
-        model = build_model(config, world, warn=print)
+        model = build_training_model(config, world, warn=print)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config, world)
         steps[name] = optimizer.step_if
     sent = 0
     real = dist.all_to_all_single

@@ -22,14 +22,16 @@ import torch
 from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
 
 from torchtitan_style.common.device import current_device, fastest_dtype
-from torchtitan_style.config import Config, load_config
+from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.world import World, init_world
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
+from torchtitan_style.models.registry import model_config
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.train.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.step import build_optimizer, build_training_model, train_step
 
 SHAPES = {"100M": (768, 2048, 12, 12, 4, 64, 32_768)}
 """Beside the flavors: hidden and intermediate size, layers, heads, key/value heads, head size, vocabulary."""
@@ -102,14 +104,14 @@ def our_step(arguments: argparse.Namespace, device: str, *more: str, world_size:
     """A step of this rank's rows. more: of the command line, for our config."""
     config = make_config(arguments, *more, world_size=world_size)
     world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=600)
-    rows = tokens(config.model.qwen3(), arguments, device).chunk(world.layout.dp)
+    rows = tokens(model_config(config.model), arguments, device).chunk(world.layout.dp)
     return step_on(rows[world.dp_rank], config, world)
 
 
 def step_on(ids: torch.Tensor, config: Config, world: World) -> Callable[[], None]:
     """What ``train`` does at each step, on the same rows [B, T + 1] each time."""
-    model = build_model(config, world, warn=print)
-    optimizer = build_optimizer(model, config)
+    model = build_training_model(config, world, warn=print)
+    optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
     batch = Batch([Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)], hash=0)
     step = 0
@@ -126,7 +128,7 @@ def hf_model(arguments: argparse.Namespace, attention: str) -> Any:
     """Transformers' Qwen3 with fp32 weights, and our config of it."""
     import transformers
 
-    config = make_config(arguments).model.qwen3()
+    config = model_config(make_config(arguments).model)
     transformers.logging.set_verbosity_error()
     model = transformers.Qwen3ForCausalLM._from_config(
         transformers.Qwen3Config(
@@ -203,7 +205,7 @@ def litgpt(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    config = make_config(arguments).model.qwen3()
+    config = model_config(make_config(arguments).model)
     model = GPT(
         LitConfig(
             name="qwen3",
@@ -266,7 +268,7 @@ def matmul(arguments: argparse.Namespace, turns: Turns) -> None:
 
 
 def step_flops(arguments: argparse.Namespace) -> float:
-    config = make_config(arguments).model.qwen3()
+    config = model_config(make_config(arguments).model)
     return config.flops_per_token(arguments.seq_len) * arguments.rows * arguments.seq_len
 
 

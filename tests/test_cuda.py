@@ -41,21 +41,21 @@ def test_a_gpu_has_the_curve_of_the_cpu(tmp_path, compiled: str) -> None:
 # Several steps as the loop takes them, with their rows' way to the GPU; the first ones warm up.
 STEPS = """
 import numpy as np, torch
-from torchtitan_style.config import load_config
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.data.loader import Batch, microbatch
 from torchtitan_style.data.rows import Rows
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.train.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.step import build_optimizer, build_training_model, train_step
 
 config = load_config("train_configs/qwen3.toml", [
     "--model.flavor", "debug", "--optimizer.name", "{optimizer}", "--activation_checkpoint.mode", "{recompute}",
     "--training.spike_sigma", "3",
 ])
 world = init_world(plan_layout(config.parallelism, 1), timeout_seconds=60)
-model = build_model(config, world, warn=print)
-optimizer = build_optimizer(model, config)
+model = build_training_model(config, world, warn=print)
+optimizer = build_optimizer(model, config, world)
 guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
 ids = np.random.default_rng(0).integers(0, 512, (4, 65))
 rows = Rows(ids[:, :-1], ids[:, 1:], np.zeros_like(ids[:, 1:]))

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
         return
     with _imported(".commands.cli").reported_errors():
         if arguments[0] in ("--help", "-h", "help"):
-            print(_imported(".config.help").section_help(arguments[1]))
+            print(_imported(".launch.configure").help_of(arguments[1]))
             return
         name, *rest = arguments
         if name not in COMMANDS:

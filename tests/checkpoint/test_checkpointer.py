@@ -15,13 +15,14 @@ from torch import nn
 from torchtitan_style.checkpoint.checkpointer import Checkpointer
 from torchtitan_style.checkpoint.writer import HashingWriter
 from torchtitan_style.common.errors import RunError, UserError
-from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import Checkpoint, LRScheduler, Optimizer
 from torchtitan_style.distributed.world import World, destroy_world, init_world
 from torchtitan_style.launch.preflight import checkpoint_bytes
+from torchtitan_style.models.qwen3.spec import QWEN3
+from torchtitan_style.models.section import schema_of
 from torchtitan_style.optim.build import Optimizers
-from torchtitan_style.train.step import build_model, build_optimizer
+from torchtitan_style.train.step import build_optimizer, build_training_model
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def make(world: World, tmp_path: Path):
     def make(model: nn.Module | None = None, optimizer: Any = None, said: Any = None, **settings: Any) -> Checkpointer:
         model = model or nn.Linear(8, 8)
         optimizer = optimizer or Optimizers(
-            model, Optimizer(), LRScheduler(), total_steps=9, dtype=torch.float32, head_dim=8
+            model, Optimizer(), LRScheduler(), total_steps=9, dtype=torch.float32, spec=QWEN3, head_dim=8
         )
         return Checkpointer(
             Checkpoint(**settings),
@@ -189,13 +190,13 @@ def test_a_checkpoint_of_another_model_is_refused(make) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_expected_size_is_the_real_one(make, world: World, optimizer: str, tied: bool) -> None:
-    config = Config.model_validate({
+    config = schema_of(QWEN3).model_validate({
         "model": {"flavor": "debug", "hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": tied},
         "optimizer": {"name": optimizer},
         "training": {"steps": 2},
     })  # fmt: skip
-    model = build_model(config, world, warn=pytest.fail)
-    checkpointer = make(model, build_optimizer(model, config))
+    model = build_training_model(config, world, warn=pytest.fail)
+    checkpointer = make(model, build_optimizer(model, config, world))
     save(checkpointer, 1)
     real = sum(path.stat().st_size for path in checkpointer.folder.path(1).rglob("*") if path.is_file())
     assert checkpoint_bytes(config) == pytest.approx(real, rel=0.02)

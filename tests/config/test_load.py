@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.config import Config, load_config, to_toml
+from torchtitan_style.config import Config, to_toml
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.registry import model_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -310,7 +312,7 @@ def test_what_follows_a_list_is_not_dropped(tmp_path: Path) -> None:
 
 def test_dimensions_override_the_flavor(tmp_path: Path) -> None:
     toml = '[model]\nflavor = "debug"\nnum_hidden_layers = 5\ndropout = 0.25'
-    shape = loaded(tmp_path, toml, "--model.rope_theta", "5e5").model.qwen3()
+    shape = model_config(loaded(tmp_path, toml, "--model.rope_theta", "5e5").model)
     assert (shape.num_hidden_layers, shape.dropout, shape.rope_theta) == (5, 0.25, 5e5)
     assert shape.hidden_size == 64  # the flavor's own
 

@@ -9,9 +9,9 @@ import pytest
 
 from torchtitan_style.__main__ import USAGE
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.config import load_config, to_toml
-from torchtitan_style.config.help import section_help
-from torchtitan_style.config.schema import SECTIONS
+from torchtitan_style.config import to_toml
+from torchtitan_style.config.schema import Config, sections_of
+from torchtitan_style.launch.configure import help_of, load_config
 
 
 def load(tmp_path: Path, text: str, *overrides: str):
@@ -58,7 +58,7 @@ def test_a_mistake_names_the_whole_key(tmp_path: Path, text: str, overrides: lis
 
 def test_help() -> None:
     listed = USAGE[USAGE.index("Sections:") :].partition("\n\n")[0]
-    assert re.findall(r"[\w.]+", listed)[1:] == list(SECTIONS)
-    assert "optimizer.muon.ns_steps = 5" in section_help("optimizer.muon")
-    assert "Rounds of the Newton-Schulz iteration" in section_help("optimizer.muon.ns_steps")
-    assert "--help optimizer.muon" in section_help("optimizer")
+    assert re.findall(r"[\w.]+", listed)[1:] == list(sections_of(Config))
+    assert "optimizer.muon.ns_steps = 5" in help_of("optimizer.muon")
+    assert "Rounds of the Newton-Schulz iteration" in help_of("optimizer.muon.ns_steps")
+    assert "--help optimizer.muon" in help_of("optimizer")

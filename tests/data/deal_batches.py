@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed.world import World, destroy_world, init_world
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.train.data import RunData
 from torchtitan_style.train.stopping import ending_at_once

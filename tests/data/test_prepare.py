@@ -27,7 +27,6 @@ import transformers
 
 from tests.conftest import ENVIRONMENT
 from torchtitan_style.common.errors import RunError, UserError
-from torchtitan_style.config import load_config
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data import tokenize
 from torchtitan_style.data.preparation import prepare_data
@@ -36,6 +35,7 @@ from torchtitan_style.data.prepared import Prepared
 from torchtitan_style.data.rows import Rows
 from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.launch.configure import load_config
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 MANY = [*WORDS, *(f"w{i}" for i in range(1000))]

@@ -15,13 +15,13 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.world import destroy_world, init_world
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.optim.guard import StepGuard
-from torchtitan_style.train.step import build_model, build_optimizer, train_step
+from torchtitan_style.train.step import build_optimizer, build_training_model, train_step
 from torchtitan_style.train.stopping import ending_at_once
 
 KINDS = {
@@ -65,8 +65,8 @@ def main() -> None:
     line = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
     config = load_config(DEFAULT_CONFIG, line, world_size=dp * tp)
     world = init_world(plan_layout(config.parallelism, dp * tp), timeout_seconds=300)
-    model = build_model(config, world, warn=print)
-    optimizer = build_optimizer(model, config)
+    model = build_training_model(config, world, warn=print)
+    optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
     ids = torch.arange(2 * 17).view(2, 17)
     part = Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)

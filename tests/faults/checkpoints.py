@@ -26,6 +26,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import Checkpoint, LRScheduler, Optimizer
 from torchtitan_style.distributed.world import init_world
+from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.optim.build import Optimizers
 
 
@@ -61,7 +62,7 @@ def checkpointer(folder: Path, say: Callable[[str], None] = print, **settings: A
     init_world(Layout(), timeout_seconds=60)
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 8))
     optimizer = Optimizers(
-        model, Optimizer(), LRScheduler(warmup_steps=1), total_steps=10, dtype=torch.float32, head_dim=8
+        model, Optimizer(), LRScheduler(warmup_steps=1), total_steps=10, dtype=torch.float32, spec=QWEN3, head_dim=8
     )
     tokenizer = folder.parent / "tokenizer"
     tokenizer.mkdir(exist_ok=True)

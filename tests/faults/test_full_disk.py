@@ -12,7 +12,7 @@ import pytest
 from tests.faults.runs import Run, Runs, records, steps
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.config import load_config
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import preflight
 
 LIMIT = 60_000

@@ -17,7 +17,13 @@ from tiny_hf import DIMENSIONS, hf_config
 
 from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
 from torchtitan_style.models.qwen3.config import FLAVORS
-from torchtitan_style.models.qwen3.hf import from_hf, parameter_shapes, to_hf
+from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
+from torchtitan_style.models.registry import read_hf_config
+
+
+def from_hf(settings: dict) -> Qwen3Config:
+    return read_hf_config(settings)[1]
+
 
 TINY = Qwen3Config(**DIMENSIONS)
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
@@ -240,8 +246,8 @@ def test_layer_types_without_a_window_change_nothing() -> None:
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "llama": ({"model_type": "llama"}, 'model_type is "llama"; only "qwen3"'),
-    "qwen3_moe": ({"model_type": "qwen3_moe"}, 'model_type is "qwen3_moe"; only "qwen3", the dense'),
+    "llama": ({"model_type": "llama"}, 'model_type is "llama"; it must be "qwen3"'),
+    "qwen3_moe": ({"model_type": "qwen3_moe"}, 'model_type is "qwen3_moe"; it must be "qwen3"'),
     "qwen2": ({"model_type": "qwen2"}, 'model_type is "qwen2"'),
     "no model type": ({"model_type": None}, "model_type"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6} | YARN}, r'^rope_parameters: .*"yarn"'),

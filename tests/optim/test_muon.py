@@ -13,6 +13,7 @@ from torch import Tensor
 from torchtitan_style import Qwen3ForCausalLM
 from torchtitan_style.config.schema import LRScheduler, Muon, Optimizer
 from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.muon import Muon as MuonOptimizer
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
@@ -99,7 +100,7 @@ def build(**settings: Any) -> tuple[Qwen3ForCausalLM, Optimizers]:
     model = Qwen3ForCausalLM(FLAVORS["debug"])
     config = Optimizer(name="muon", lr=1e-3, **settings)
     scheduler = LRScheduler(warmup_steps=4, decay_type="linear")
-    return model, Optimizers(model, config, scheduler, total_steps=10, dtype=torch.float32, head_dim=16)
+    return model, Optimizers(model, config, scheduler, total_steps=10, dtype=torch.float32, spec=QWEN3, head_dim=16)
 
 
 def test_muon_takes_the_matrices_of_attention_and_mlp_alone() -> None:

@@ -13,6 +13,8 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
 from torchtitan_style.launch.launcher import main
 from torchtitan_style.metrics.log import SkippedSteps
+from torchtitan_style.models.qwen3.spec import QWEN3
+from torchtitan_style.models.section import schema_of
 from torchtitan_style.train.identity import changed_settings, check_before_start, check_same_run, identity
 from torchtitan_style.train.state import TrainState
 
@@ -20,7 +22,7 @@ HERE = Path("run/checkpoint/step-5")
 
 
 def config(**checkpoint: Any) -> Config:
-    return Config.model_validate({"model": {"flavor": "debug"}, "checkpoint": checkpoint})
+    return schema_of(QWEN3).model_validate({"model": {"flavor": "debug"}, "checkpoint": checkpoint})
 
 
 def saved(**changes: Any) -> dict[str, dict[str, Any]]:
@@ -97,7 +99,7 @@ def test_before_the_start_the_newest_that_can_be_read_counts(tmp_path: Path) -> 
 
     def check(load_step: int) -> None:
         settings = {"model": {"flavor": "debug"}, "checkpoint": {"load_step": load_step}}
-        check_before_start(Config.model_validate(settings | {"job": {"dump_folder": str(tmp_path)}}), dp=1)
+        check_before_start(schema_of(QWEN3).model_validate(settings | {"job": {"dump_folder": str(tmp_path)}}), dp=1)
 
     check(-1)
     check(1)
@@ -111,12 +113,15 @@ def test_before_the_start_the_newest_that_can_be_read_counts(tmp_path: Path) -> 
 
 
 def test_settings_that_changed_are_listed(tmp_path: Path) -> None:
-    from torchtitan_style.config import to_toml
+    import dataclasses
 
-    before = Config.model_validate({"model": {"flavor": "debug"}, "optimizer": {"lr": 0.001}})
-    (tmp_path / "config.toml").write_text(to_toml(before, dimensions=True))
+    from torchtitan_style.config import to_toml
+    from torchtitan_style.models.registry import model_config
+
+    before = schema_of(QWEN3).model_validate({"model": {"flavor": "debug"}, "optimizer": {"lr": 0.001}})
+    (tmp_path / "config.toml").write_text(to_toml(before, dimensions=dataclasses.asdict(model_config(before.model))))
     assert changed_settings(tmp_path, before) == []
-    now = Config.model_validate({"model": {"flavor": "debug", "dropout": 0.1}, "optimizer": {"lr": 0.0005}})
+    now = schema_of(QWEN3).model_validate({"model": {"flavor": "debug", "dropout": 0.1}, "optimizer": {"lr": 0.0005}})
     assert changed_settings(tmp_path, now) == ["model.dropout 0.0 → 0.1", "optimizer.lr 0.001 → 0.0005"]
     (tmp_path / "config.toml").write_text("no TOML [")
     assert changed_settings(tmp_path, before) == []

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import RowwiseParallel
 
-from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed import init
 from torchtitan_style.distributed.world import destroy_world, init_world
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.models.qwen3 import parallelize
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 from torchtitan_style.optim import clip

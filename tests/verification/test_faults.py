@@ -9,8 +9,9 @@ import pytest
 import torch
 from faulty_layouts import FAULTS
 
-from torchtitan_style.config import load_config, to_toml
+from torchtitan_style.config import to_toml
 from torchtitan_style.config.layout import plan_batch
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.verification.layout import reference
 from torchtitan_style.verification.report import Check
 

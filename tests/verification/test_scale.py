@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_style.config import Config, load_config
+from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.registry import model_config
 from torchtitan_style.verification.layout import STEPS
 from torchtitan_style.verification.scale import for_verification
 
@@ -25,7 +27,7 @@ def scaled(name: str, *overrides: str, world_size: int, **room: float) -> tuple[
 
 def test_a_model_that_fits_is_verified_whole() -> None:
     config, small, _, notes = scaled("qwen3.toml", world_size=2)
-    assert small.model.qwen3() == config.model.qwen3()
+    assert model_config(small.model) == model_config(config.model)
     assert notes == ""
     assert small.training.seq_len == 256
 
@@ -35,7 +37,7 @@ def test_a_model_that_fits_is_verified_whole() -> None:
 )
 def test_one_that_does_not_is_verified_on_a_copy_with_the_same_heads(room: dict[str, float]) -> None:
     config, small, _, notes = scaled("qwen3_14b.toml", world_size=8, **room)
-    whole, copy = config.model.qwen3(), small.model.qwen3()
+    whole, copy = model_config(config.model), model_config(small.model)
     assert copy.num_attention_heads == whole.num_attention_heads
     assert copy.num_key_value_heads == whole.num_key_value_heads
     assert copy.tie_word_embeddings == whole.tie_word_embeddings
@@ -49,7 +51,7 @@ def test_what_does_not_divide_by_the_ranks_still_does_not(world_size: int) -> No
     sizes = ["--model.hidden_size", "1030", "--model.intermediate_size", "3001", "--model.vocab_size", "151937"]
     batch = ["--training.local_batch_size", "1", "--data.num_streams", "-1", "--training.global_batch_size", "-1"]
     config, small, layout, _ = scaled("qwen3_0.6b_fineweb.toml", *sizes, *batch, world_size=world_size, **LITTLE)
-    whole, copy = config.model.qwen3(), small.model.qwen3()
+    whole, copy = model_config(config.model), model_config(small.model)
     for name in ("hidden_size", "intermediate_size", "vocab_size"):
         assert getattr(copy, name) % layout.dp_shard == getattr(whole, name) % layout.dp_shard
         assert getattr(copy, name) < getattr(whole, name)
@@ -66,25 +68,25 @@ def test_microbatches_stay_in_kind(local: str, total: str, steps: int) -> None:
 
 def test_dropout_is_taken_out_and_said() -> None:
     _, small, _, notes = scaled("qwen3.toml", "--model.dropout", "0.1", world_size=1)
-    assert small.model.qwen3().dropout == 0
+    assert model_config(small.model).dropout == 0
     assert "without dropout" in notes
 
 
 def test_a_sliding_window_slides_within_the_rows() -> None:
     window = ["--model.use_sliding_window", "true", "--model.max_window_layers", "2", "--model.sliding_window", "1024"]
     _, small, _, notes = scaled("qwen3.toml", *window, world_size=1)
-    shape = small.model.qwen3()
+    shape = model_config(small.model)
     assert shape.window(3) == 128
     assert "128" in notes
     _, small, _, _ = scaled("qwen3_14b.toml", *window, world_size=4, **LITTLE)
-    shape = small.model.qwen3()
+    shape = model_config(small.model)
     assert [shape.window(i) is not None for i in range(4)] == [False, False, True, True]
 
 
 def test_every_nth_block_is_among_the_layers() -> None:
     option = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "6"]
     _, small, _, _ = scaled("qwen3_14b.toml", *option, world_size=4, **LITTLE)
-    assert small.model.qwen3().num_hidden_layers == 6
+    assert model_config(small.model).num_hidden_layers == 6
 
 
 def test_the_rate_rises_within_the_steps() -> None:

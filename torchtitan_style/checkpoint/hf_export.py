@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import new_folder
 from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.models.hf_folder import HFFolder, copy_assets
-from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
+from torchtitan_style.models.hf_folder import HFFolder, copy_assets, disk_shapes
 
 from .saved import SavedModel
 from .weights import load_weights, stored_dtypes
@@ -34,21 +33,33 @@ def export_hf(
     """Write the folder ``output``, which ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
 
     dtype: type of the weights; None: as they are stored. max_shard_size: bytes of a file, unless one tensor is
-    larger. One file's worth of weights is held at a
-    time. advance: called with the number of bytes of each file written.
+    larger. The parameters of one file are held at a time. advance: called with the number of bytes of each file.
 
     Raises UserError, with nothing left behind, if ``output`` is in use or a weight does not fit ``dtype``.
     """
-    stored = stored_dtypes(source)
-    tensors = {
-        name: torch.empty(shape, dtype=dtype or stored[name], device="meta")
-        for name, shape in parameter_shapes(source.config).items()
+    spec, stored = source.spec, stored_dtypes(source)
+    owners = {
+        tensor.name: (name, tensor.part)
+        for name, tensors in spec.disk_tensors(source.config).items()
+        for tensor in tensors
     }
+    tensors = {
+        name: torch.empty(shape, dtype=dtype or stored[owners[name][0]], device="meta")
+        for name, shape in disk_shapes(spec, source.config).items()
+    }
+    shapes = spec.parameter_shapes(source.config)
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     with new_folder(output) as temporary:
         for file, names in plan.filename_to_tensors.items():
-            part = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
-            load_weights(source, part)
+            parameters = {
+                owner: torch.empty(shapes[owner], dtype=dtype or stored[owner])
+                for owner in dict.fromkeys(owners[name][0] for name in names)
+            }
+            load_weights(source, parameters)
+            part = {}
+            for name in names:
+                owner, where = owners[name]
+                part[name] = parameters[owner][where].clone() if where else parameters[owner]
             if dtype == torch.float16:
                 _check_range(part)
             _save(part, temporary / file)
@@ -90,8 +101,12 @@ def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[tor
         ends = [i for i in ends if i is not None]
         ids = {"eos_token_id": ends[0], "pad_token_id": tokenizer.special_id("pad_token")}
     # No pad_token_id: Transformers would never train that token's embedding, and here it is end-of-text.
-    config = transformers.Qwen3Config(
-        **to_hf(source.config), eos_token_id=ids.get("eos_token_id"), architectures=["Qwen3ForCausalLM"]
+    spec = source.spec
+    if spec.to_hf is None:
+        raise UserError(f"{source.path}: models of the family {spec.name} have no form in Transformers")
+    config_class = getattr(transformers, spec.hf_architecture).config_class
+    config = config_class(
+        **spec.to_hf(source.config), eos_token_id=ids.get("eos_token_id"), architectures=[spec.hf_architecture]
     )
     config.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     config.save_pretrained(folder)

@@ -22,7 +22,7 @@ from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 
 from .manifest import seal
 from .reader import without_warnings
-from .weights import stored_dtypes
+from .weights import load_weights, stored_dtypes
 
 __all__ = ["import_hf"]
 
@@ -45,18 +45,19 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
             shutil.copyfile(source.assets / GENERATION, temporary / "tokenizer" / GENERATION)
         settings = {
             "job": {"description": f"imported from {source.path.resolve()}"},
-            "model": {"name": "qwen3", **asdict(source.config)},
+            "model": {"name": source.spec.name, **asdict(source.config)},
         }
         (temporary / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
         # Tensors without data, of which the planner fetches one after the other as they are written.
+        shapes = source.spec.parameter_shapes(source.config)
         tensors = {
-            f"model.{name}": torch.empty(source.tensors[name].shape, dtype=dtype, device="meta")
+            f"model.{name}": torch.empty(shapes[name], dtype=dtype, device="meta")
             for name, dtype in stored_dtypes(source).items()
         }
         # A file for each: DCP holds on to all tensors of a file until it is closed.
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True, single_file_per_rank=False)
         with without_warnings():
-            _save(tensors, writer, _ReadWhenWritten(source, advance))
+            _save(tensors, writer, _ReadWhenWritten(source, tensors, advance))
         seal(temporary, output, about={"step": 0})
 
 
@@ -75,12 +76,14 @@ def _save(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter, planner: dcp
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
     """Plans from tensors without data, and reads each when its turn has come."""
 
-    def __init__(self, source: HFFolder, advance: Callable[[int], None]) -> None:
+    def __init__(self, source: HFFolder, tensors: dict[str, Tensor], advance: Callable[[int], None]) -> None:
         super().__init__()
-        self.source, self.advance = source, advance
+        self.source, self.tensors, self.advance = source, tensors, advance
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        tensor: Tensor = self.source.read(write_item.index.fqn.removeprefix("model."))
+        planned = self.tensors[write_item.index.fqn]
+        tensor = torch.empty_like(planned, device="cpu")
+        load_weights(self.source, {write_item.index.fqn.removeprefix("model."): tensor})
         self.advance(tensor.nbytes)
         return tensor
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
-from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.registry import spec_of
 
 from .folder import CheckpointFolder
 from .manifest import MANIFEST, problem_of
@@ -41,11 +41,13 @@ class SavedModel:
         self.path = path
         try:
             model = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))["model"]
-            dimensions = {field.name: model[field.name] for field in fields(Qwen3Config) if field.name in model}
-            if missing := _SHAPE - dimensions.keys():
+            self.spec = spec_of(model.get("name", "qwen3"))
+            names = [field.name for field in fields(self.spec.config_class)]
+            dimensions = {name: model[name] for name in names if name in model}
+            if missing := set(self.spec.shape_fields) - dimensions.keys():
                 raise KeyError(*sorted(missing))
-            self.config = Qwen3Config(**dimensions)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            self.config = self.spec.config_class(**dimensions)
+        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
             raise UserError(f"{path}: its config.toml does not describe a model: {error}") from None
 
     @property
@@ -58,26 +60,15 @@ class SavedModel:
         """Where its tokenizer's files are, or None if it has none."""
         return self.assets if (self.assets / "tokenizer.json").is_file() else None
 
-    def check(self, config: Qwen3Config | None = None) -> None:
+    def check(self, config: Any = None) -> None:
         """Raise UserError unless the weights fit a model of ``config``."""
-        for field in fields(Qwen3Config):
-            mine, wanted = getattr(self.config, field.name), getattr(config or self.config, field.name)
-            if mine != wanted and field.name in _SHAPE:
-                raise UserError(f"{self.path}: its model.{field.name} is {mine}, not {wanted}")
-
-
-_SHAPE = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "attention_bias",
-    "tie_word_embeddings",
-}
-"""The dimensions that decide which tensors there are, and their shapes."""
+        config = config or self.config
+        if type(config) is not type(self.config):
+            raise UserError(f"{self.path}: it is a {self.spec.name} model; set model.name to that")
+        for name in self.spec.shape_fields:
+            mine, wanted = getattr(self.config, name), getattr(config, name)
+            if mine != wanted:
+                raise UserError(f"{self.path}: its model.{name} is {mine}, not {wanted}")
 
 
 def open_model(

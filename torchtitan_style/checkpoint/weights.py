@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,7 +13,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.distributed.local import local_part
 from torchtitan_style.models.hf_folder import HFFolder
-from torchtitan_style.models.qwen3.hf import parameter_shapes
 
 from .reader import SafeReader, without_warnings
 from .saved import SavedModel
@@ -36,12 +36,43 @@ def load_weights(
             dcp.load(tensors, storage_reader=reader)
         return
     # In the order of the files, so that each is opened once.
+    parts = [
+        (tensor, parameters[name])
+        for name, tensors in source.spec.disk_tensors(source.config).items()
+        if name in parameters
+        for tensor in tensors
+    ]
     stored = source.tensors
-    for name in sorted(parameters, key=lambda name: (stored[name].file, stored[name].start)):
-        local, where = local_part(parameters[name])
-        if local.numel():
-            local.copy_(source.read(name, where))
+    for tensor, parameter in sorted(parts, key=lambda part: (stored[part[0].name].file, stored[part[0].name].start)):
+        if copy_local_part(parameter, tensor.part, functools.partial(source.read, tensor.name)):
             advance()
+
+
+def copy_local_part(
+    parameter: Tensor, part: tuple[int | slice, ...], read: Callable[[tuple[slice, ...]], Tensor]
+) -> bool:
+    """Fill what this rank holds of ``parameter[part]``. Whether that is anything.
+
+    read: called with the slices of ``parameter[part]`` that are wanted; returns their values.
+    """
+    local, where = local_part(parameter)
+    target: list[int | slice] = []
+    wanted: list[slice] = []
+    for dim, held in enumerate(where):
+        index = part[dim] if dim < len(part) else slice(None)
+        if isinstance(index, int):
+            if not held.start <= index < held.stop:
+                return False
+            target.append(index - held.start)
+            continue
+        first, last, _ = index.indices(parameter.shape[dim])
+        low, high = max(held.start, first), min(held.stop, last)
+        if low >= high:
+            return False
+        target.append(slice(low - held.start, high - held.start))
+        wanted.append(slice(low - first, high - first))
+    local[tuple(target)].copy_(read(tuple(wanted)))
+    return True
 
 
 def stored_dtypes(source: HFFolder | SavedModel) -> dict[str, torch.dtype]:
@@ -49,9 +80,10 @@ def stored_dtypes(source: HFFolder | SavedModel) -> dict[str, torch.dtype]:
 
     Raises UserError if a checkpoint of ours lacks one of them.
     """
-    shapes = parameter_shapes(source.config)
+    shapes = source.spec.parameter_shapes(source.config)
     if isinstance(source, HFFolder):
-        return {name: getattr(torch, source.tensors[name].dtype) for name in source.tensors if name in shapes}
+        tensors = source.spec.disk_tensors(source.config)
+        return {name: getattr(torch, source.tensors[parts[0].name].dtype) for name, parts in tensors.items()}
     entries = SafeReader(source.path).read_metadata().state_dict_metadata
     found = {name: entries.get(f"model.{name}") for name in shapes}
     for name, entry in found.items():

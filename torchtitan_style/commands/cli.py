@@ -21,9 +21,10 @@ from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.hub import fetch
 from torchtitan_style.common.signals import STOP_SIGNALS
 from torchtitan_style.config import Config
-from torchtitan_style.config.help import section_help
 from torchtitan_style.config.load import DEFAULT_CONFIG
+from torchtitan_style.launch.configure import help_of
 from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.models.registry import model_config
 
 __all__ = [
     "VERDICT",
@@ -66,7 +67,7 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
     while rest:
         argument = rest.pop(0)
         if argument in ("--help", "-h"):
-            print(section_help(rest[0]) if rest and not rest[0].startswith("-") else usage)
+            print(help_of(rest[0]) if rest and not rest[0].startswith("-") else usage)
             raise SystemExit(0)
         if argument == "--config":
             if not rest or rest[0].startswith("--"):
@@ -113,7 +114,7 @@ class Arguments(argparse.ArgumentParser):
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """As ``parse``, with what is not the command's own beside it: overrides of the configuration."""
         if "--help" in arguments and (section := arguments[arguments.index("--help") + 1 :]):
-            print(section_help(section[0]))
+            print(help_of(section[0]))
             raise SystemExit(0)
         if {"--help", "-h"} & set(arguments):
             self.parse(arguments)
@@ -148,7 +149,7 @@ def check_initial_weights(config: Config) -> None:
     source = config.initial_weights
     if source and find_checkpoint(Path(config.job.dump_folder), verify=False) is None:
         found = open_model(source, verify=True)
-        found.check(config.model.qwen3())
+        found.check(model_config(config.model))
 
 
 def check_verdict() -> None:

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.config import load_config
 from torchtitan_style.config.load import DEFAULT_CONFIG
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import check_writable
 from torchtitan_style.launch.run_lock import check_free, run_lock
 from torchtitan_style.train.stopping import interruptible

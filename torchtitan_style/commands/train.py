@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchtitan_style.config import load_config
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import preflight
 from torchtitan_style.train.stopping import ending_at_once, interruptible
 

@@ -12,10 +12,12 @@ import tempfile
 from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.config import Config, load_config, to_toml
+from torchtitan_style.config import Config, to_toml
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.torchrun import count_gpus, start_ranks
 from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.models.registry import model_config
 
 from .cli import Arguments, check_torch, hf_folder, reported_errors
 
@@ -107,7 +109,7 @@ def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> 
     memory = alone * world_size if on_gpus else alone
     small, notes = for_verification(config, layout, memory=memory, alone=alone, flops=flops)
     plan = plan_batch(small.training, layout.dp)
-    shape = small.model.qwen3()
+    shape = model_config(small.model)
     print(
         f"{world_size} process{'es' if world_size > 1 else ''} ({layout}) on {name(device)}, against one in fp32: "
         f"{shape.num_parameters / 1e6:,.1f} M parameters, {plan.global_batch_size} rows of {small.training.seq_len} "

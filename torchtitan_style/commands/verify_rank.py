@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from torchtitan_style.config import load_config
 from torchtitan_style.config.layout import plan_layout
+from torchtitan_style.launch.configure import load_config
 from torchtitan_style.train.stopping import ending_at_once, interruptible
 
 from .cli import reported_errors

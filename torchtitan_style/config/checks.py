@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 
 from .layout import plan_batch, plan_layout, plan_streams
 from .schema import Config, Corpus, Data, Muon, Validation
@@ -29,54 +26,7 @@ class Problem:
 def cross_checks(config: Config, world_size: int | None) -> list[Problem]:
     """Everything that is wrong between settings that are right by themselves."""
     layout = [] if world_size is None else _layout(config, world_size)
-    return [*_model(config), *layout, *_rest(config)]
-
-
-def _model(config: Config) -> Iterator[Problem]:
-    # A shape that contradicts itself cannot be constructed, so its fields are judged one by one.
-    shape = object.__new__(Qwen3Config)
-    given = config.model.overrides()
-    values = dataclasses.asdict(FLAVORS[config.model.flavor]) | given
-    shape.__dict__.update(values)
-
-    def keys(*fields: str) -> tuple[str, ...]:
-        """The settings that decide ``fields``: what is not overridden is the flavor's."""
-        flavor = () if given.keys() >= set(fields) else ("model.flavor",)
-        return (*(f"model.{name}" for name in fields), *flavor)
-
-    for fields, text in shape.problems():
-        yield Problem(keys(*fields), text)
-
-    tp = config.parallelism.tensor_parallel_degree
-    for name, what in (
-        ("num_attention_heads", "query heads"),
-        ("num_key_value_heads", "key/value heads"),
-        ("intermediate_size", "rows of the MLP's matrices"),
-        ("vocab_size", "rows of the vocabulary"),
-    ):
-        if values[name] > 0 and values[name] % tp:
-            yield Problem(
-                ("parallelism.tensor_parallel_degree", *keys(name)),
-                f"{tp} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
-            )
-    seq_len = config.training.seq_len
-    if seq_len % tp:
-        yield Problem(
-            ("parallelism.tensor_parallel_degree", "training.seq_len"),
-            f"{tp} ranks cannot share the {seq_len} positions of a row (training.seq_len) evenly",
-        )
-    if 0 < values["max_position_embeddings"] < seq_len:
-        yield Problem(
-            ("training.seq_len", *keys("max_position_embeddings")),
-            f"{seq_len} is longer than the model is meant for "
-            f"(model.max_position_embeddings = {values['max_position_embeddings']})",
-        )
-    # 256 bytes, Qwen3's 26 special tokens, and one merge, so that there is something to train.
-    if config.data.tokenizer == "train" and 0 < values["vocab_size"] < 283:
-        yield Problem(
-            (*keys("vocab_size"), "data.tokenizer"),
-            f"a byte-level tokenizer with Qwen3's special tokens needs at least 283 tokens, not {values['vocab_size']}",
-        )
+    return [*layout, *_rest(config)]
 
 
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:
@@ -102,6 +52,12 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
 
 
 def _rest(config: Config) -> Iterator[Problem]:
+    tp, seq_len = config.parallelism.tensor_parallel_degree, config.training.seq_len
+    if seq_len % tp:
+        yield Problem(
+            ("parallelism.tensor_parallel_degree", "training.seq_len"),
+            f"{tp} ranks cannot share the {seq_len} positions of a row (training.seq_len) evenly",
+        )
     yield from _data(config.data, config.validation)
     if config.model.hf_assets_path and config.checkpoint.initial_load_path:
         yield Problem(

@@ -10,24 +10,25 @@ from typing import Any
 from torchtitan_style.common.errors import UserError
 
 from .load import nearest_section
-from .schema import SECTIONS
+from .schema import Config, sections_of
 
 __all__ = ["section_help"]
 
 
-def section_help(name: str) -> str:
+def section_help(name: str, schema: type[Config]) -> str:
     """All keys of section ``name`` (or the one key of ``section.key``). Raises UserError if there is none."""
+    sections = sections_of(schema)
     section, key = name.removeprefix("--").strip("[]"), ""
-    if section not in SECTIONS and "." in section:
+    if section not in sections and "." in section:
         section, _, key = section.rpartition(".")
-    if section not in SECTIONS:
-        raise UserError(f"--help {name}: there is no such section{nearest_section(section)}")
-    model = SECTIONS[section]
+    if section not in sections:
+        raise UserError(f"--help {name}: there is no such section{nearest_section(section, sections)}")
+    model = sections[section]
     lines = [f"[{section}]  {model.__doc__}", ""]
     for field_name, field in model.model_fields.items():
         if key and key != field_name:
             continue
-        if f"{section}.{field_name}" in SECTIONS:
+        if f"{section}.{field_name}" in sections:
             lines.append(f"[{section}.{field_name}]: a section of its own; --help {section}.{field_name}")
             continue
         default = "" if field.default is None else f" = {_toml(field.default)}"

@@ -1,40 +1,40 @@
-"""From a TOML file and command-line overrides to a checked ``Config``.
+"""From a TOML file and command-line overrides to a ``Config``, with everything that is wrong in one message.
 
-Everything that is wrong is collected and reported in one ``UserError``. Nothing here imports
-torch, so a typo costs no waiting.
+``launch/configure.py`` is where a configuration is put together: what model families and weights add is not known
+here. Nothing here imports torch, so a typo costs no waiting.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import os
+import itertools
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.common.errors import UserError
 
-from .checks import Problem, cross_checks
-from .schema import SECTIONS, Config, Job
+from .checks import Problem
+from .schema import Config, sections_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_CONFIG", "load_config", "nearest_section", "to_toml"]
+__all__ = ["DEFAULT_CONFIG", "Draft", "nearest_section", "to_toml"]
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "train_configs" / "qwen3.toml"
 """The configuration used when none is named."""
+
+Sections = Mapping[str, type[BaseModel]]
 
 _MOVED = {
     "training.dataset": "data.dataset",
@@ -54,97 +54,73 @@ _MOVED = {
 """Keys of torchtitan's, past and present, whose setting has another name here."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
-    """Read ``path``, apply ``overrides`` (as on the command line), check it all.
+class Draft:
+    """A configuration while it is put together: the settings as they are written, and what is wrong so far."""
 
-    world_size: number of processes; None: not known yet, so the degrees are not held against it.
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+        """Read ``path``. Raises UserError if it cannot be read as TOML."""
+        self.path = path
+        self.tree = _read_toml(Path(path))
+        self.problems: list[Problem] = []
+        self._overrides = list(overrides)
+        self._arguments: set[str] = set()
+        """The keys that the command line names."""
 
-    Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
-    and combinations.
-    """
-    tree = _read_toml(Path(path))
-    from_command_line, problems = _parse_overrides(overrides)
-    arguments = {*from_command_line, *(problem.keys[0] for problem in problems)}
-    for key, value in from_command_line.items():
-        *path_to, name = key.split(".")
-        section: Any = tree
-        for part in path_to:
-            section = section.setdefault(part, {}) if isinstance(section, dict) else None
-        if isinstance(section, dict):
-            section[name] = value
+    def peek(self, section: str, key: str, default: Any) -> Any:
+        """What a key is set to, by the command line or the file, before anything is checked."""
+        arguments = [*self._overrides, ""]
+        for argument, following in itertools.pairwise(arguments):
+            name, equals, text = argument.partition("=")
+            if name == f"--{section}.{key}":
+                return text if equals else following
+        found = self.tree.get(section)
+        return found.get(key, default) if isinstance(found, dict) else default
 
-    problems += _take_over(tree)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        details = error.errors()
-        problems += [_explain(detail) for detail in details]
-        # What is right is still checked against itself, with defaults for what is not.
-        for detail in details:
-            _remove(tree, detail["loc"])
-        config = Config.model_validate(tree)
-    wrong = {key for problem in problems for key in problem.keys}
-    for problem in cross_checks(config, world_size):
-        if not any(key in wrong or key.partition(".")[0] in wrong for key in problem.keys):
-            problems.append(problem)
-    if problems:
-        raise UserError(_report(problems, path, arguments))
-    return config
+    def apply_overrides(self, schema: type[Config]) -> None:
+        """Put what the command line says in the place of what the file says."""
+        values, problems = _parse_overrides(self._overrides, sections_of(schema))
+        self._arguments = {*values, *(problem.keys[0] for problem in problems)}
+        self.problems += problems
+        for key, value in values.items():
+            *path_to, name = key.split(".")
+            section: Any = self.tree
+            for part in path_to:
+                section = section.setdefault(part, {}) if isinstance(section, dict) else None
+            if isinstance(section, dict):
+                section[name] = value
+
+    def checked(self, schema: type[Config]) -> Config:
+        """The settings, with defaults in the place of those that are wrong by themselves, which are noted."""
+        try:
+            return schema.model_validate(self.tree)
+        except ValidationError as error:
+            details, sections = error.errors(), sections_of(schema)
+            self.problems += [_explain(detail, sections) for detail in details]
+            for detail in details:
+                _remove(self.tree, detail["loc"])
+            return schema.model_validate(self.tree)
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Note ``problems`` between settings, but for those whose settings are wrong by themselves."""
+        wrong = {key for problem in self.problems for key in problem.keys}
+        for problem in problems:
+            if not any(key in wrong or key.partition(".")[0] in wrong for key in problem.keys):
+                self.problems.append(problem)
+
+    def raise_problems(self) -> None:
+        """Raise UserError with everything that is wrong, if anything is."""
+        if self.problems:
+            raise UserError(_report(self.problems, self.path, self._arguments))
 
 
-def to_toml(config: Config, *, dimensions: bool = False) -> str:
-    """The resolved configuration, every setting included, as TOML that ``load_config`` reads.
+def to_toml(config: Config, *, dimensions: Mapping[str, Any] | None = None) -> str:
+    """The resolved configuration, every setting included, as TOML that can be given as ``--config``.
 
-    dimensions: with those of the model that its flavor decides written out.
+    dimensions: of the model, to be written out although its flavor decides them.
     """
     tree = config.model_dump(exclude_none=True)
-    if dimensions:
-        tree["model"] |= dataclasses.asdict(config.model.qwen3())
+    tree["model"] |= dimensions or {}
     return tomli_w.dumps(tree)
-
-
-def _take_over(tree: dict[str, Any]) -> list[Problem]:
-    """Fill in what comes with the weights that a run starts from: dimensions and tokenizer.
-
-    What the user has set stays, but that a tokenizer be trained: the weights know theirs only. A run
-    that has checkpoints goes on from those, and needs what it started from no more.
-    """
-    sections = {name: tree.get(name, {}) for name in ("model", "checkpoint", "data", "job")}
-    if not all(isinstance(section, dict) for section in sections.values()):
-        return []
-    for section, name in (("model", "hf_assets_path"), ("checkpoint", "initial_load_path")):
-        source = sections[section].get(name)
-        if not isinstance(source, str) or not source:
-            continue
-        try:
-            own = _own_checkpoint(sections["job"])
-            found = own or open_model(source, verify=False)
-        except UserError as error:
-            return [Problem((f"{section}.{name}",), str(error))]
-        tree["model"] = dataclasses.asdict(found.config) | sections["model"]
-        has_trained_one = own is not None and _settings_of(own).get("data", {}).get("tokenizer") == "train"
-        if found.tokenizer and not has_trained_one and sections["data"].get("tokenizer", "train") == "train":
-            tree["data"] = sections["data"] | {"tokenizer": source}
-        break
-    return []
-
-
-def _own_checkpoint(job: dict[str, Any]) -> SavedModel | None:
-    """A checkpoint of the run itself, if there is one that says what model it is."""
-    folder = job.get("dump_folder", Job().dump_folder)
-    try:
-        path = find_checkpoint(Path(os.path.expanduser(folder)), verify=False)
-        return SavedModel(path) if path else None
-    except (UserError, TypeError):
-        return None
-
-
-def _settings_of(checkpoint: SavedModel) -> dict[str, Any]:
-    """What the run that has written ``checkpoint`` was told, if that can be read."""
-    try:
-        return tomllib.loads((checkpoint.path / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -170,7 +146,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
-def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict[str, Any], list[Problem]]:
     """``--section.key VALUE``, ``--section.key=VALUE`` and, for switches, ``--section.key``."""
     values: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -180,20 +156,22 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
         key, equals, text = argument.removeprefix("--").partition("=")
         section, dot, name = key.rpartition(".")
         if not argument.startswith("--") or not (section and dot and name):
-            problems.append(Problem((f"argument {argument}",), "expected --section.key VALUE" + _did_you_mean(key)))
+            problems.append(
+                Problem((f"argument {argument}",), "expected --section.key VALUE" + _did_you_mean(key, sections))
+            )
             if rest and not rest[0].startswith("--"):
                 rest.pop(0)
             continue
-        annotation = _annotation(section, name)
+        annotation = _annotation(section, name, sections)
         given = [text] if equals else []
         while not equals and rest and not rest[0].startswith("--"):
             given.append(rest.pop(0))
             if not _accepts(annotation, list):
                 break
-        if section not in SECTIONS:
-            problems.append(Problem((key,), f"unknown section{nearest_section(section)}"))
+        if section not in sections:
+            problems.append(Problem((key,), f"unknown section{nearest_section(section, sections)}"))
         elif annotation is None:
-            problems.append(Problem((key,), f"unknown key{_did_you_mean(key)}"))
+            problems.append(Problem((key,), f"unknown key{_did_you_mean(key, sections)}"))
         elif not given and _accepts(annotation, bool):
             values[key] = True
         elif not given:
@@ -224,10 +202,10 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
         return text
 
 
-def _annotation(section: str, name: str) -> Any:
+def _annotation(section: str, name: str, sections: Sections) -> Any:
     """The type of a key, or None if there is no such key."""
     key = f"{section}.{name}"
-    return SECTIONS[section].model_fields[name].annotation if key in _all_keys() else None
+    return sections[section].model_fields[name].annotation if key in _all_keys(sections) else None
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
@@ -239,36 +217,36 @@ def _accepts(annotation: Any, kind: type) -> bool:
     return (origin or annotation) is kind
 
 
-def _all_keys() -> list[str]:
-    keys = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
-    return [key for key in keys if key not in SECTIONS]
+def _all_keys(sections: Sections) -> list[str]:
+    keys = [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
+    return [key for key in keys if key not in sections]
 
 
-def _did_you_mean(key: str) -> str:
+def _did_you_mean(key: str, sections: Sections) -> str:
     """The nearest right name for ``section`` or ``section.key``, as the tail of a message."""
     if key in _MOVED:
         return f"; here it is {_MOVED[key]}"
     section, _, name = key.rpartition(".")
     if not section:
-        return nearest_section(name)
-    elsewhere = [k for k in _all_keys() if k.rpartition(".")[2] == name]
+        return nearest_section(name, sections)
+    elsewhere = [k for k in _all_keys(sections) if k.rpartition(".")[2] == name]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
-    if section in SECTIONS:
-        near = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1, cutoff=0.5)
+    if section in sections:
+        near = difflib.get_close_matches(name, sections[section].model_fields, n=1, cutoff=0.5)
         if near:
             return f"; did you mean {section}.{near[0]}?"
-    close = difflib.get_close_matches(key, _all_keys(), n=1)
+    close = difflib.get_close_matches(key, _all_keys(sections), n=1)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; --help {section} lists the keys" if section in SECTIONS else ""
+    return f"; --help {section} lists the keys" if section in sections else ""
 
 
-def nearest_section(name: str) -> str:
+def nearest_section(name: str, sections: Sections) -> str:
     """The section that ``name`` was meant to be, as the tail of a message, or else a list of all."""
-    close = difflib.get_close_matches(name, list(SECTIONS), n=1)
-    close = close or [key for key in _all_keys() if key.rpartition(".")[2] == name][:1]
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
+    close = difflib.get_close_matches(name, list(sections), n=1)
+    close = close or [key for key in _all_keys(sections) if key.rpartition(".")[2] == name][:1]
+    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(sections)}"
 
 
 _TYPES = {
@@ -283,10 +261,10 @@ _TYPES = {
 }
 
 
-def _explain(detail: ErrorDetails) -> Problem:
+def _explain(detail: ErrorDetails, sections: Sections) -> Problem:
     """A pydantic error in words for the user."""
     location = [str(part) for part in detail["loc"]]
-    depth = max((n for n in range(1, len(location)) if ".".join(location[:n]) in SECTIONS), default=0)
+    depth = max((n for n in range(1, len(location)) if ".".join(location[:n]) in sections), default=0)
     section, key = ".".join(location[:depth]), ".".join(location[: depth + 1])
     rest = location[depth + 1 :]
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
@@ -300,7 +278,7 @@ def _explain(detail: ErrorDetails) -> Problem:
     }
     if len(rest) == 2 and rest[0].isdecimal():  # a key of an entry of a list of sections, as data.mixture
         name = rest[1]
-        options = [*typing.get_args(_annotation(section, location[depth]))[0].model_fields]
+        options = [*typing.get_args(_annotation(section, location[depth], sections))[0].model_fields]
         near = difflib.get_close_matches(name, options, n=1)
         text = {
             "extra_forbidden": f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""),
@@ -312,12 +290,12 @@ def _explain(detail: ErrorDetails) -> Problem:
         return Problem((key,), f"entry {int(rest[0]) + 1}: {text}")
     if kind == "extra_forbidden":
         what = "key" if section else "section"
-        return Problem((key,), f"unknown {what}{_did_you_mean(key)}")
+        return Problem((key,), f"unknown {what}{_did_you_mean(key, sections)}")
     if kind in _TYPES:
         entry = f", entry {int(rest[0]) + 1}" if rest and rest[0].isdecimal() else ""
         return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {shown}")
     if kind == "literal_error":
-        options = [str(o) for o in typing.get_args(_annotation(section, location[depth]))]
+        options = [str(o) for o in typing.get_args(_annotation(section, location[depth], sections))]
         close = difflib.get_close_matches(str(value), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return Problem((key,), f"must be one of {', '.join(options)}, not {shown}{hint}")

@@ -7,20 +7,13 @@ program that it configures, never the whole ``Config``.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import itertools
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
-
-__all__ = ["SECTIONS", "Config", "Section"]
+__all__ = ["Config", "Section", "sections_of"]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -52,56 +45,17 @@ class Job(Section):
     """Free text, kept in config.toml."""
 
 
-class _Model(Section):
+class Model(Section):
     """Which model to train: a flavor, and any of its dimensions overridden."""
 
-    name: Literal["qwen3"] = "qwen3"
+    # The dimensions are those of the model family: models/section.py adds them.
+    name: str = "qwen3"
     """Model family."""
-    flavor: Literal[tuple(FLAVORS)] = "small"  # type: ignore[valid-type]
+    flavor: str = "small"
     """Named set of dimensions to start from; the other keys of this section override them."""
     hf_assets_path: str = ""
     """Start from the weights of a model in Transformers' format, a folder or a Hub name: its
     config.json takes the place of the flavor, and its tokenizer that of data.tokenizer = "train"."""
-
-    def qwen3(self) -> Qwen3Config:
-        """The flavor's dimensions with this section's overrides applied.
-
-        Raises ValueError if they contradict each other.
-        """
-        return dataclasses.replace(FLAVORS[self.flavor], **self.overrides())
-
-    def overrides(self) -> dict[str, Any]:
-        """The dimensions that are set here, by name."""
-        return {k: v for k, v in self if k in _DIMENSIONS and v is not None}
-
-
-_DIMENSIONS = tuple(f.name for f in dataclasses.fields(Qwen3Config))
-
-
-def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """The string that follows each annotated attribute in the source of ``cls``."""
-    definition = cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0])
-    return {
-        ast.unparse(field.target): inspect.cleandoc(ast.literal_eval(text.value))
-        for field, text in itertools.pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
-def _override_fields() -> dict[str, Any]:
-    """One optional field per field of Qwen3Config, with its type and docstring."""
-    types = {"int": int, "float": float, "bool": bool}
-    docs = _attribute_docstrings(Qwen3Config)
-    return {
-        f.name: (types[str(f.type)] | None, Field(None, description=docs[f.name]))
-        for f in dataclasses.fields(Qwen3Config)
-    }
-
-
-if TYPE_CHECKING:
-    Model = _Model
-else:
-    Model = create_model("Model", __base__=_Model, __doc__=_Model.__doc__, **_override_fields())
 
 
 class Corpus(Section):
@@ -462,12 +416,11 @@ class Config(Section):
         return self.model.hf_assets_path or self.checkpoint.initial_load_path
 
 
-def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, field in model.model_fields.items():
+def sections_of(schema: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Every section of ``schema`` by its name in TOML, as "optimizer" and "optimizer.muon"."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield prefix + name, field.annotation
-            yield from _sections(field.annotation, f"{prefix}{name}.")
-
-
-SECTIONS = dict(_sections(Config))
-"""Every section by its name in TOML, as "optimizer" and "optimizer.muon"."""
+            found[prefix + name] = field.annotation
+            found |= sections_of(field.annotation, f"{prefix}{name}.")
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
+from torchtitan_style.models.registry import model_config
 
 from .prepare import prepare
 from .prepared import Prepared
@@ -45,7 +46,7 @@ def prepare_data(
     return prepare(
         config.data,
         Path(config.job.dump_folder),
-        vocab_size=config.model.qwen3().vocab_size,
+        vocab_size=model_config(config.model).vocab_size,
         held_out=[count * training.seq_len for count in of_corpora],
         say=say,
         complete=lay_out_rows,

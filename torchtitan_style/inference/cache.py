@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.spec import ModelConfig
 
 __all__ = ["KVCache", "bytes_per_token"]
 
@@ -27,7 +27,7 @@ _SLOTS = 64
 """Slots that a compiled step is given are a multiple of it: it attends to all of them."""
 
 
-def bytes_per_token(config: Qwen3Config, bytes_each: int = 2) -> int:
+def bytes_per_token(config: ModelConfig, bytes_each: int = 2) -> int:
     """Bytes that the cache of one row takes for each token."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_each
 

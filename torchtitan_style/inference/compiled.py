@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_style.common.signals import holding_interrupts
-from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.spec import ModelConfig
 
 from .cache import KVCache
 
@@ -30,7 +30,7 @@ class CompiledStep:
     above that, both for caches of any size. Each is compiled by ``prepare`` and never again.
     """
 
-    def __init__(self, model: Any, config: Qwen3Config, device: torch.device) -> None:
+    def __init__(self, model: Any, config: ModelConfig, device: torch.device) -> None:
         self._model, self._device = model, device
         self._windows = config.windows
         self._graphs: dict[bool, Any] = {}  # by whether there are several rows

@@ -15,7 +15,7 @@ from torchtitan_style.common.device import available_memory
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.spec import ModelConfig
 
 from .cache import KVCache, bytes_per_token
 from .compiled import CompiledStep
@@ -58,7 +58,7 @@ class TextModel:
     def __init__(
         self,
         model: Any,
-        config: Qwen3Config,
+        config: ModelConfig,
         tokenizer: Tokenizer,
         *,
         assets: Path,

@@ -23,10 +23,8 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.distributed.world import World, on_main
+from torchtitan_style.models.build import build_model
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
-from torchtitan_style.models.qwen3.config import Qwen3Config
-from torchtitan_style.models.qwen3.inference import fuse, packs, split, split_problem
-from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 
 from .compiled import CompiledStep
 from .generate import TextModel
@@ -80,11 +78,14 @@ def _load(
     tp_mesh = None if world is None or world.layout.tp == 1 else world.mesh["tp"]
     dtype = dtype or fastest_dtype(device)
     ranks = 1 if tp_mesh is None else tp_mesh.size()
-    if problem := split_problem(found.config, ranks):
+    form = found.spec.inference() if found.spec.inference else None
+    problem = form.split_problem(found.config, ranks) if form else "this model family cannot be split for generation"
+    if ranks > 1 and problem:
         raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")
     if compile and (problem := compiler_problem(device)):
         raise UserError(f"--compile: {problem}; leave it out")
-    _check_memory(found.config, source, dtype=dtype, device=device, ranks=ranks, compile=compile)
+    packs_twice = compile and form is not None and form.packs(dtype, device)
+    _check_memory(found.config, source, dtype=dtype, device=device, ranks=ranks, packs_twice=packs_twice)
     stored_dtypes(found)  # raises if a tensor is missing
     stop_tokens, sampling = _generation_settings(found.assets, tokenizer)
     model = _build(found, dtype=dtype, device=device, tp_mesh=tp_mesh, compile=compile)
@@ -109,17 +110,21 @@ def _build(
     device: torch.device,
     tp_mesh: DeviceMesh | None,
     compile: bool,
-) -> Qwen3ForCausalLM:
+) -> Any:
     multiply_in_fp32(dtype, device)
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(found.config)
-    model.to(dtype)
-    if tp_mesh is not None:
-        split(model, tp_mesh)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty may have given each module a parameter of its own
-    load_weights(found, dict(model.named_parameters()))
-    fuse(model.eval(), group=None if tp_mesh is None else tp_mesh.get_group(), compile=compile)
+    form = found.spec.inference() if found.spec.inference else None
+
+    def split(model: Any) -> None:
+        if tp_mesh is not None and form is not None:
+            form.split(model, tp_mesh)
+
+    def read(model: Any) -> None:
+        load_weights(found, dict(model.named_parameters()))
+
+    model = build_model(found.spec, found.config, device=device, lay_out=split, fill=read, dtype=dtype)
+    model.eval()
+    if form is not None:
+        form.fuse(model, group=None if tp_mesh is None else tp_mesh.get_group(), compile=compile)
     return model
 
 
@@ -147,11 +152,11 @@ def _device(name: torch.device | str | None) -> torch.device:
 
 
 def _check_memory(
-    config: Qwen3Config, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, compile: bool
+    config: Any, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, packs_twice: bool
 ) -> None:
     # A tied head is a second matrix once it is packed.
     numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
-    if compile and packs(dtype, device):  # packed and not packed
+    if packs_twice:  # packed and not packed
         numbers += config.num_matmul_parameters
     here = ranks if device.type == "cpu" else 1  # ranks of this host share its memory
     needed, available = numbers * dtype.itemsize * here // ranks, available_memory(device)

@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> None:
             train.main(arguments)
             return
 
-        from torchtitan_style.config import load_config
         from torchtitan_style.config.layout import plan_layout
+        from torchtitan_style.launch.configure import load_config
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()

@@ -14,7 +14,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
-from torchtitan_style.models.qwen3.hf import parameter_shapes
+from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.train.identity import check_before_start
 
 from .run_lock import check_free
@@ -51,7 +51,7 @@ def check_writable(folder: Path) -> None:
 
 def check_patterns(config: Config) -> None:
     """Raise UserError if a pattern of names matches no parameter: what it was meant for would go on as before."""
-    names = parameter_shapes(config.model.qwen3())
+    names = spec_of(config.model.name).parameter_shapes(model_config(config.model))
     for pattern in config.optimizer.no_decay:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
@@ -88,7 +88,7 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
 def checkpoint_bytes(config: Config) -> int:
     """Weights and optimizer state, in fp32; what else is in a checkpoint does not count beside them."""
     total = 0
-    for name, shape in parameter_shapes(config.model.qwen3()).items():
+    for name, shape in spec_of(config.model.name).parameter_shapes(model_config(config.model)).items():
         muon = config.optimizer.name == "muon" and len(shape) == 2 and ".layers." in name
         total += 4 * math.prod(shape) * (2 if muon else 3)
     return total

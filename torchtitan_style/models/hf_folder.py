@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.models.qwen3.config import Qwen3Config
-from torchtitan_style.models.qwen3.hf import from_hf, parameter_shapes
+
+from .registry import read_hf_config
+from .spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder", "copy_assets"]
+__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder", "copy_assets", "disk_shapes", "part_shape"]
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -69,7 +70,7 @@ class HFFolder:
         self.path = path
         settings = _read_json(path / "config.json")
         try:
-            self.config: Qwen3Config = from_hf(settings)
+            self.spec, self.config = read_hf_config(settings)
         except ValueError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from None
         self._open: tuple[Path, Any] | None = None
@@ -111,11 +112,11 @@ class HFFolder:
             tensors |= {name: header[name] for name in header if name in wanted}
         return tensors
 
-    def check(self, config: Qwen3Config | None = None) -> None:
+    def check(self, config: Any = None) -> None:
         """Raise UserError, naming tensors, unless the weights are those of a model of ``config`` (left out: the
         folder's own)."""
         config = config or self.config
-        wanted, tensors = parameter_shapes(config), self.tensors
+        wanted, tensors = self._shapes(config), self.tensors
         extra = [name for name in tensors if name not in wanted]
         if config.tie_word_embeddings and "lm_head.weight" in extra:
             self._check_tie()
@@ -135,10 +136,14 @@ class HFFolder:
             problems.append(f"{len(other)} tensors are {tensors[other[0]].dtype}, which is not read: {_some(other)}")
         if problems:
             overridden = config != self.config and any(
-                wanted.get(name) != shape for name, shape in parameter_shapes(self.config).items()
+                wanted.get(name) != shape for name, shape in self._shapes(self.config).items()
             )
             hint = ". The [model] section overrides what config.json says" if overridden else ""
             raise UserError(f"{self.path}: {'; '.join(problems)}{hint}")
+
+    def _shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that a folder with a model of ``config`` has."""
+        return disk_shapes(self.spec, config)
 
     def _check_tie(self) -> None:
         """A folder with tied embeddings may have them twice, but not in two versions."""
@@ -163,6 +168,24 @@ class HFFolder:
         handle = self._open[1]
         tensor: Tensor = handle.get_tensor(name) if where is None else handle.get_slice(name)[where]
         return tensor
+
+
+def disk_shapes(spec: ModelSpec, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors on disk of a model of ``config``, in the order of its parameters."""
+    shapes = spec.parameter_shapes(config)
+    return {
+        tensor.name: part_shape(shapes[name], tensor.part)
+        for name, tensors in spec.disk_tensors(config).items()
+        for tensor in tensors
+    }
+
+
+def part_shape(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[int, ...]:
+    """The shape of ``tensor[part]``, for a tensor of this shape."""
+    kept = [
+        len(range(*index.indices(size))) for index, size in zip(part, shape, strict=False) if isinstance(index, slice)
+    ]
+    return (*kept, *shape[len(part) :])
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

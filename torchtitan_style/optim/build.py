@@ -6,34 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan_style.config.schema import LRScheduler, Optimizer
-from torchtitan_style.config.schema import Muon as MuonConfig
+from torchtitan_style.models.spec import ModelSpec
 
 from .adamw import adamw, step_if
 from .muon import Muon
 from .schedule import lr_factor
 
-__all__ = ["Optimizers", "is_hidden_matrix", "rows_together"]
-
-
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes it: a matrix of attention or MLP, not the embedding nor the head."""
-    return parameter.ndim == 2 and ".layers." in f".{name}"
-
-
-def rows_together(name: str, config: MuonConfig, *, head_dim: int) -> int | None:
-    """How many rows of matrix ``name`` Muon takes as a matrix of their own: a head's, or None for all."""
-    has_heads = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-    return head_dim if config.per_head and has_heads else None
+__all__ = ["Optimizers"]
 
 
 class Optimizers:
     """The optimizers of a model, as one. Made by all ranks together.
 
     total_steps: of the run, for the schedules. dtype: what the model computes in, which Muon takes for its
-    matrix multiplications. head_dim: the model's, for optimizer.muon.per_head.
+    matrix multiplications. spec: of the model, which knows which parameters Muon takes. head_dim: the model's, for
+    optimizer.muon.per_head. group: the ranks that hold the model, or this stage of it; None: all.
     """
 
     def __init__(
@@ -44,10 +35,12 @@ class Optimizers:
         *,
         total_steps: int,
         dtype: torch.dtype,
+        spec: ModelSpec,
         head_dim: int,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        hidden = {n: p for n, p in named.items() if config.name == "muon" and is_hidden_matrix(n, p)}
+        hidden = {n: p for n, p in named.items() if config.name == "muon" and spec.is_hidden_matrix(n, p)}
         self.total_steps = total_steps
         self.adamw = adamw({n: p for n, p in named.items() if n not in hidden}, config)
         self.muon: Muon | None = None
@@ -59,7 +52,8 @@ class Optimizers:
                 lr=config.muon_lr,
                 weight_decay=config.muon_weight_decay,
                 dtype=dtype,
-                head_dims=[rows_together(name, config.muon, head_dim=head_dim) for name in hidden],
+                head_dims=[head_dim if config.muon.per_head and spec.has_heads(name) else None for name in hidden],
+                group=group,
             )
             self.peaks["lr_muon"], self.schedulers["lr_muon"] = config.muon_lr, config.muon.schedule(scheduler)
         device = next(iter(named.values())).device

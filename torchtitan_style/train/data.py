@@ -18,6 +18,7 @@ from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem
 from torchtitan_style.data.rows import Rows, RowSource
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.metrics.display import Display
+from torchtitan_style.models.registry import model_config
 
 __all__ = ["RunData"]
 
@@ -103,7 +104,7 @@ class RunData:
 
     def _streams(self) -> StreamedSteps:
         config, global_batch = self.config, self.batch_plan.global_batch_size
-        vocab_size = config.model.qwen3().vocab_size
+        vocab_size = model_config(config.model).vocab_size
         return StreamedSteps(
             on_main(lambda: streamed_corpora(config.data, self.prepared, vocab_size=vocab_size)),
             config.data.weights(),

@@ -13,6 +13,7 @@ from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
+from torchtitan_style.models.registry import model_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +30,7 @@ REPLACEABLE = ("weights", "tokenizer", "content")
 
 def identity(config: Config, *, dp: int) -> Identity:
     """What a configuration says of its run that must stay the same; of the data, ``RunData`` knows more."""
-    shape = dataclasses.asdict(config.model.qwen3())
+    shape = dataclasses.asdict(model_config(config.model))
     for name in ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings"):
         del shape[name]
     data, streams = config.data, None

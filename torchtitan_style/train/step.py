@@ -24,45 +24,48 @@ from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.metrics.log import StepResult
-from torchtitan_style.models.registry import MODELS
+from torchtitan_style.models.build import build_model
+from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
 
-__all__ = ["DTYPES", "build_model", "build_optimizer", "evaluating", "mix", "train_step"]
+__all__ = ["DTYPES", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def build_model(config: Config, world: World, *, warn: Callable[[str], None]) -> Any:
+def build_training_model(config: Config, world: World, *, warn: Callable[[str], None]) -> Any:
     """The model of ``config``, laid out over the mesh, with its initial weights drawn."""
-    family = MODELS[config.model.name]
+    spec = spec_of(config.model.name)
     param_dtype = DTYPES[config.training.mixed_precision_param]
     multiply_in_fp32(param_dtype, world.device)
     compile = config.compile
     if compile.enable and (problem := devices.compiler_problem(world.device)):
         warn(f"compile.enable: {problem}; training without compilation, which is slower")
         compile = compile.model_copy(update={"enable": False})
-    with torch.device("meta"):
-        model = family.build(config.model.qwen3())
-    family.parallelize(
-        model,
-        world.mesh,
-        activation_checkpoint=config.activation_checkpoint,
-        compile=compile,
-        param_dtype=param_dtype,
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
-    )
-    model.to_empty(device=world.device)
-    model.tie_weights()  # to_empty may have given each module a parameter of its own
-    init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+
+    def lay_out(model: Any) -> None:
+        spec.parallelize(
+            model,
+            world.mesh,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=compile,
+            param_dtype=param_dtype,
+            reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+        )
+
+    def draw(model: Any) -> None:
+        init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+
+    model = build_model(spec, model_config(config.model), device=world.device, lay_out=lay_out, fill=draw)
     model.lm_head.z_loss = config.training.z_loss
     model.train()
     return model
 
 
-def build_optimizer(model: nn.Module, config: Config) -> Optimizers:
+def build_optimizer(model: nn.Module, config: Config, world: World) -> Optimizers:
     """The optimizer of ``config`` for a model that is laid out already."""
     return Optimizers(
         model,
@@ -70,7 +73,9 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizers:
         config.lr_scheduler,
         total_steps=config.training.steps,
         dtype=DTYPES[config.training.mixed_precision_param],
-        head_dim=config.model.qwen3().head_dim,
+        spec=spec_of(config.model.name),
+        head_dim=model_config(config.model).head_dim,
+        group=world.stage_group,
     )
 
 

@@ -33,7 +33,7 @@ from torchtitan_style.metrics.log import StepResult, TrainingLog
 from torchtitan_style.metrics.profiler import profile_step
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.metrics.validation import validate
-from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.guard import StepGuard
 
 from .agreement import Agreement
@@ -42,7 +42,7 @@ from .garbage import GarbageCollector
 from .identity import Identity, changed_settings, check_same_run, identity
 from .preempted import clear_preempted, write_preempted
 from .state import TrainState
-from .step import DTYPES, build_model, build_optimizer, evaluating, mix, train_step
+from .step import DTYPES, build_optimizer, build_training_model, evaluating, mix, train_step
 from .stopping import on_interrupt, stop_gracefully, told_to_stop
 from .watchdog import Watchdog
 
@@ -281,14 +281,14 @@ class Trainer:
 
     def _build_data(self) -> None:
         config, world = self.config, self.world
-        self.model_config = config.model.qwen3()
+        self.model_config = model_config(config.model)
         self.data = RunData(config, world, self.display)
         self.tokenizer = Tokenizer(self.data.prepared.tokenizer)
 
     def _build_model(self) -> None:
         config, training = self.config, self.config.training
-        self.model = build_model(config, self.world, warn=self.display.warn)
-        self.optimizer = build_optimizer(self.model, config)
+        self.model = build_training_model(config, self.world, warn=self.display.warn)
+        self.optimizer = build_optimizer(self.model, config, self.world)
         self.guard = StepGuard(training.spike_sigma, training.spike_window, self.world.device)
 
     def _build_checkpointer(self) -> None:
@@ -299,7 +299,7 @@ class Trainer:
             self.dump_folder / "checkpoint",
             model=self.model,
             optimizer=self.optimizer,
-            settings=to_toml(self.config, dimensions=True),
+            settings=to_toml(self.config, dimensions=dataclasses.asdict(self.model_config)),
             tokenizer=self.data.prepared.tokenizer,
             about={
                 "mesh": dataclasses.asdict(self.world.layout),
@@ -377,8 +377,9 @@ class Trainer:
                 f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
                 "weights have learnt; data.tokenizer names the right one"
             )
-        flavor = self.config.model.flavor
-        if "flavor" in self.config.model.model_fields_set and FLAVORS[flavor] != self.model_config:
+        section = self.config.model
+        flavor = section.flavor
+        if "flavor" in section.model_fields_set and spec_of(section.name).flavors[flavor] != self.model_config:
             self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
 
     def _save(self, *, best: bool) -> None:

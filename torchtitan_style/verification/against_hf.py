@@ -18,9 +18,8 @@ from torchtitan_style.checkpoint.weights import load_weights
 from torchtitan_style.common.device import available_memory
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
+from torchtitan_style.models.build import build_model
 from torchtitan_style.models.hf_folder import HFFolder
-from torchtitan_style.models.qwen3.config import Qwen3Config
-from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 
 from .report import SMALLEST, Check, gradient_check, gradient_difference
 
@@ -75,16 +74,14 @@ def _theirs(folder: HFFolder, dtype: torch.dtype, device: torch.device) -> Any:
     )
 
 
-def _ours(folder: HFFolder, dtype: torch.dtype, device: torch.device) -> Qwen3ForCausalLM:
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(folder.config)
-    model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    load_weights(folder, dict(model.named_parameters()))
-    return model.eval()
+def _ours(folder: HFFolder, dtype: torch.dtype, device: torch.device) -> Any:
+    def read(model: Any) -> None:
+        load_weights(folder, dict(model.named_parameters()))
+
+    return build_model(folder.spec, folder.config, device=device, fill=read, dtype=dtype).eval()
 
 
-def _parameters(theirs: Any, ours: Qwen3ForCausalLM) -> Iterator[Check]:
+def _parameters(theirs: Any, ours: Any) -> Iterator[Check]:
     a, b = dict(theirs.named_parameters()), dict(ours.named_parameters())
     names = [f"{name} is in Transformers' model alone" for name in a.keys() - b.keys()]
     names += [f"{name} is in this model alone" for name in b.keys() - a.keys()]
@@ -97,7 +94,7 @@ def _parameters(theirs: Any, ours: Qwen3ForCausalLM) -> Iterator[Check]:
 
 
 @torch.no_grad()
-def _logits(theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerance: float, device: torch.device) -> Check:
+def _logits(theirs: Any, ours: Any, config: Any, tolerance: float, device: torch.device) -> Check:
     """Random rows of several lengths, alone and in a batch where all but one are padded at the end."""
     lengths = {1, 2, 17, 64, 256}
     if config.use_sliding_window:
@@ -123,7 +120,7 @@ def _logits(theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerance:
 
 
 @torch.no_grad()
-def _greedy(theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerance: float, device: torch.device) -> Check:
+def _greedy(theirs: Any, ours: Any, config: Any, tolerance: float, device: torch.device) -> Check:
     """The token that ours finds likeliest after each prefix of the text that Transformers generates.
 
     The difference is by how much its logit is ahead of that of Transformers' choice, as a share of the
@@ -160,7 +157,7 @@ def _greedy(theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerance:
 
 
 def _loss_and_gradients(
-    theirs: Any, ours: Qwen3ForCausalLM, config: Qwen3Config, tolerances: dict[str, float], device: torch.device
+    theirs: Any, ours: Any, config: Any, tolerances: dict[str, float], device: torch.device
 ) -> Iterator[Check]:
     """Rows of which some labels are missing. Transformers shifts labels itself and takes the mean."""
     generator = torch.Generator().manual_seed(_SEEDS + 1)

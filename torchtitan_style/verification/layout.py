@@ -1,7 +1,7 @@
 """A training layout against one process: the same weights, the same batches, the plain model in fp32.
 
 ``reference`` is the definition, in one process: full logits, no sharding, no recomputation, no compiler,
-``torch.optim.AdamW``. ``compare`` is run by every rank of the layout and goes through ``build_model``
+``torch.optim.AdamW``. ``compare`` is run by every rank of the layout and goes through ``build_training_model``
 and ``train_step``, as training does.
 """
 
@@ -25,13 +25,13 @@ from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.local import whole_tensor
 from torchtitan_style.distributed.world import World
-from torchtitan_style.models.registry import MODELS
+from torchtitan_style.models.build import build_model
+from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.adamw import is_decayed
-from torchtitan_style.optim.build import is_hidden_matrix, rows_together
 from torchtitan_style.optim.guard import StepGuard
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
-from torchtitan_style.train.step import DTYPES, build_model, build_optimizer, train_step
+from torchtitan_style.train.step import DTYPES, build_optimizer, build_training_model, train_step
 
 from .report import SMALLEST, Check, Difference, gradient_check, gradient_difference
 
@@ -55,7 +55,7 @@ def global_batch(config: Config, *, rows: int) -> Microbatch:
     wrong tokens is another number."""
     generator = torch.Generator().manual_seed(config.training.seed)
     shape = rows, config.training.seq_len + 1
-    ids = torch.randint(0, config.model.qwen3().vocab_size, shape, generator=generator)
+    ids = torch.randint(0, model_config(config.model).vocab_size, shape, generator=generator)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     missing = torch.linspace(0.1, 0.6, rows)[:, None]
     labels[torch.rand(labels.shape, generator=generator) < missing] = -100
@@ -79,12 +79,17 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
 
     rows: the global batch size.
     """
-    model = MODELS[config.model.name].build(config.model.qwen3())
-    init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+    spec, shape = spec_of(config.model.name), model_config(config.model)
+
+    def draw(model: Any) -> None:
+        init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+
+    model = build_model(spec, shape, device=torch.device("cpu"), fill=draw)
     model.lm_head.z_loss = config.training.z_loss
     weights = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
     model.to(device)
-    hidden = {n: p for n, p in model.named_parameters() if is_hidden_matrix(n, p) and config.optimizer.name == "muon"}
+    muon = config.optimizer.name == "muon"
+    hidden = {n: p for n, p in model.named_parameters() if muon and spec.is_hidden_matrix(n, p)}
     momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
     optimizer = _adamw({n: p for n, p in model.named_parameters() if n not in hidden}, config)
     batch = global_batch(config, rows=rows)
@@ -110,8 +115,8 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
             group["lr"] = _lr(config, step)
         optimizer.step()
         for name, matrix in hidden.items():
-            together = rows_together(name, config.optimizer.muon, head_dim=config.model.qwen3().head_dim)
-            _muon(matrix, momenta[name], config, step, together)
+            per_head = config.optimizer.muon.per_head and spec.has_heads(name)
+            _muon(matrix, momenta[name], config, step, shape.head_dim if per_head else None)
         losses.append(loss.item())
         norms.append(norm.item())
     found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
@@ -139,8 +144,8 @@ def compare(
     expected = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
     tolerances = TOLERANCES[precision] if tolerance is None else dict.fromkeys(TOLERANCES[precision], tolerance)
     torch.compiler.reset()
-    model = build_model(config, world, warn=warn)
-    optimizer = build_optimizer(model, config)
+    model = build_training_model(config, world, warn=warn)
+    optimizer = build_optimizer(model, config, world)
     checks = [_names(model, expected["weights"]), _initial_weights(model, expected["weights"])]
 
     guard = StepGuard(0.0, 2, world.device)

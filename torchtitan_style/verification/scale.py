@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch
 from torchtitan_style.config.schema import Data
-from torchtitan_style.models.qwen3.config import Qwen3Config
+from torchtitan_style.models.registry import model_config
 
 from .layout import STEPS
 
@@ -27,7 +28,7 @@ def for_verification(
     that may be spent.
     """
     notes = []
-    shape = config.model.qwen3()
+    shape = model_config(config.model)
     if shape.dropout or shape.attention_dropout:
         shape = dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0)
         notes.append("without dropout, which every layout draws otherwise")
@@ -85,7 +86,7 @@ def for_verification(
     return config.model_copy(update=update), notes
 
 
-def _small_copy(shape: Qwen3Config, layout: Layout, config: Config) -> Qwen3Config:
+def _small_copy(shape: Any, layout: Layout, config: Config) -> Any:
     """A model with the same heads, ties and windows, and dimensions that leave the same remainders."""
     ranks = layout.dp_shard * layout.tp
     option = config.activation_checkpoint.selective_ac_option

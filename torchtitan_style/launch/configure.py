@@ -1,0 +1,116 @@
+"""Put the configuration of a run together, and check it whole. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.config import Config
+from torchtitan_style.config.checks import Problem, cross_checks
+from torchtitan_style.config.help import section_help
+from torchtitan_style.config.load import Draft
+from torchtitan_style.config.schema import Job, Model
+from torchtitan_style.models.checks import model_problems
+from torchtitan_style.models.registry import model_names, spec_of
+from torchtitan_style.models.section import schema_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["help_of", "load_config"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
+    """Read ``path``, apply ``overrides`` (as on the command line), check it all.
+
+    world_size: number of processes; None: not known yet, so the degrees are not held against it.
+
+    Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
+    and combinations.
+    """
+    draft = Draft(path, overrides)
+    spec = spec_of(_family(draft))
+    schema = schema_of(spec)
+    draft.apply_overrides(schema)
+    _adopt_weights(draft)
+    config = draft.checked(schema)
+    draft.add([*model_problems(config, spec), *cross_checks(config, world_size)])
+    draft.raise_problems()
+    return config
+
+
+def help_of(name: str) -> str:
+    """What ``--help SECTION`` and ``--help SECTION.KEY`` print; ``model.FAMILY`` for another model family's keys.
+
+    Raises UserError if there is no such section.
+    """
+    section, _, family = name.removeprefix("--").strip("[]").partition(".")
+    if section != "model" or family not in model_names():
+        family = Model().name
+    else:
+        name = section
+    text = section_help(name, schema_of(spec_of(family)))
+    others = [f"--help model.{other}" for other in model_names() if other != family]
+    if name == "model" and others:
+        text += f"\n\nThe keys of other families: {', '.join(others)}"
+    return text
+
+
+def _family(draft: Draft) -> str:
+    """The model family that is asked for; the default one if there is none of that name, which the schema says."""
+    default = Model().name
+    name = draft.peek("model", "name", default)
+    return name if name in model_names() else default
+
+
+def _adopt_weights(draft: Draft) -> None:
+    """Fill in what comes with the weights that a run starts from: dimensions and tokenizer.
+
+    What the user has set stays, but that a tokenizer be trained: the weights know theirs only. A run
+    that has checkpoints goes on from those, and needs what it started from no more.
+    """
+    tree = draft.tree
+    sections = {name: tree.get(name, {}) for name in ("model", "checkpoint", "data", "job")}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        return
+    for section, name in (("model", "hf_assets_path"), ("checkpoint", "initial_load_path")):
+        source = sections[section].get(name)
+        if not isinstance(source, str) or not source:
+            continue
+        try:
+            own = _own_checkpoint(sections["job"])
+            found = own or open_model(source, verify=False)
+        except UserError as error:
+            draft.problems.append(Problem((f"{section}.{name}",), str(error)))
+            return
+        tree["model"] = dataclasses.asdict(found.config) | sections["model"]
+        has_trained_one = own is not None and _settings_of(own).get("data", {}).get("tokenizer") == "train"
+        if found.tokenizer and not has_trained_one and sections["data"].get("tokenizer", "train") == "train":
+            tree["data"] = sections["data"] | {"tokenizer": source}
+        return
+
+
+def _own_checkpoint(job: dict[str, Any]) -> SavedModel | None:
+    """A checkpoint of the run itself, if there is one that says what model it is."""
+    folder = job.get("dump_folder", Job().dump_folder)
+    try:
+        path = find_checkpoint(Path(os.path.expanduser(folder)), verify=False)
+        return SavedModel(path) if path else None
+    except (UserError, TypeError):
+        return None
+
+
+def _settings_of(checkpoint: SavedModel) -> dict[str, Any]:
+    """What the run that has written ``checkpoint`` was told, if that can be read."""
+    try:
+        return tomllib.loads((checkpoint.path / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

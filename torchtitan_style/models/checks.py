@@ -1,0 +1,52 @@
+"""What is wrong between the [model] section and the rest of a configuration. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torchtitan_style.config.checks import Problem
+from torchtitan_style.config.schema import Config
+
+from .spec import ModelSpec
+
+__all__ = ["model_problems"]
+
+
+def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
+    """Everything that is wrong with the shape of the model, by itself and with rows, ranks and tokenizer."""
+    names = [field.name for field in dataclasses.fields(spec.config_class)]
+    given = {name: value for name, value in config.model if name in names and value is not None}
+    values = dataclasses.asdict(spec.flavors[config.model.flavor]) | given
+
+    def keys(*fields: str) -> tuple[str, ...]:
+        """The settings that decide ``fields``: what is not overridden is the flavor's."""
+        flavor = () if given.keys() >= set(fields) else ("model.flavor",)
+        return (*(f"model.{name}" for name in fields), *flavor)
+
+    # A shape that contradicts itself cannot be constructed, so its fields are judged one by one.
+    shape: Any = object.__new__(spec.config_class)
+    shape.__dict__.update(values)
+    for fields, text in shape.problems():
+        yield Problem(keys(*fields), text)
+
+    tp = config.parallelism.tensor_parallel_degree
+    for name, what in spec.tensor_parallel:
+        if values[name] > 0 and values[name] % tp:
+            yield Problem(
+                ("parallelism.tensor_parallel_degree", *keys(name)),
+                f"{tp} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
+            )
+    seq_len = config.training.seq_len
+    if 0 < values["max_position_embeddings"] < seq_len:
+        yield Problem(
+            ("training.seq_len", *keys("max_position_embeddings")),
+            f"{seq_len} exceeds model.max_position_embeddings = {values['max_position_embeddings']}",
+        )
+    # 256 bytes, Qwen3's 26 special tokens, and one merge, so that there is something to train.
+    if config.data.tokenizer == "train" and 0 < values["vocab_size"] < 283:
+        yield Problem(
+            (*keys("vocab_size"), "data.tokenizer"),
+            f"a byte-level tokenizer with Qwen3's special tokens needs at least 283 tokens, not {values['vocab_size']}",
+        )
