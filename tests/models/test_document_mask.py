@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
+from torchtitan_style.data.rows import Rows
 from torchtitan_style.models.qwen3.attention import attend, attention_mask, document_positions
 from torchtitan_style.models.qwen3.config import Qwen3Config
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
@@ -100,3 +102,12 @@ def test_blocks_for_flex_attention_allow_what_the_mask_allows(window: int | None
     blocks = attention_mask(ids, 300, window, flex=True, device=device)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(attend(q, k, v, blocks), attend(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_rows_are_those_that_the_model_counts() -> None:
+    draw = np.random.default_rng(0)
+    documents = (draw.random((4, 50)) < 0.1).cumsum(axis=1)
+    documents -= documents[:, :1]
+    rows = Rows(documents, documents, documents)
+    assert rows.positions.tolist() == document_positions(torch.from_numpy(documents)).tolist()
+    assert rows.positions[:, 0].tolist() == [0] * 4

@@ -32,6 +32,10 @@ from .writer import HashingWriter, StagedPlanner
 __all__ = ["Checkpointer"]
 
 
+_FAILURES = (OSError, UserError, CheckpointException)
+"""What a save may fail with. UserError: a file that cannot be read back."""
+
+
 class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks.
 
@@ -87,17 +91,15 @@ class Checkpointer:
         if self.config.async_mode == "async":
             copies = self._staging.copy(tensors)
             self.under_way = self._thread.submit(self._write, step, tensors, copies, train_state, about)
-        else:
-            self.under_way = Future()
-            try:
-                self._write(step, tensors, None, train_state, about)
-                self.under_way.set_result(None)
-            except BaseException as error:  # raised again by finish
-                self.under_way.set_exception(error)
-            self.finish()
-        if self.under_way is None and self._failure is None:
-            # Reading back what was written takes as long again, and training need not wait for it.
-            self.under_way = self._thread.submit(self._retain)
+            return
+        try:
+            self._write(step, tensors, None, train_state, about)
+        except _FAILURES as error:
+            self._fail(error)
+            return
+        self._failure = None
+        # Reading back what was written takes as long again, and training need not wait for it.
+        self.under_way = self._thread.submit(self._retain)
 
     @property
     def is_busy(self) -> bool:
@@ -122,17 +124,21 @@ class Checkpointer:
         self._failure = None
         try:
             under_way.result()
-        except (OSError, UserError, CheckpointException) as error:  # UserError: a file that cannot be read back
-            on_main(self.folder.remove_unfinished)
-            self._failure = RunError(
-                f"the checkpoint of step {self._step} could not be saved: {_reason(error)}; {self._last_good()}"
-            )
-            if self.config.on_error == "stop":
-                raise self._failure from None
-            self.say(f"{self._failure}; going on, as checkpoint.on_error says")
+        except _FAILURES as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError | UserError | CheckpointException) -> None:
+        """Clean up after a save that has failed. Raises RunError if ``on_error`` is "stop"."""
+        on_main(self.folder.remove_unfinished)
+        self._failure = RunError(
+            f"the checkpoint of step {self._step} could not be saved: {_reason(error)}; {self._last_good()}"
+        )
+        if self.config.on_error == "stop":
+            raise self._failure from None
+        self.say(f"{self._failure}; going on, as checkpoint.on_error says")
 
     def wait(self) -> None:
-        """Let a save in the background end, whatever becomes of it."""
+        """Wait for a save in the background, and ignore its outcome."""
         if self.under_way is not None:
             self.under_way.exception()
 

@@ -40,8 +40,10 @@ class Microbatch(NamedTuple):
 
     inputs: Tensor
     labels: Tensor
-    documents: Tensor | None
+    documents: Tensor | None = None
     """Which document of its row each position belongs to; None if all may attend to all before them."""
+    positions: Tensor | None = None
+    """Counted from the first token of each position's document; None: from the first of the row."""
 
 
 @dataclass(frozen=True)
@@ -306,4 +308,6 @@ def microbatch(rows: Rows, device: torch.device, *, document_mask: bool) -> Micr
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    return Microbatch(move(rows.inputs), move(rows.labels), move(rows.documents) if document_mask else None)
+    if not document_mask:
+        return Microbatch(move(rows.inputs), move(rows.labels))
+    return Microbatch(move(rows.inputs), move(rows.labels), move(rows.documents), move(rows.positions))

@@ -65,6 +65,13 @@ class Rows:
         return Rows(self.inputs[indices], self.labels[indices], self.documents[indices])
 
     @property
+    def positions(self) -> NDArray[np.int64]:
+        """Of each token, counted from the first of its document, [n, seq_len]."""
+        t = np.arange(self.documents.shape[1])
+        begins = np.diff(self.documents, axis=1, prepend=-1) != 0  # documents are numbered from 0
+        return t - np.maximum.accumulate(np.where(begins, t, 0), axis=1)
+
+    @property
     def padding(self) -> int:
         """Positions that are padding."""
         return int((self.labels == NO_LABEL).sum())

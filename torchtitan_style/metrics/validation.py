@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,22 +16,22 @@ __all__ = ["validate"]
 @torch.no_grad()
 def validate(
     model: Callable[..., tuple[Tensor, Tensor]],
-    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    batches: Iterable[Sequence[Any]],
     group: dist.ProcessGroup,
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Mean over all tokens of the ``batches`` of all ranks of ``group``.
 
-    batches: inputs, labels (-100 for none), and documents or None; each [B, T]. model: takes them, and returns the
-    sum of the token losses and the number of right guesses. stop: asked before every batch, by all ranks equally
-    often; once it says yes, None is returned.
+    batches: inputs and labels (-100 for none), each [B, T], and what else the model takes (``Microbatch``). model:
+    returns the sum of the token losses and the number of right guesses. stop: asked before every batch, by all ranks
+    equally often; once it says yes, None is returned.
     """
     sums = None
-    for inputs, labels, documents in batches:
+    for inputs, labels, *others in batches:
         if stop():
             return None
-        loss, right = model(inputs, labels, documents)
+        loss, right = model(inputs, labels, *others)
         part = torch.stack((loss.double(), right.double(), (labels != -100).sum().double()))
         sums = part if sums is None else sums + part
     assert sums is not None, "there is at least one row"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
 from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.data.rows import Rows
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.local import whole_tensor
 from torchtitan_style.distributed.world import World
@@ -59,10 +60,11 @@ def global_batch(config: Config, *, rows: int) -> Microbatch:
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     missing = torch.linspace(0.1, 0.6, rows)[:, None]
     labels[torch.rand(labels.shape, generator=generator) < missing] = -100
-    documents = None
-    if config.data.document_mask:
-        documents = (torch.rand(labels.shape, generator=generator) < 4 / config.training.seq_len).cumsum(dim=1)
-    return Microbatch(inputs, labels, documents)
+    if not config.data.document_mask:
+        return Microbatch(inputs, labels)
+    documents = (torch.rand(labels.shape, generator=generator) < 4 / config.training.seq_len).cumsum(dim=1)
+    positions = Rows(inputs.numpy(), labels.numpy(), documents.numpy()).positions
+    return Microbatch(inputs, labels, documents, torch.from_numpy(positions))
 
 
 def _documents(batch: Microbatch, row: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -290,8 +290,8 @@ class Qwen3ForCausalLM(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         documents: Tensor | None = None,
-        *,
         positions: Tensor | None = None,
+        *,
         cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V] or, given labels, the sum of the token losses and the number of right guesses.
