@@ -80,11 +80,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_flops(device: torch.device, dtype: torch.dtype, *, products: int = 5) -> float | None:
     """FLOP/s that matrix multiplication in ``dtype`` can reach, or None if unknown.
 
     From the data sheet on CUDA, for bf16; measured on CPU, with the threads of this process, in about a fifth of a
     second, and in fp32 where that is what ``dtype`` is multiplied in.
+
+    products: how many to time on CPU; the fastest counts, and one more warms up.
     """
     if device.type == "cuda":
         known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
@@ -95,7 +97,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
     a @ a
-    for _ in range(5):
+    for _ in range(products):
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
