@@ -80,28 +80,27 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, *, products: int = 5) -> float | None:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that matrix multiplication in ``dtype`` can reach, or None if unknown.
 
     From the data sheet on CUDA, for bf16; measured on CPU, with the threads of this process, in about a fifth of a
     second, and in fp32 where that is what ``dtype`` is multiplied in.
 
-    products: how many to time on CPU; the fastest counts, and one more warms up.
+    On CPU it is the mean of a few products, not the fastest: of processes that share a core, one may have it alone for a
+    moment, and the sum of such moments is more than the core can do.
     """
     if device.type == "cuda":
         known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
         return next(known, None) if dtype == torch.bfloat16 else None
     if not is_fast(dtype, device):
         dtype = torch.float32
-    size = 1024
+    size, products = 1024, 5
     a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
     a @ a
+    start = time.perf_counter()
     for _ in range(products):
-        start = time.perf_counter()
         a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 * products / (time.perf_counter() - start)
 
 
 def keep_tensors_apart(device: torch.device) -> None:

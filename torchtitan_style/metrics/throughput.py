@@ -18,8 +18,6 @@ __all__ = ["Meter"]
 
 _SHARE = 0.005
 """Of the time of training, what measuring the peak may take."""
-_PRODUCTS = 5
-"""Matrix products of one measurement, at most."""
 
 
 class Meter:
@@ -32,7 +30,7 @@ class Meter:
         """FLOP/s of all devices together; NaN if one of them is unknown."""
         if world.device.type == "cpu":
             dist.barrier()  # ranks that share cores measure at the same moment
-        self._measure_peak(products=5)
+        self._measure_peak()
         self._measuring = 0.0  # that was before training
         self.restart()
 
@@ -46,24 +44,24 @@ class Meter:
         share = f", {count} times {_flops(self._peak / count)}" if count > 1 else ""
         return f"MFU is relative to {_flops(self._peak)}{share}: the data sheet of {devices.name(self.world.device)}"
 
-    def _measure_peak(self, *, products: int) -> None:
+    def _measure_peak(self) -> None:
         """Measure on all ranks at once, and keep the best sum: other programs may have had the cores before."""
         start = time.perf_counter()
         peak = torch.tensor(
-            devices.peak_flops(self.world.device, self._dtype, products=products) or math.nan,
+            devices.peak_flops(self.world.device, self._dtype) or math.nan,
             dtype=torch.float64,
             device=self.world.device,
         )
         dist.all_reduce(peak)
         self._peak = peak.item() if math.isnan(self._peak) else max(self._peak, peak.item())
-        self._seconds_each = (time.perf_counter() - start) / (products + 1)
-        self._measuring += time.perf_counter() - start
+        self._last_measuring = time.perf_counter() - start
+        self._measuring += self._last_measuring
 
-    def _products_due(self, elapsed: float, measuring: float, each: float) -> int:
-        """How many products the time allows; the arguments are maxima over the ranks, so all get the same number."""
+    def _peak_is_due(self, elapsed: float, measuring: float, last: float) -> bool:
+        """Whether the time allows another measurement; the arguments are maxima over the ranks, so all agree."""
         if self.world.device.type != "cpu" or math.isnan(self._peak):
-            return 0
-        return min(_PRODUCTS, int((_SHARE * elapsed - measuring) / each) - 1)
+            return False
+        return measuring + last <= _SHARE * elapsed
 
     def restart(self) -> None:
         """Forget what was counted, as after something that is not training."""
@@ -88,7 +86,7 @@ class Meter:
                 self._waited / elapsed,
                 time.perf_counter() - self._began,
                 self._measuring,
-                self._seconds_each,
+                self._last_measuring,
             ],
             dtype=torch.float64,
             device=self.world.device,
@@ -96,8 +94,8 @@ class Meter:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         memory, waited, *times = worst.tolist()
         speed = self._tokens / elapsed
-        if (products := self._products_due(*times)) > 0:
-            self._measure_peak(products=products)
+        if self._peak_is_due(*times):
+            self._measure_peak()
         achieved = speed * self.flops_per_token
         self._peak = max(self._peak, achieved)  # what was done can be done; NaN stays
         mfu = achieved / self._peak
