@@ -86,8 +86,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     From the data sheet on CUDA, for bf16; measured on CPU, with the threads of this process, in about a fifth of a
     second, and in fp32 where that is what ``dtype`` is multiplied in.
 
-    On CPU it is the mean of a few products, not the fastest: of processes that share a core, one may have it alone for a
-    moment, and the sum of such moments is more than the core can do.
+    On CPU it is the mean of a few products, not the fastest: of processes that share a core, one may have it alone for
+    a moment, and the sum of such moments is more than the core can do.
     """
     if device.type == "cuda":
         known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
