@@ -148,3 +148,9 @@ def test_the_package_offers_the_model() -> None:
     assert torchtitan_style.load_model is load_model
     with pytest.raises(AttributeError, match="no attribute 'Qwen4'"):
         _ = torchtitan_style.Qwen4
+
+
+def test_the_package_lists_what_it_offers() -> None:
+    import torchtitan_style
+
+    assert set(torchtitan_style.__all__) <= set(dir(torchtitan_style))

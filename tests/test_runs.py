@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -107,12 +108,16 @@ def test_a_run_leaves_what_is_documented(one_process) -> None:
     assert sorted(training) == list(range(1, 31))
     assert training[30].keys() == {
         "step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "mfu", "peak_memory_gib",
-        "data_wait_fraction", "batch_hash",
+        "data_wait_fraction", "time", "batch_hash",
     }  # fmt: skip
+    times = [record["time"] for record in records(one_process)]
+    assert times == sorted(times)
+    assert 0 <= time.time() - times[-1] < 3600
+    assert all(0 < record["mfu"] <= 1 for record in training.values())
     assert training[30]["tokens_seen"] == 30 * 8 * 64
     validations = [record for record in records(one_process) if "val_loss" in record]
     assert [record["step"] for record in validations] == [0, 15, 30]
-    assert validations[0].keys() == {"step", "val_loss", "val_perplexity", "val_accuracy"}
+    assert validations[0].keys() == {"step", "val_loss", "val_perplexity", "val_accuracy", "time"}
     assert validations[-1]["val_loss"] < validations[0]["val_loss"] - 1
 
 

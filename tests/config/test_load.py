@@ -416,3 +416,18 @@ def test_a_mistake_is_told_before_any_rank_starts(launch, tmp_path: Path) -> Non
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: --parallelism.tensor_parallel_degree: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "prompt"),
+    [
+        ([], "def"),
+        (["--data.dataset", "files", "--data.paths", "*.md"], ""),
+        (["--data.dataset", "files", "--data.paths", "*.md", "--generation.prompt", "x"], "x"),
+        (["--generation.prompt", ""], ""),
+    ],
+)
+def test_samples_start_as_code_only_where_the_corpus_is_code(overrides: list[str], prompt: str) -> None:
+    config = load_config(Path("train_configs/qwen3.toml"), overrides, world_size=1)
+    assert config.sample_prompt == prompt
+    assert "Python" not in config.job.description

@@ -13,7 +13,7 @@ from tiny_hf import hf_model, write_tokenizer
 
 from torchtitan_style import load_model
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.inference.conversation import ChatTemplate, Conversation, _Thoughts
+from torchtitan_style.inference.conversation import ChatTemplate, Conversation, _Thoughts, split_at_special_token
 from torchtitan_style.inference.generate import TextModel
 from torchtitan_style.inference.settings import Sampling
 
@@ -170,3 +170,43 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
 def test_a_template_that_fails_is_said() -> None:
     with pytest.raises(UserError, match="the model's chat template does not take this conversation"):
         ChatTemplate("{{ messages[0].content + 1 }}", {}).render([{"role": "user", "content": "hi"}])
+
+
+_ENDS = {
+    # template of one message, what ends an answer: stop strings, tokens
+    "special token": ("<|im_start|>{r}\n{c}<|im_end|>\n", [], ["<|im_end|>"]),
+    "two special tokens": ("{c}<|im_end|><|endoftext|>", [], ["<|im_end|>"]),
+    "text": ("## {r}\n{c}\n## end\n", ["\n## end"], []),
+    "text before a special token": ("{c} END <|im_end|>\n", [" END"], ["<|im_end|>"]),
+    "the next turn, as text": ("{r}: {c}\n", ["\nuser:"], []),
+    "the next turn, as a special token": ("<|im_start|>{r}\n{c}\n", [], ["<|im_start|>"]),
+}
+
+
+@pytest.mark.parametrize("name", _ENDS)
+def test_the_end_of_a_turn_is_read_off_the_template(model: TextModel, name: str) -> None:
+    turn, stop, tokens = _ENDS[name]
+    turn = turn.replace("{r}", "{{ m.role }}").replace("{c}", "{{ m.content }}").replace("\n", "{{ '\\n' }}")
+    template = ChatTemplate("{% for m in messages %}" + turn + "{% endfor %}", {})
+    found = split_at_special_token(template.end_of_turn(), model.tokenizer)
+    assert found == (stop, {model.tokenizer.backend.token_to_id(token) for token in tokens})
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ raise_exception('no') }}", "{{ 1 }}"])
+def test_a_template_that_shows_no_end_of_turn_stops_nothing(model: TextModel, source: str) -> None:
+    assert split_at_special_token(ChatTemplate(source, {}).end_of_turn(), model.tokenizer) == ([], set())
+
+
+@pytest.mark.parametrize("ends", ["<|im_end|>", "of text"], ids=["special token", "text"])
+def test_an_answer_ends_with_the_templates_turn_though_the_models_eos_is_another(
+    model: TextModel, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A model that says "of", the end of its turn, and goes on."""
+    monkeypatch.setattr(model, "stop_tokens", {model.tokenizer.end_of_text})
+    script = model.encode(f" def{ends} loss")
+    said = iter(script * 3)
+    monkeypatch.setattr("torchtitan_style.inference.decode.Sampler.pick", lambda *_: [next(said)])
+    turn = "{% for m in messages %}{{ m.role }}{{ m.content }}" + ends + "{% endfor %}"
+    conversation = Conversation(model, template=ChatTemplate(turn, {}))
+    assert answer(conversation, "x") == " def"
+    assert conversation.finish == "stop"

@@ -328,3 +328,12 @@ def test_a_tokenizer_of_another_model(folder: Path, tmp_path: Path) -> None:
     model = load_model(small, dtype=torch.float32)
     with pytest.raises(UserError, match="another model's tokenizer"):
         model.generate(" ".join(PROMPTS))
+
+
+def test_an_option_that_there_is_not_is_answered_with_the_nearest_and_all(model: TextModel) -> None:
+    with pytest.raises(TypeError, match="no option max_new_token; did you mean max_new_tokens") as raised:
+        model.generate("def", max_new_token=3)
+    for option in ("num_samples", "seed", "stop", "temperature", "min_p"):
+        assert option in str(raised.value)
+    with pytest.raises(TypeError, match=r"no option zzz\. The options are max_new_tokens"):
+        model.generate("def", zzz=3)

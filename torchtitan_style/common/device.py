@@ -80,21 +80,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
     From the data sheet on CUDA, for bf16; measured on CPU, with the threads of this process, in about a fifth of a
     second, and in fp32 where that is what ``dtype`` is multiplied in.
+
+    On CPU it is the mean of a few products, not the fastest: of processes that share a core, one may have it alone for
+    a moment, and the sum of such moments is more than the core can do.
     """
     if device.type == "cuda":
         known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
         return next(known, None) if dtype == torch.bfloat16 else None
     if not is_fast(dtype, device):
         dtype = torch.float32
-    size = 1024
+    size, products = 1024, 5
     a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
     a @ a
-    for _ in range(5):
-        start = time.perf_counter()
+    start = time.perf_counter()
+    for _ in range(products):
         a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 * products / (time.perf_counter() - start)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

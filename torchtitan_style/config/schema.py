@@ -373,8 +373,9 @@ class Generation(Section):
 
     enable: bool = True
     """Print samples."""
-    prompt: str = "def"
-    """Text that the sample continues; empty: starts a new document."""
+    prompt: str | None = None
+    """Text that the sample continues; empty: starts a new document. Left out: "def" where the corpus is stdlib, else
+    empty."""
     max_new_tokens: Positive = 96
     """Tokens to sample."""
     temperature: FiniteNonNegative = 0.7
@@ -409,6 +410,13 @@ class Config(Section):
     comm: Comm = Comm()
     generation: Generation = Generation()
     debug: Debug = Debug()
+
+    @property
+    def sample_prompt(self) -> str:
+        """The text that samples continue, "" for a new document."""
+        if self.generation.prompt is not None:
+            return self.generation.prompt
+        return "def" if self.data.dataset == "stdlib" else ""
 
     @property
     def initial_weights(self) -> str:

@@ -68,6 +68,8 @@ class Tokenizer:
         if end is None:
             raise UserError(f"{folder} has neither {END_OF_TEXT} nor an eos_token to end documents")
         self.end_of_text: int = end
+        added = self.backend.get_added_tokens_decoder()
+        self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
         self._bulk: Callable[[list[str]], list[NDArray[np.uint32]]] | None = None
         self.num_ids = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id: what the model's vocab_size must be at least."""
@@ -76,6 +78,14 @@ class Tokenizer:
         """The id of the "eos_token" or the "pad_token" that its settings name, or None."""
         token = self._special[role]
         return None if token is None else self.backend.token_to_id(token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether ``decode`` leaves it out."""
+        return token in self._hidden
+
+    def token(self, token: int) -> str:
+        """The text of a special token in a prompt."""
+        return self._hidden[token]
 
     @property
     def fingerprint(self) -> str:

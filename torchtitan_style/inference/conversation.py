@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.data.tokenizer import Tokenizer
 
 from .decode import Speed
 from .generate import Finish, TextModel
 from .settings import Sampling
 from .text import overlap
 
-__all__ = ["ChatTemplate", "Conversation"]
+__all__ = ["ChatTemplate", "Conversation", "split_at_special_token"]
 
 THINK, END_THINK = "<think>", "</think>"
 """What Qwen3 puts around its thoughts."""
+
+_ANSWER, _NEXT = "an-answer-to-look-for", "a-question-to-look-for"
+"""Messages that are found again in a rendered conversation."""
 
 
 class ChatTemplate:
@@ -48,8 +52,27 @@ class ChatTemplate:
         """Whether it knows of a thinking mode."""
         return "enable_thinking" in self._source
 
-    def render(self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None) -> str:
-        """The text of ``messages``, up to where the model's answer begins.
+    def end_of_turn(self, *, system: str | None = None) -> str:
+        """The text that the template puts after an answer, "" if it cannot be told.
+
+        It is what follows the last message, or, if that is only white space, what is between it and the next one.
+        """
+        first = [{"role": "system", "content": system}] if system else []
+        first += [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            last = self.render(first, answer_follows=False)
+            between = self.render([*first, {"role": "user", "content": _NEXT}], answer_follows=False)
+        except UserError:  # it takes no such conversation
+            return ""
+        end = last.rpartition(_ANSWER)[2] if _ANSWER in last else ""
+        if not end.strip() and _NEXT in between.rpartition(_ANSWER)[2]:
+            end = between.rpartition(_ANSWER)[2].partition(_NEXT)[0]
+        return end.rstrip()
+
+    def render(
+        self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None, answer_follows: bool = True
+    ) -> str:
+        """The text of ``messages``, up to where the model's answer begins if ``answer_follows``.
 
         Raises UserError if the template refuses them.
         """
@@ -59,7 +82,10 @@ class ChatTemplate:
         options: dict[str, Any] = self._special_tokens | ({} if thinking is None else {"enable_thinking": thinking})
         try:
             rendered, _ = render_jinja_template(
-                conversations=[list(messages)], chat_template=self._source, add_generation_prompt=True, **options
+                conversations=[list(messages)],
+                chat_template=self._source,
+                add_generation_prompt=answer_follows,
+                **options,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # it is a program
             raise UserError(f"the model's chat template does not take this conversation: {error}") from None
@@ -85,6 +111,8 @@ class Conversation:
         """Of the last answer."""
         self.finish: Finish | None = None
         """Why the last answer ended; None: it was interrupted."""
+        end = template.end_of_turn(system=system) if template else ""
+        self._stop, self._stop_tokens = split_at_special_token(end, model.tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -115,6 +143,8 @@ class Conversation:
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            stop=self._stop,
+            stop_tokens=self._stop_tokens,
             speed=self.speed,
             cache=self._cache,
             cached=self._cached,
@@ -162,6 +192,17 @@ class Conversation:
         known = self._cache.truncate(min(same, len(ids) - 1))
         del self._cached[known:]
         return known
+
+
+def split_at_special_token(end: str, tokenizer: Tokenizer) -> tuple[list[str], set[int]]:
+    """The stop strings and the stop tokens that ``end`` of a turn, as text, stands for.
+
+    A special token ends an answer as a token, as it is not part of the decoded text; text ends it as a stop string.
+    """
+    ids = tokenizer.encode(end)
+    at = next((i for i, token in enumerate(ids) if tokenizer.is_special(token)), len(ids))
+    text = end if at == len(ids) else end.partition(tokenizer.token(ids[at]))[0]
+    return [text.rstrip()] if text.strip() else [], set(ids[at : at + 1])
 
 
 def _plain(messages: list[dict[str, str]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+import difflib
+import inspect
+from collections.abc import Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -126,9 +128,9 @@ class TextModel:
 
     def settings(self, **changes: Any) -> Sampling:
         """The model's own sampling with ``changes``. Raises UserError if they have no meaning."""
-        fields = {field.name for field in dataclasses.fields(Sampling)}
-        if unknown := sorted(changes.keys() - fields):
-            raise TypeError(f"there is no option {', '.join(unknown)}; sampling has {', '.join(sorted(fields))}")
+        fields = [field.name for field in dataclasses.fields(Sampling)]
+        if unknown := sorted(changes.keys() - set(fields)):
+            raise TypeError(_unknown_option(unknown[0], [*_OPTIONS, *fields]))
         sampling = dataclasses.replace(self.sampling, **changes)
         sampling.check()
         return sampling
@@ -182,12 +184,14 @@ class TextModel:
         num_samples: int = 1,
         seed: int = 0,
         stop: Sequence[str] = (),
+        stop_tokens: Set[int] = frozenset(),
         speed: Speed | None = None,
         cache: KVCache | None = None,
         cached: list[int] | None = None,
     ) -> Generator[Piece, None, None]:
         """As ``pieces``, for token ids.
 
+        stop_tokens: tokens that end a text beside the model's own.
         cache, cached: of what is before a single row, and the ids of it; both are added to.
         """
         if max_new_tokens < 1 or num_samples < 1:
@@ -197,6 +201,7 @@ class TextModel:
             return
         self.check_memory(rows, num_samples)
         prompts = [[*(cached or ()), *row] for row in rows for _ in range(num_samples)]
+        ends = self.stop_tokens | stop_tokens
         positions = self.config.max_position_embeddings
         seeds = [f"{seed}/{sample}" for _ in rows for sample in range(num_samples)]
         capacity = min(positions, max(map(len, rows)) + min(max_new_tokens, _AT_FIRST))
@@ -219,8 +224,8 @@ class TextModel:
                 going = []
                 for row, token in zip(decoder.rows, tokens, strict=True):
                     drawn[row] += 1
-                    text = texts[row].push(token) if token not in self.stop_tokens else ""
-                    if token in self.stop_tokens or texts[row].stopped:
+                    text = texts[row].push(token) if token not in ends else ""
+                    if token in ends or texts[row].stopped:
                         yield Piece(row, text + texts[row].finish(), "stop", drawn[row])
                     elif drawn[row] == most[row]:
                         why: Finish = "length" if drawn[row] == max_new_tokens else "positions"
@@ -234,3 +239,17 @@ class TextModel:
                 cached += decoder.fed
             if speed is not None:
                 speed += decoder.speed
+
+
+_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(TextModel.pieces).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+]
+"""Options of ``pieces`` that are not fields of ``Sampling``."""
+
+
+def _unknown_option(name: str, options: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, options, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
+    return f"there is no option {name}{hint} The options are {', '.join(options)}"

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 __all__ = ["Display"]
@@ -37,12 +37,11 @@ class Display:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=self._console,
                 transient=True,
             )
-            self._progress.add_task("", total=steps, completed=step)
+            self._progress.add_task("", total=steps, completed=step, left="")
             self._progress.start()
 
     def advance(self, step: int) -> None:
@@ -54,14 +53,16 @@ class Display:
             self._progress.stop()
             self._progress = None
 
-    def step(self, record: dict[str, Any], *, steps: int, seconds_left: float) -> None:
-        """The line of a training step, from its record in metrics.jsonl."""
+    def step(self, record: dict[str, Any], *, steps: int, seconds_left: float | None) -> None:
+        """The line of a training step, from its record in metrics.jsonl. seconds_left: None if it is not known yet."""
+        left = "" if seconds_left is None else f"  {timedelta(seconds=round(seconds_left))} left"
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], left=left)
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:5.1%}"
         self.say(
             f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:7.4f}  "
             f"grad norm {record['grad_norm']:6.3f}  lr {record['lr']:.2e}  "
-            f"{record['tokens_per_second']:>9,.0f} tokens/s{mfu}  {record['peak_memory_gib']:.2f} GiB  "
-            f"{timedelta(seconds=round(seconds_left))} left"
+            f"{record['tokens_per_second']:>9,.0f} tokens/s{mfu}  {record['peak_memory_gib']:.2f} GiB{left}"
         )
 
     def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:

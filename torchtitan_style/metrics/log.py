@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ class TrainingLog:
         self.last_validation: dict[str, float] = {}
         self._pending: list[tuple[int, int, StepResult]] = []
         self._is_first = True
+        self._timed_from: tuple[int, float] | None = None
+        """The first step here, which may compile, and when it ended."""
         self._longest = skipped.in_a_row
         """Skipped steps in a row, the most since the last flush."""
         self._recorder = (
@@ -129,12 +132,13 @@ class TrainingLog:
         taken = torch.stack([result.taken for _, _, result in self._pending])
         dist.all_reduce(counts, group=self.world.dp_group)  # hashes wrap around, as they should
         speed = self.meter.read()
+        now = time.time()
         records = [
             {"step": step, "loss": loss, "grad_norm": norm}
             | self._count(step, was_taken)
             | {"tokens_seen": tokens_seen}
             | speed
-            | {"batch_hash": f"{batch_hash % 2**64:016x}"}
+            | {"time": now, "batch_hash": f"{batch_hash % 2**64:016x}"}
             | self._data_figures(padding, corpus_rows)
             for (step, tokens_seen, _), loss, norm, was_taken, (batch_hash, _, padding, *corpus_rows) in zip(
                 self._pending, losses.tolist(), norms.tolist(), taken.tolist(), counts.tolist(), strict=True
@@ -146,9 +150,7 @@ class TrainingLog:
         if self._recorder:
             self._recorder.write(records)
         self.last = records[-1]
-        step = self.last["step"]
-        seconds_left = (self.last_step - step) * self.tokens_per_step / speed["tokens_per_second"]
-        self.display.step(self.last, steps=self.last_step, seconds_left=seconds_left)
+        self.display.step(self.last, steps=self.last_step, seconds_left=self._seconds_left(self.last["step"]))
         for record in records:
             if "skipped" in record:
                 self._report_skipped(record)
@@ -159,6 +161,16 @@ class TrainingLog:
                 f"{self.max_skipped}); the weights were not changed by them. A lower optimizer.lr or "
                 "training.max_norm, or a longer lr_scheduler.warmup_steps, may help"
             )
+
+    def _seconds_left(self, step: int) -> float | None:
+        """From the mean time of the steps so far, with what came between them, as validation; None after the first."""
+        now = time.perf_counter()
+        if self._timed_from is None:
+            self._timed_from = step, now
+        first, since = self._timed_from
+        if step >= self.last_step:
+            return 0.0
+        return (self.last_step - step) * (now - since) / (step - first) if step > first else None
 
     def _count(self, step: int, taken: bool) -> dict[str, Any]:
         """The learning rates of a step; takes note if it was skipped."""
@@ -192,7 +204,7 @@ class TrainingLog:
         """Record and print the figures of a validation."""
         self.last_validation = figures
         if self._recorder:
-            self._recorder.write([{"step": step} | figures])
+            self._recorder.write([{"step": step} | figures | {"time": time.time()}])
         self.display.validation(step, figures, best=best)
 
     def close(self) -> None:

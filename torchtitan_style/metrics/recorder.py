@@ -72,7 +72,7 @@ class Recorder:
         """Append ``records``, each with its "step"."""
         self._append("".join(json.dumps(_finite(record)) + "\n" for record in records))
         for record in records:
-            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
             if self._tensorboard is not None:
                 with self._forgiving():
                     for key, value in numbers.items():

@@ -261,7 +261,8 @@ class Trainer:
         config = self.config.generation
         if not config.enable:
             return
-        prompt = self.tokenizer.encode(config.prompt) or [self.tokenizer.end_of_text]
+        text = self.config.sample_prompt
+        prompt = self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
         with evaluating(self.model):
             ids = sample(
                 self.model,
@@ -275,7 +276,7 @@ class Trainer:
                 device=self.world.device,
                 advance=self.watchdog.beat,
             )
-        self.display.sample(config.prompt, self.tokenizer.decode(prompt + ids)[len(config.prompt) :])
+        self.display.sample(text, self.tokenizer.decode(prompt + ids)[len(text) :])
 
     # Setting up
 
@@ -409,6 +410,8 @@ class Trainer:
             f"{self.model_config.num_parameters / 1e6:,.1f} M parameters, "
             f"{precision}, on {processes}{devices.name(self.world.device)}" + (f" ({layout})" if processes else "")
         )
+        if peak := self.meter.describe_peak():
+            self.display.say(peak)
         microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
         self.display.say(
             f"{total} steps of {plan.global_batch_size} rows of {seq_len} tokens{microbatches}, "

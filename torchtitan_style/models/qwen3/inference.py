@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from torchtitan_style.common.device import fastest_dtype
 from torchtitan_style.distributed.local import local_tensor
 
 from .attention import attend
 from .config import Qwen3Config
-from .model import Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary
+from .model import Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary, loss_of_logits
 
 __all__ = ["fuse", "packs", "split", "split_problem"]
 
@@ -57,6 +58,8 @@ def split(model: Qwen3ForCausalLM, mesh: DeviceMesh) -> None:
 
 def fuse(model: Qwen3ForCausalLM, *, group: dist.ProcessGroup | None = None, compile: bool = False) -> None:
     """Fewer and larger operations, in place: the same sums of the same numbers, for inference only.
+
+    The model is called as before, with a cache or without.
 
     group: the ranks that ``split`` has split the model over. compile: whether the model is going to be compiled: for
     one row a compiler reads matrices that are not packed, so they are kept as they were too. The parameters' names are
@@ -180,22 +183,31 @@ class _Layer(nn.Module):
         self.gate_up_proj = _Matrix(mlp.gate_proj, mlp.up_proj, compile=compile)
         self.down_proj = _Matrix(mlp.down_proj, group=group, compile=compile)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, cache: Cache) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | BlockMask | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
         b, t, _ = x.shape  # x: [B, T, C]
         y = self.qkv_proj(self.input_norm.forward(x)).view(b, t, -1, self.head_dim)  # [B, T, H + 2K, D]
         qk = torch.rms_norm(y[:, :, : self.queries + self.keys], [self.head_dim], None, self.eps) * self.qk_norm
         q, k = apply_rotary(qk, cos, sin).transpose(1, 2).split((self.queries, self.keys), dim=1)
         v = y[:, :, self.queries + self.keys :].transpose(1, 2)
-        k, v, mask = cache.update(self.layer, k, v)
+        if cache is not None:
+            k, v, mask = cache.update(self.layer, k, v)
         x = x + self.o_proj(_attend(q, k, v, mask))
         gate, up = self.gate_up_proj(self.post_norm.forward(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q: [B, H, T, D]; k, v: [B, K, S, D]; mask: as a ``Cache`` gives it. → [B, T, H·D]"""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """q: [B, H, T, D]; k, v: [B, K, S, D]; mask: as for ``attend``. → [B, T, H·D]"""
     b, _, t, _ = q.shape
-    if t == 1 and q.dtype == torch.float32:
+    if t == 1 and q.dtype == torch.float32 and not isinstance(mask, BlockMask):
         # The heads of a key as rows of one matrix: a third to a half faster in fp32, and slower in bf16.
         y = F.scaled_dot_product_attention(q.reshape(b, k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(b, 1, -1)
@@ -219,14 +231,17 @@ class _Embedding(nn.Module):
 
 
 class _Head(nn.Module):
-    """Logits, the ranks' parts of the vocabulary joined."""
+    """Logits, the ranks' parts of the vocabulary joined, or, given labels, the loss."""
 
     def __init__(self, head: nn.Linear, group: dist.ProcessGroup | None, compile: bool) -> None:
         super().__init__()
         self.matrix, self.group = _Matrix(head, compile=compile), group
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert labels is None
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        logits = self._logits(hidden)
+        return logits if labels is None else loss_of_logits(logits, labels)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         # The last positions of a prompt's rows are far apart: one product per row, unless they are copied.
         logits: Tensor = self.matrix(hidden.contiguous())  # [B, T, V / ranks]
         if self.group is None:

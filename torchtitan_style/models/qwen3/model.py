@@ -212,8 +212,12 @@ def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0
     log² of the softmax's normaliser, which keeps logits from drifting (PaLM, Chowdhery et al. 2022, section 5).
     This is the definition; training swaps in one that never holds all logits (``LMHead.loss_function``).
     """
-    logits = F.linear(hidden, weight).flatten(0, 1).float()  # [B·T, V]
-    labels = labels.flatten()
+    return loss_of_logits(F.linear(hidden, weight), labels, z_loss)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """``token_loss`` of logits [B, T, V]."""
+    logits, labels = logits.flatten(0, 1).float(), labels.flatten()  # [B·T, V], [B·T]
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
     if z_loss:
         loss = loss + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
