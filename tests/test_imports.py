@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # The lowest first: a module may import from its own layer and from lower ones. Of the names here that a module's
 # name starts with, the longest counts.
 LAYERS = [
-    ["errors", "folders", "hub", "signals"],
+    ["errors", "folders", "hub", "program", "signals"],
     ["models.qwen3.config", "models.qwen3.hf"],  # plain data
     ["models.qwen3.model", "models.qwen3.attention"],  # plain PyTorch, of use without the rest
     [

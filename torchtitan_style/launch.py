@@ -13,14 +13,20 @@ import re
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # first of all: the imports below take half a second
+    from torchtitan_style.program import begin_run
+
+    begin_run(sys.argv[1:])
+
 from .checkpoint.folder import CheckpointFolder
 from .commands import train
 from .commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 from .commands.torchrun import check_address, count_gpus, start_ranks, wait_for_host
-from .ending import interruptible
+from .ending import interruptible, stops_end_at_once
 from .errors import UserError
 from .preempted import clear_preempted, is_preempted
 from .preflight import preflight
+from .program import delivering_output
 from .run_lock import run_lock
 
 __all__ = ["main"]
@@ -62,6 +68,9 @@ def main(arguments: list[str]) -> None:
         node_rank = os.environ.get("NODE_RANK", "0")
         # The first host has the folder: it may be preparing the data already.
         preflight(config, world_size=nproc * nnodes, say=print, is_first=node_rank == "0")
+        # Told before the ranks start, the first host leaves word of it for all.
+        leave_word_in = Path(config.job.dump_folder) if node_rank == "0" else None
+        stops_end_at_once(leave_word_in)
         check_initial_weights(config)
         if gpus and nproc > gpus:
             raise UserError(
@@ -98,6 +107,7 @@ def main(arguments: list[str]) -> None:
         max_restarts=3 if restarts is None else restarts,
         shutdown_timeout=config.comm.shutdown_timeout_seconds,
         has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
+        leave_word_in=leave_word_in,
     )
 
 
@@ -133,4 +143,5 @@ def _positive(name: str, default: int) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with delivering_output():
+        main(sys.argv[1:])

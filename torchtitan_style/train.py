@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__":  # first of all: the imports below take half a second
+    from torchtitan_style.program import begin_run
+
+    begin_run(sys.argv[1:])
+
 from .commands.train import main
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.errors import RunError, UserError
 from torchtitan_style.hub import fetch
 from torchtitan_style.models.hf_folder import HFFolder
-from torchtitan_style.signals import STOP_SIGNALS
+from torchtitan_style.program import STOP_SIGNALS
 
 __all__ = [
     "VERDICT",
@@ -176,9 +176,6 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(status) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None
-    except BrokenPipeError:  # as in `... --help | head`
-        sys.stderr.close()
-        raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in _DISK:
             raise
