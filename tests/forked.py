@@ -148,6 +148,7 @@ def _be_a_fork(path: str, arguments: list[str]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # as a rank does once it has handlers
     status = fork.wait()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from typing import Any
 
 from . import __version__
 from .common.errors import UserError
+from .common.program import begin, begin_command, begin_run, delivering_output
 
 
 def _imported(module: str) -> Any:
@@ -54,12 +54,11 @@ GPU (NPROC=4 ./run_train.sh for another number).
 """
 
 COMMANDS = ("train", "prepare", "generate", "chat", "checkpoint", "import-hf", "export-hf", "verify")
+WRITERS = ("prepare", "import-hf", "export-hf")
+"""Commands that are there for the files they write: output that is lost does not end them."""
 
 
 def main(arguments: list[str]) -> None:
-    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:  # closed, as by >&-
-            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     if not arguments or arguments in (["--help"], ["-h"], ["help"]):
         print(USAGE)  # at once: what checks a configuration takes longer to import than Python to start
         return
@@ -81,7 +80,15 @@ def main(arguments: list[str]) -> None:
 
 def console() -> None:
     """The ``torchtitan-style`` program that pip installs."""
-    main(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["train"]:
+        begin_run(arguments)
+    else:
+        begin_command()
+        if arguments[:1] and arguments[0] in WRITERS and not {"--help", "-h"} & set(arguments):
+            begin()
+    with delivering_output():
+        main(arguments)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ def become(command: list[str], env: dict[str, str]) -> NoReturn:
         dash_m, module, *arguments = [argument for argument in command if argument != "-u"]
         assert dash_m == "-m"
         sys.argv = [module, *arguments]
+        if module in ("torchtitan_style.launch.launcher", "torchtitan_style.launch.rank"):
+            importlib.import_module("torchtitan_style.common.program").begin_run(arguments)  # as `python -m` does first
         if "FAULTS" in env and ("RANK" in env or env.get("NPROC") == "1"):
             importlib.import_module("tests.faults.faulty").inject(json.loads(env["FAULTS"]))
         importlib.import_module(module).main(arguments)

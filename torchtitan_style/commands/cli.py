@@ -19,7 +19,7 @@ from typing import NoReturn
 from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.hub import fetch
-from torchtitan_style.common.signals import STOP_SIGNALS
+from torchtitan_style.common.program import STOP_SIGNALS
 from torchtitan_style.config import Config
 from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.launch.configure import help_of
@@ -177,9 +177,6 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(status) from None
     except KeyboardInterrupt:  # before training, which has a way of its own
         raise SystemExit(130) from None
-    except BrokenPipeError:  # as in `... --help | head`
-        sys.stderr.close()
-        raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in _DISK:
             raise

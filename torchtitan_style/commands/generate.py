@@ -18,7 +18,7 @@ from torchtitan_style.config.layout import Layout
 from torchtitan_style.train.stopping import ending_at_once
 
 from .cli import Arguments, check_torch, reported_errors
-from .screen import Screen, show_anything
+from .screen import Screen
 from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, compile_steps, load, sampling_of
 
 if TYPE_CHECKING:
@@ -212,7 +212,6 @@ class _Json:
     """One object a line, for each text when its batch is done."""
 
     def __init__(self, seed: int) -> None:
-        show_anything()
         self._seed = seed
 
     def begin(self, rows: list[tuple[str, int, int]]) -> None:

@@ -7,22 +7,15 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["Screen", "show_anything"]
+__all__ = ["Screen"]
 
 _STEERING = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def show_anything() -> None:
-    """Have standard output show a mark for characters that its encoding has not, instead of raising."""
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")
 
 
 class Screen:
     """Both streams; with styles where they are terminals."""
 
     def __init__(self) -> None:
-        show_anything()
         self._out = Console(highlight=False, soft_wrap=True)
         self._about = Console(highlight=False, soft_wrap=True, stderr=True)
 

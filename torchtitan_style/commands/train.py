@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import preflight
-from torchtitan_style.train.stopping import ending_at_once, interruptible
+from torchtitan_style.train.stopping import ending_at_once, ignore_stops, interruptible, stops_end_at_once
 
 from .cli import check_initial_weights, check_torch, check_verdict, parse_config_arguments, reported_errors
 
@@ -35,11 +35,17 @@ def main(arguments: list[str]) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = load_config(named.path, named.overrides, world_size=world_size)
         check_torch()
+        folder = Path(config.job.dump_folder)
         if "RANK" not in os.environ:  # else the launcher has done it
             preflight(config, world_size=1, say=print)
-            check_initial_weights(config)
+        if world_size == 1:
+            stops_end_at_once(folder)
+            if "RANK" not in os.environ:
+                check_initial_weights(config)
+            import torchtitan_style.train.trainer  # noqa: F401  # and torch, whose import no exception may interrupt
         # Several ranks have the data prepared, and agree on when to stop from the beginning.
-        with interruptible(Path(config.job.dump_folder), gracefully=world_size > 1):
-            from torchtitan_style.train.trainer import train  # imports torch
+        with interruptible(folder, gracefully=world_size > 1):
+            from torchtitan_style.train.trainer import train
 
             train(config, world_size=world_size)
+            ignore_stops()

@@ -9,12 +9,20 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
+
+if __name__ == "__main__":  # first of all: the imports below take half a second
+    from torchtitan_style.common.program import begin
+
+    begin()
+
 from pathlib import Path
 
+from torchtitan_style.common.program import STOP_SIGNALS
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.launch.configure import load_config
-from torchtitan_style.train.stopping import ending_at_once, interruptible
+from torchtitan_style.train.stopping import ending_at_once, interruptible, stops_end_at_once
 
 from .cli import reported_errors
 
@@ -23,6 +31,10 @@ def main(folder: Path, tolerance: float | None) -> None:
     """Compare with the reference in ``folder``; rank 0 leaves ``checks.json`` there."""
     with ending_at_once(), reported_errors():
         config = load_config(folder / "config.toml", world_size=int(os.environ["WORLD_SIZE"]))
+        stops_end_at_once()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        import torch  # noqa: F401  # which no exception may interrupt
+
         with interruptible():
             from torchtitan_style.distributed.world import destroy_world, init_world
             from torchtitan_style.verification.layout import compare

@@ -7,10 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
-__all__ = ["STOP_SIGNALS", "holding_interrupts", "shielding_children"]
+from .program import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what torchrun, Kubernetes and SLURM send; what SLURM can be told to send ahead of the time limit."""
+__all__ = ["STOP_SIGNALS", "holding_interrupts", "shielding_children"]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from torchtitan_style.common.errors import RunError, UserError
-from torchtitan_style.common.signals import STOP_SIGNALS
+from torchtitan_style.common.program import STOP_SIGNALS, begin
 from torchtitan_style.config.layout import BatchPlan
 
 from .mixture import choose
@@ -279,6 +279,7 @@ def _as_it_is(part: Any) -> Any:
 
 def _start_worker(_number: int) -> None:
     """The rank decides when its workers end: a signal to all must not take them away before its last save."""
+    begin()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

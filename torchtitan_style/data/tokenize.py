@@ -27,6 +27,8 @@ import numpy as np
 
 from torchtitan_style.common.errors import RunError
 from torchtitan_style.common.files import sha256
+from torchtitan_style.common.program import STOP_SIGNALS, begin
+from torchtitan_style.common.signals import shielding_children
 
 from .corpus import SourceFile
 from .documents import EMPTY, Record, parquet_groups, read_records
@@ -181,8 +183,9 @@ def _in_processes(job: _Job, processes: int, progress: Callable[[int, int], None
         initargs=(os.getpid(), job, counter),
     )
     try:
-        tokenized = [pool.submit(_unit_of_process, number) for number in todo]
-        hashed = {number: pool.submit(sha256, Path(job.files[number].url)) for number in local}
+        with shielding_children():  # they are started here
+            tokenized = [pool.submit(_unit_of_process, number) for number in todo]
+            hashed = {number: pool.submit(sha256, Path(job.files[number].url)) for number in local}
         waiting: set[concurrent.futures.Future[Any]] = {*tokenized, *hashed.values()}
         while waiting and counter.bad <= max_bad:
             finished, waiting = concurrent.futures.wait(
@@ -249,7 +252,9 @@ _process: dict[str, Any] = {}
 
 
 def _start_process(parent: int, job: _Job, counter: _Counter) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    begin()
+    for number in STOP_SIGNALS:  # the parent says when to stop
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread each
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _process.update(job=job, tokenizer=Tokenizer(Path(job.recipe.tokenizer)), counter=counter)

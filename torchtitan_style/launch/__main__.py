@@ -2,7 +2,12 @@
 
 import sys
 
-from .launcher import main
+from torchtitan_style.common.program import begin_run, delivering_output
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    begin_run(sys.argv[1:])  # first of all: the imports below take half a second
+
+    from .launcher import main
+
+    with delivering_output():
+        main(sys.argv[1:])

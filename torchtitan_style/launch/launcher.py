@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
@@ -18,7 +17,7 @@ from torchtitan_style.commands import train
 from torchtitan_style.commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.train.preempted import clear_preempted, is_preempted
-from torchtitan_style.train.stopping import interruptible
+from torchtitan_style.train.stopping import interruptible, stops_end_at_once
 
 from .preflight import preflight
 from .run_lock import run_lock
@@ -56,13 +55,17 @@ def main(arguments: list[str]) -> None:
             return
 
         from torchtitan_style.config.layout import plan_layout
-        from torchtitan_style.launch.configure import load_config
+
+        from .configure import load_config
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
         node_rank = os.environ.get("NODE_RANK", "0")
         # The first host has the folder: it may be preparing the data already.
         preflight(config, world_size=nproc * nnodes, say=print, is_first=node_rank == "0")
+        # Told before the ranks start, the first host leaves word of it for all.
+        leave_word_in = Path(config.job.dump_folder) if node_rank == "0" else None
+        stops_end_at_once(leave_word_in)
         check_initial_weights(config)
         if gpus and nproc > gpus:
             raise UserError(
@@ -99,6 +102,7 @@ def main(arguments: list[str]) -> None:
         max_restarts=3 if restarts is None else restarts,
         shutdown_timeout=config.comm.shutdown_timeout_seconds,
         has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
+        leave_word_in=leave_word_in,
     )
 
 
@@ -131,7 +135,3 @@ def _positive(name: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f'{name}: must be a whole number of at least 1, not "{text}"')
     return int(text)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

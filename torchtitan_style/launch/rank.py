@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from torchtitan_style.commands.train import main
+from torchtitan_style.common.program import begin_run
 
 if __name__ == "__main__":
+    begin_run(sys.argv[1:])  # first of all: the imports below take half a second
+
+    from torchtitan_style.commands.train import main
+
     main(sys.argv[1:])

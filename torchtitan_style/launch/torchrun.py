@@ -8,13 +8,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from torchtitan_style.commands.cli import VERDICT
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.signals import STOP_SIGNALS
+from torchtitan_style.common.program import STOP_SIGNALS
+from torchtitan_style.train.stopping import end_at_once, ignore_stops, stops_end_at_once
 
 __all__ = ["check_address", "count_gpus", "start_ranks", "wait_for_host"]
 
@@ -65,13 +67,14 @@ def start_ranks(
     max_restarts: int = 0,
     shutdown_timeout: int = 30,
     has_saved: Callable[[], bool] = lambda: False,
+    leave_word_in: Path | None = None,
 ) -> None:
     """Run ``nproc`` processes of ``python -m module arguments`` under torchrun, and wait for them.
 
     options: torchrun's, for the rendezvous. torchrun is kept quiet about what the ranks have said
     themselves. max_restarts: how often to start all again when one has died, unless it had said why.
     shutdown_timeout: seconds that the ranks get to save in when this process is told to stop. has_saved: whether
-    they did.
+    they did. leave_word_in: where to leave preempted.json if told to stop before the ranks start.
 
     If one fails this exits: with status 2 for a mistake of the user's, else 1; with 128 + the number of the
     signal if told to stop, unless the ranks have saved.
@@ -82,8 +85,7 @@ def start_ranks(
     # With torchrun's own store the ranks of a restart find the addresses of those before them (torch 2.13, gloo).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     sys.stdout.flush()
-    for number in STOP_SIGNALS:  # until torchrun handles them
-        signal.signal(number, _quit)
+    stops_end_at_once(leave_word_in)  # until torchrun is imported
 
     import logging
 
@@ -93,14 +95,15 @@ def start_ranks(
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     told = signal.SIGTERM
+    too_early = False
 
     def end(number: int, _frame: object) -> None:
-        nonlocal told
+        nonlocal told, too_early
         told = signal.Signals(number)
+        too_early = signal.getsignal(signal.SIGTERM) is end  # torchrun puts its own in place as it starts the ranks
         raise SignalException(f"told to stop by {told.name}", signal.SIGTERM)
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    signal.signal(signal.SIGUSR1, end)  # which torchrun leaves alone
     command = [*options, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
         command.append(f"--shutdown-timeout={shutdown_timeout}")
@@ -110,9 +113,13 @@ def start_ranks(
     with tempfile.TemporaryDirectory() as folder:
         os.environ[VERDICT] = str(Path(folder) / "verdict")
         try:
+            for number in STOP_SIGNALS:  # torchrun takes over all but SIGUSR1
+                signal.signal(number, end)
+            _have_ranks_start_with_signals_blocked()
             run.main([*command, "-m", module, *arguments])
+            ignore_stops()
         except SignalException as received:
-            if not has_saved():
+            if not too_early and not has_saved():
                 raise SystemExit(128 + (told if received.sigval == signal.SIGTERM else received.sigval)) from None
         except RendezvousError as error:
             print(f"error: this host cannot join the others: {error}; RDZV_ENDPOINT is an address of the first host "
@@ -125,7 +132,15 @@ def start_ranks(
             rank, failure = error.get_first_failure()
             print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
             raise SystemExit(1) from None
+    if too_early:
+        end_at_once(told, leave_word_in)
 
 
-def _quit(number: int, _frame: object) -> None:
-    os._exit(128 + number)  # an exception would end torch's import in an abort
+def _have_ranks_start_with_signals_blocked() -> None:
+    """Block signals to stop in the main thread: a rank inherits that, and a signal waits until it has its handlers.
+
+    ``program.begin_run`` and ``ending.interruptible`` unblock them. A signal that came earlier would end that rank
+    alone, and the others would wait for it. Here another thread receives them, for the handlers of the main thread.
+    """
+    threading.Thread(target=threading.Event().wait, name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

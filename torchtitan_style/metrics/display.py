@@ -83,10 +83,6 @@ class Display:
 
 @contextlib.contextmanager
 def _forgiving() -> Iterator[None]:
-    """Lines may go to a file on a disk that is full; that must not end the run. A reader that is gone does."""
-    try:
+    """Lines may go to a file on a disk that is full, or to nobody any more; that must not end the run."""
+    with contextlib.suppress(OSError):
         yield
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass

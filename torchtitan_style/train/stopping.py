@@ -2,7 +2,8 @@
 
 A signal to stop is only taken note of once training has begun: the loop asks ``told_to_stop`` between
 steps, agrees with the other ranks, saves and ends with status 0. Before that, and at a second Ctrl-C, it
-ends the process at once; what was prepared of the data so far is kept.
+ends the process at once; what was prepared of the data so far is kept. ``program.begin_run`` notes what arrives before
+the configuration is read; ``stops_end_at_once`` makes up for it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,24 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from torchtitan_style.common.signals import STOP_SIGNALS
+from torchtitan_style.common.program import STOP_SIGNALS
+from torchtitan_style.common.program import received as _received
 
-from .preempted import write_preempted
+from .preempted import leave_preempted
 
-__all__ = ["ending_at_once", "interruptible", "on_interrupt", "stop_gracefully", "told_to_stop"]
+__all__ = [
+    "end_at_once",
+    "ending_at_once",
+    "ignore_stops",
+    "interruptible",
+    "on_interrupt",
+    "stop_gracefully",
+    "stops_end_at_once",
+    "told_to_stop",
+]
 
-_received: list[tuple[int, float]] = []
-"""Signals, and when."""
 _farewell: list[Callable[[], None]] = []
 _graceful = False
 
@@ -45,10 +55,15 @@ def ending_at_once() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         status = 1
-    with contextlib.suppress(OSError):  # a full disk, or a reader that is gone
+    status = status if isinstance(status, int) else 0 if status is None else 1
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 0 if status is None else 1)
+    except SystemExit as error:  # output that matters is lost
+        status = status or error.code
+    except OSError:  # a full disk, or a reader that is gone
+        pass
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def on_interrupt(farewell: Callable[[], None]) -> None:
@@ -67,12 +82,51 @@ def told_to_stop() -> int:
     return _received[0][0] if _received else 0
 
 
+def stops_end_at_once(dump_folder: Path | None = None) -> None:
+    """From now on a signal to stop ends the process with ``end_at_once``; one that was noted before does so now.
+
+    For while nothing has to be put back in order: even torch can be imported, which an exception would abort.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        end_at_once(number, dump_folder)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end)
+    if _received:
+        end_at_once(_received[0][0], dump_folder)
+
+
+def end_at_once(number: int, dump_folder: Path | None = None) -> NoReturn:
+    """End the process for signal ``number``, with 128 + number as its status.
+
+    dump_folder: a scheduler that ends the run by SIGTERM or SIGUSR1 before there is anything to save finds
+    preempted.json there all the same, and status 0.
+    """
+    ignore_stops()
+    with contextlib.suppress(Exception, SystemExit):  # the signal may have come in the middle of a write
+        sys.stdout.flush()
+        sys.stderr.flush()
+    status = 128 + number
+    if dump_folder and number != signal.SIGINT:
+        with contextlib.suppress(OSError):
+            leave_preempted(dump_folder, signal=signal.Signals(number).name)
+            status = 0
+    # Not sys.exit: leaving the process group in order would wait for ranks that are gone.
+    os._exit(status)
+
+
+def ignore_stops() -> None:
+    """The process ends, and has done all that a signal could ask for."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) -> Iterator[None]:
     """Without a traceback exit with status 130 at Ctrl-C and 143 at SIGTERM, or 138 at SIGUSR1.
 
-    dump_folder: a scheduler that ends the process by SIGTERM or SIGUSR1 before there is anything to save finds
-    preempted.json there all the same, and status 0. gracefully: take note of signals from the beginning.
+    dump_folder: see ``end_at_once``. gracefully: take note of signals from the beginning.
 
     A signal reaches all ranks. One of them may be told first by the others' broken connections, so
     any error after a signal counts as its consequence; without one, a line says whose fault it is not.
@@ -80,6 +134,7 @@ def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) 
     global _graceful
     _graceful = gracefully
     before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield
         for number, handler in before.items():
@@ -98,16 +153,7 @@ def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) 
             for farewell in _farewell:
                 with contextlib.suppress(Exception):
                     farewell()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        number = signal.Signals(_received[0][0])
-        status = 128 + number
-        if dump_folder and not _graceful and number != signal.SIGINT and dump_folder.is_dir():
-            with contextlib.suppress(OSError):
-                write_preempted(dump_folder, step=0, checkpoint=None, signal=number.name)
-                status = 0
-        # Not sys.exit: leaving the process group in order would wait for ranks that are gone.
-        os._exit(status)
+        end_at_once(_received[0][0], None if _graceful else dump_folder)
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
@@ -116,8 +162,7 @@ def _note(number: int, _frame: FrameType | None) -> None:
     again = bool(_received) and now - _received[0][1] > 1
     _received.append((number, now))
     if not _graceful or (again and number == signal.SIGINT):
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+        ignore_stops()
         raise KeyboardInterrupt
 
 

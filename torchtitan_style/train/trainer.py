@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from torchtitan_style.checkpoint.checkpointer import Checkpointer
 from torchtitan_style.checkpoint.manifest import read_manifest
@@ -40,7 +41,7 @@ from .agreement import Agreement
 from .data import RunData
 from .garbage import GarbageCollector
 from .identity import Identity, changed_settings, check_same_run, identity
-from .preempted import clear_preempted, write_preempted
+from .preempted import clear_preempted, leave_preempted, write_preempted
 from .state import TrainState
 from .step import DTYPES, build_optimizer, build_training_model, evaluating, mix, train_step
 from .stopping import on_interrupt, stop_gracefully, told_to_stop
@@ -54,9 +55,21 @@ def train(config: Config, *, world_size: int) -> None:
     layout = plan_layout(config.parallelism, world_size)
     world = init_world(layout, timeout_seconds=config.comm.init_timeout_seconds)
     with contextlib.ExitStack() as stack:
-        on_main(lambda: stack.enter_context(run_lock(Path(config.job.dump_folder))))
-        Trainer(config, world).run()
+        folder = Path(config.job.dump_folder)
+        on_main(lambda: stack.enter_context(run_lock(folder)))
+        if number := _told_to_stop_already(world):  # no need to build the model first, which may take minutes
+            on_main(lambda: leave_preempted(folder, signal=signal.Signals(number).name))
+            Display(is_main=world.is_main).say("stopped before the first step, as told. The same command goes on.")
+        else:
+            Trainer(config, world).run()
     destroy_world()  # not after an error: NCCL would wait for collectives that the others will not join
+
+
+def _told_to_stop_already(world: World) -> int:
+    """The signal that one of the ranks was told to stop with while they started, or 0."""
+    told = torch.tensor(told_to_stop(), device=world.device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
 
 
 class Trainer:
@@ -93,6 +106,7 @@ class Trainer:
         self._resume()
         state, steps = self.state, self.config.training.steps
         if state.step >= steps and not self._validation_is_due():
+            on_main(lambda: clear_preempted(self.dump_folder))  # of a run with more steps: it would be started for ever
             self.display.say(
                 f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to go on, or "
                 "start a new run with another --job.dump_folder"
