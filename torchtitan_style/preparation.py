@@ -8,11 +8,19 @@ from pathlib import Path
 
 from .config import Config
 from .config.layout import plan_batch
+from .config.schema import Data
 from .data.prepare import prepare
 from .data.prepared import Prepared
 from .data.tokenize import Progress
 
-__all__ = ["prepare_data"]
+__all__ = ["data_of_run", "prepare_data"]
+
+
+def data_of_run(config: Config) -> Data:
+    """The data section as it applies: with validation off, nothing is held out from training."""
+    if config.validation.enable:
+        return config.data
+    return config.data.model_copy(update={"validation_fraction": 0.0})
 
 
 def prepare_data(
@@ -42,7 +50,7 @@ def prepare_data(
                 prepared.rows(name, part, seq_len=training.seq_len, packing=config.data.packing, say=say)
 
     return prepare(
-        config.data,
+        data_of_run(config),
         Path(config.job.dump_folder),
         vocab_size=config.model.qwen3().vocab_size,
         held_out=[count * training.seq_len for count in of_corpora],

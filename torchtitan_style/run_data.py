@@ -13,11 +13,11 @@ from .config.layout import plan_batch, plan_streams
 from .data.loader import Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from .data.mixture import choose
 from .data.prepare import streamed_corpora
-from .data.problems import FILE_NAME, BadDocuments, Problem
+from .data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
 from .data.rows import Rows, RowSource
 from .distributed.world import World, on_main
 from .metrics.display import Display
-from .preparation import prepare_data
+from .preparation import data_of_run, prepare_data
 
 __all__ = ["RunData"]
 
@@ -31,7 +31,11 @@ class RunData:
         self.prepared = on_main(lambda: prepare_data(config, dp=world.layout.dp, say=display.say))
         self.mixture = self.prepared.names if config.data.dataset == "mixture" else []
         """Names of the corpora of a mixture."""
-        self.bad_documents = BadDocuments(Path(config.job.dump_folder) / FILE_NAME, limit=config.data.max_bad_documents)
+        self.bad_documents = BadDocuments(
+            Path(config.job.dump_folder) / FILE_NAME,
+            limit=config.data.max_bad_documents,
+            allow_lost=config.data.allow_lost_files,
+        )
         self.source = self._streams() if config.data.streaming else self._prepared_rows()
         self.loader = Loader(
             self.source,
@@ -79,11 +83,11 @@ class RunData:
         """List documents that this and other ranks could not read. Raises UserError if there are too many."""
         of_ranks: list[list[Problem]] = [[]] * self.world.layout.world_size
         dist.all_gather_object(of_ranks, mine)
-        before = self.bad_documents.count
+        before = self.bad_documents.count, len(self.bad_documents.lost)
         on_main(lambda: self.bad_documents.add(problem for problems in of_ranks for problem in problems))
-        if self.bad_documents.count > before:
+        if (self.bad_documents.count, len(self.bad_documents.lost)) > before:
             self.display.warn(
-                f"{self.bad_documents.count} documents so far cannot be read and are left out; "
+                f"{describe_left_out(self.bad_documents.count, self.bad_documents.lost)} so far; "
                 f"{self.bad_documents.path} lists them"
             )
 
@@ -105,7 +109,7 @@ class RunData:
         config, global_batch = self.config, self.batch_plan.global_batch_size
         vocab_size = config.model.qwen3().vocab_size
         return StreamedSteps(
-            on_main(lambda: streamed_corpora(config.data, self.prepared, vocab_size=vocab_size)),
+            on_main(lambda: streamed_corpora(data_of_run(config), self.prepared, vocab_size=vocab_size)),
             config.data.weights(),
             global_batch=global_batch,
             num_streams=plan_streams(config.data, global_batch, self.world.layout.dp),

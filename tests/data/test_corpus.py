@@ -87,7 +87,19 @@ def test_links_to_a_folder_above_are_followed_once() -> None:
     assert sorted(names("x/**/*.txt")) == sorted(names("**")) == ["x/1.txt", "x/y/2.txt"]
 
 
-PATTERNS = ["**", "**/*.txt", "x/**", "x/**/*", "*/*", "[xy]/?.*", "**/y/**/*.md", "./x/*", "x/../*.txt", ".*/*", "**/.*"]
+PATTERNS = [
+    "**",
+    "**/*.txt",
+    "x/**",
+    "x/**/*",
+    "*/*",
+    "[xy]/?.*",
+    "**/y/**/*.md",
+    "./x/*",
+    "x/../*.txt",
+    ".*/*",
+    "**/.*",
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
