@@ -87,7 +87,7 @@ class RunData:
         on_main(lambda: self.bad_documents.add(problem for problems in of_ranks for problem in problems))
         if (self.bad_documents.count, len(self.bad_documents.lost)) > before:
             self.display.warn(
-                f"{describe_left_out(self.bad_documents.count, self.bad_documents.lost)} so far; "
+                f"so far, {describe_left_out(self.bad_documents.count, self.bad_documents.lost)}; "
                 f"{self.bad_documents.path} lists them"
             )
 
