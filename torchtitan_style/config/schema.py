@@ -115,6 +115,10 @@ class Data(Corpus):
     max_bad_documents: NonNegative = 100
     """Documents that may be unreadable before the run stops. They are left out, and listed with file and
     position in data_errors.jsonl."""
+    allow_lost_files: list[str] = []
+    """Files that may be lost, all or from some point on: damaged, an archive, without the right column. Names or
+    patterns, as "*/broken.parquet"; for any other file that is lost the run stops. What is lost is listed in
+    data_errors.jsonl."""
     max_document_bytes: int = Field(5_000_000, ge=1, le=2**40)
     """A longer JSON line's or parquet row's text counts as unreadable."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import sysconfig
@@ -14,6 +13,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus
 
 from .network import patiently
+from .paths import expand
 
 __all__ = ["SourceFile", "source_files"]
 
@@ -112,9 +112,7 @@ def _expand(patterns: list[str]) -> list[Path | str]:
             found |= {url: url for url in _expand_url(pattern)}
             continue
         expanded = os.path.expanduser(pattern)
-        matches = [p for p in map(Path, sorted(glob.glob(expanded, recursive=True))) if p.is_file()]
-        if not matches and Path(expanded).is_file():  # a name with wildcard characters in it
-            matches = [Path(expanded)]
+        matches = [Path(match) for match in expand(expanded)]
         if not matches:
             folder = Path(expanded).is_dir()
             missing.append(f'"{pattern}"' + (" (a folder; add /**/*.txt or the like)" if folder else ""))
