@@ -24,7 +24,7 @@ LAYERS = [
         "checkpoint.manifest",
         "checkpoint.saved",
     ],  # files: what a model's folder says of itself
-    ["config"],
+    ["config", "memory"],
     ["distributed"],
     ["models"],  # what makes models parallel, and the registry of all
     ["optim", "data", "checkpoint", "metrics", "inference"],

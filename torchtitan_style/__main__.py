@@ -31,7 +31,7 @@ def _imported(module: str) -> Any:
 USAGE = """\
 usage: python -m torchtitan_style COMMAND [...]
 
-  train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
+  train [--config FILE] [--section.key VALUE ...]   train, with one process per GPU (NPROC=4 for another number)
   prepare [--config FILE] [--section.key VALUE ...] tokenize a corpus once, for all runs on it
   generate --checkpoint DIR --prompt TEXT           text that goes on from the prompt
   chat --checkpoint DIR                             talk to a model
@@ -49,8 +49,7 @@ usage: python -m torchtitan_style COMMAND [...]
 Sections: job, model, data, training, optimizer, optimizer.muon, lr_scheduler, parallelism,
           activation_checkpoint, compile, checkpoint, validation, metrics, profiling, comm, generation, debug
 
-./run_train.sh takes the same arguments as train, sets up the environment and starts one process per
-GPU (NPROC=4 ./run_train.sh for another number).
+In a checkout, ./run_train.sh is the same as train, and sets up the environment first.
 """
 
 COMMANDS = ("train", "prepare", "generate", "chat", "checkpoint", "import-hf", "export-hf", "verify")
@@ -76,6 +75,9 @@ def main(arguments: list[str]) -> None:
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise UserError(f'there is no command "{name}"; {hint}')
     # Only now: each imports what it needs, and help is to be there at once.
+    if name == "train" and "RANK" not in os.environ:  # else torchrun has started this process as one of several
+        _imported(".launch").main(rest, program="python -m torchtitan_style train")
+        return
     _imported(f".commands.{name.replace('-', '_')}").main(rest)
 
 

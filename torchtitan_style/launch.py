@@ -26,14 +26,14 @@ from .run_lock import run_lock
 __all__ = ["main"]
 
 USAGE = """\
-usage: [NPROC=N] ./run_train.sh [--config FILE] [--section.key VALUE ...]
+usage: {program} [--config FILE] [--section.key VALUE ...]
 
-  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --section.key VALUE   override a key of it, as in --training.steps 100
   --max-restarts N      how often to start again from the last checkpoint when a process dies; 3 if left out,
                         for several processes (one process has nobody to start it again, unless N is given)
   --help SECTION        every key of a section, with its default
-
+{setup}
 Environment
   NPROC, NGPU           processes on this host; the number of GPUs, or 1, if left out
   NNODES, NODE_RANK     number of hosts and which one this is; start the command on each
@@ -42,11 +42,20 @@ Environment
 """
 
 
-def main(arguments: list[str]) -> None:
-    """Train with as many processes as asked for; exits with their status."""
+SETUP = """\
+  --setup-only [EXTRA]  only set up (EXTRA: dev, wandb, plots), and print the Python to use; the first argument
+"""
+
+
+def main(arguments: list[str], *, program: str = "./run_train.sh") -> None:
+    """Train with as many processes as asked for; exits with their status.
+
+    program: what the user calls this, for help.
+    """
+    usage = USAGE.format(program=program, setup=SETUP if program == "./run_train.sh" else "")
     with reported_errors():
         arguments, restarts = _take_restarts(arguments)
-        named = parse_config_arguments(arguments, usage=USAGE)
+        named = parse_config_arguments(arguments, usage=usage)
         gpus = count_gpus()
         nproc = _positive("NPROC", _positive("NGPU", gpus or 1))
         nnodes = _positive("NNODES", 1)
@@ -55,13 +64,22 @@ def main(arguments: list[str]) -> None:
             return
 
         from .config import load_config
+        from .config.advice import advice
         from .config.layout import plan_layout
 
         config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
         check_torch()
         node_rank = os.environ.get("NODE_RANK", "0")
         # The first host has the folder: it may be preparing the data already.
-        preflight(config, world_size=nproc * nnodes, say=print, is_first=node_rank == "0")
+        preflight(
+            config,
+            world_size=nproc * nnodes,
+            say=print,
+            is_first=node_rank == "0",
+            ranks_here=nproc,
+            on_gpus=gpus > 0,
+            notes=advice(named.chosen, named.overrides, config),
+        )
         check_initial_weights(config)
         if gpus and nproc > gpus:
             raise UserError(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .checkpoint.folder import CheckpointFolder
 from .config import Config
-from .config.layout import plan_layout
+from .config.layout import Layout, plan_layout
 from .errors import UserError
 from .folders import readable_bytes
+from .memory import gpu_memory, host_memory, plan_memory
 from .models.qwen3.hf import parameter_shapes
 from .resuming import check_before_start
 from .run_lock import check_free
@@ -21,19 +22,33 @@ from .run_lock import check_free
 __all__ = ["check_room", "checkpoint_bytes", "preflight"]
 
 
-def preflight(config: Config, *, world_size: int, say: Callable[[str], None], is_first: bool = True) -> None:
+def preflight(
+    config: Config,
+    *,
+    world_size: int,
+    say: Callable[[str], None],
+    is_first: bool = True,
+    ranks_here: int = 1,
+    on_gpus: bool = False,
+    notes: Sequence[str] = (),
+) -> None:
     """Raise UserError if the dump folder cannot be written, is in use, has no room for the run's checkpoints, or
-    holds those of another run, or if a setting names parameters that the model has not.
+    holds those of another run, if a setting names parameters that the model has not, or if memory is too small.
 
-    is_first: whether this is the host that is to hold the folder.
+    is_first: whether this is the host that is to hold the folder. ranks_here: processes on this host. notes: more
+    warnings to print.
     """
     folder = Path(config.job.dump_folder)
     check_writable(folder)
     if is_first:
         check_free(folder)
     check_patterns(config)
-    check_before_start(config, dp=plan_layout(config.parallelism, world_size).dp)
+    layout = plan_layout(config.parallelism, world_size)
+    check_before_start(config, dp=layout.dp)
+    check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
     check_room(config, say)
+    for note in notes:
+        say(f"warning: {note}")
 
 
 def check_writable(folder: Path) -> None:
@@ -57,6 +72,40 @@ def check_patterns(config: Config) -> None:
                 f'optimizer.no_decay: "{pattern}" matches no parameter; names are as model.embed_tokens.weight, and '
                 "* stands for any part, as in *embed_tokens*"
             )
+
+
+def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, ranks_here: int, on_gpus: bool) -> None:
+    """Raise UserError if weights, gradients and optimizer state are more than the memory that the ranks of this host
+    have; warn if they are more than is free, or with activations more than there is."""
+    room = gpu_memory() if on_gpus else host_memory()
+    if room is None:
+        return
+    plan = plan_memory(config, layout)
+    sharing = 1 if on_gpus else ranks_here  # each rank has a GPU of its own; on CPU they share the host's memory
+    state, total = sharing * plan.state, sharing * plan.total
+    place = "a GPU" if on_gpus else "this host"
+    ranks = f"{sharing} processes: " if sharing > 1 else ""
+    parts = {
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimizer state": plan.optimizer,
+        "weights to compute with": plan.copies,
+        "activations": plan.activations,
+    }
+    text = ", ".join(f"{name} {readable_bytes(sharing * size)}" for name, size in parts.items() if size)
+    text = f"training takes at least {readable_bytes(total)} of memory on {place} ({ranks}{text})"
+    if state > room.total:
+        raise UserError(
+            f"{text}, but it has {readable_bytes(room.total)}: choose a smaller model (model.flavor), or share it out "
+            "over more GPUs or hosts (docs/layouts.md)"
+        )
+    if total > room.total:
+        say(
+            f"warning: {text}, but it has {readable_bytes(room.total)}: a smaller training.local_batch_size or "
+            'activation_checkpoint.mode = "full" needs less'
+        )
+    elif total > room.free:
+        say(f"warning: {text}, but only {readable_bytes(room.free)} are free")
 
 
 def check_room(config: Config, say: Callable[[str], None]) -> None:
@@ -86,11 +135,8 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
 
 def checkpoint_bytes(config: Config) -> int:
     """Weights and optimizer state, in fp32; what else is in a checkpoint does not count beside them."""
-    total = 0
-    for name, shape in parameter_shapes(config.model.qwen3()).items():
-        muon = config.optimizer.name == "muon" and len(shape) == 2 and ".layers." in name
-        total += 4 * math.prod(shape) * (2 if muon else 3)
-    return total
+    whole = plan_memory(config, Layout(dp_replicate=1, dp_shard=1, tp=1))
+    return whole.weights + whole.optimizer
 
 
 def _existing(folder: Path) -> Path:

@@ -35,7 +35,6 @@ from .metrics.log import StepResult, TrainingLog
 from .metrics.profiler import profile_step
 from .metrics.throughput import Meter
 from .metrics.validation import validate
-from .models.qwen3.config import FLAVORS
 from .optim.guard import StepGuard
 from .preempted import clear_preempted, write_preempted
 from .resuming import Identity, changed_settings, check_same_run, identity
@@ -376,9 +375,6 @@ class Trainer:
                 f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
                 "weights have learnt; data.tokenizer names the right one"
             )
-        flavor = self.config.model.flavor
-        if "flavor" in self.config.model.model_fields_set and FLAVORS[flavor] != self.model_config:
-            self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
 
     def _save(self, *, best: bool) -> None:
         self.log.flush()  # what was skipped so far

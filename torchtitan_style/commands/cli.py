@@ -56,11 +56,13 @@ class ConfigArguments:
 
     path: str
     overrides: list[str]
+    chosen: str | None
+    """What --config names; None if it was left out and ``path`` is the default."""
 
 
 def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArguments:
     """Take ``--config`` out of ``arguments``. ``--help [SECTION]`` prints help and exits."""
-    path = os.path.relpath(DEFAULT_CONFIG)
+    path = None
     overrides = []
     rest = list(arguments)
     while rest:
@@ -76,7 +78,7 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
             path = argument.partition("=")[2]
         else:
             overrides.append(argument)
-    return ConfigArguments(path, overrides)
+    return ConfigArguments(os.path.relpath(DEFAULT_CONFIG) if path is None else path, overrides, path)
 
 
 class Arguments(argparse.ArgumentParser):

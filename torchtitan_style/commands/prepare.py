@@ -28,7 +28,7 @@ usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--sec
 Tokenizes the corpus into memory-mapped shards, in the dump folder or in data.prepared_folder, where runs of
 the same configuration find them. Killed half-way, it goes on where it was.
 
-  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --processes N         processes that tokenize; one per CPU if left out
   --section.key VALUE   override a key of it, as in --data.prepared_folder corpora/fineweb
   --help data           what a corpus can be

@@ -1,6 +1,6 @@
-"""``train``: train in this process, or as one rank of several that torchrun has started.
+"""One rank of a run: the only one, or one of several that torchrun has started.
 
-python -m torchtitan_style train --config train_configs/qwen3.toml --training.steps 100
+The ``train`` command is ``launch.py``, which calls this where one process is enough.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ import os
 from pathlib import Path
 
 from torchtitan_style.config import load_config
+from torchtitan_style.config.advice import advice
 from torchtitan_style.ending import ending_at_once, interruptible
 from torchtitan_style.preflight import preflight
 
 from .cli import check_initial_weights, check_torch, check_verdict, parse_config_arguments, reported_errors
+from .torchrun import count_gpus
 
 __all__ = ["USAGE", "main"]
 
 USAGE = """\
-usage: python -m torchtitan_style train [--config FILE] [--section.key VALUE ...]
+usage: torchrun ... -m torchtitan_style.train [--config FILE] [--section.key VALUE ...]
 
-Train in this process, on one device. ./run_train.sh does the same on several, and sets itself up.
+Train as one rank of those that torchrun starts. python -m torchtitan_style train starts them itself.
 
-  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --section.key VALUE   override a key of it, as in --training.steps 100
   --help SECTION        every key of a section, with its default
 """
@@ -36,7 +38,8 @@ def main(arguments: list[str]) -> None:
         config = load_config(named.path, named.overrides, world_size=world_size)
         check_torch()
         if "RANK" not in os.environ:  # else the launcher has done it
-            preflight(config, world_size=1, say=print)
+            notes = advice(named.chosen, named.overrides, config)
+            preflight(config, world_size=1, say=print, on_gpus=count_gpus() > 0, notes=notes)
             check_initial_weights(config)
         # Several ranks have the data prepared, and agree on when to stop from the beginning.
         with interruptible(Path(config.job.dump_folder), gracefully=world_size > 1):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchtitan_style.errors import UserError
 
-from .load import nearest_section
+from .names import nearest_section
 from .schema import SECTIONS
 
 __all__ = ["section_help"]

@@ -24,6 +24,8 @@ from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_
 from torchtitan_style.errors import UserError
 
 from .checks import Problem, cross_checks
+from .files import DEFAULT_CONFIG, find_config, read_toml
+from .names import all_keys, did_you_mean, nearest_section
 from .schema import SECTIONS, Config, Job
 
 if sys.version_info >= (3, 11):
@@ -31,48 +33,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_CONFIG", "load_config", "nearest_section", "to_toml"]
-
-DEFAULT_CONFIG = Path(__file__).parents[2] / "train_configs" / "qwen3.toml"
-"""The configuration used when none is named."""
-
-_MOVED = {
-    "training.dataset": "data.dataset",
-    "training.dataset_path": "data.paths",
-    "training.batch_size": "training.local_batch_size",
-    "training.warmup_steps": "lr_scheduler.warmup_steps",
-    "training.compile": "compile.enable",
-    "training.gradient_accumulation_steps": "training.global_batch_size",
-    "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
-    "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
-    "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
-    "model.tokenizer_path": "data.tokenizer",
-    "checkpoint.initial_load_in_hf": "model.hf_assets_path",
-    "debug.seed": "training.seed",
-    "checkpoint.enable_checkpoint": "checkpoint.enable",
-}
-"""Keys of torchtitan's, past and present, whose setting has another name here."""
+__all__ = ["DEFAULT_CONFIG", "load_config", "read_settings", "to_toml"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
     """Read ``path``, apply ``overrides`` (as on the command line), check it all.
 
+    path: of a file, or the name of a shipped configuration, as "qwen3_8b".
     world_size: number of processes; None: not known yet, so the degrees are not held against it.
 
     Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
     and combinations.
     """
-    tree = _read_toml(Path(path))
+    path = find_config(path)
+    tree = read_toml(path)
     from_command_line, problems = _parse_overrides(overrides)
     arguments = {*from_command_line, *(problem.keys[0] for problem in problems)}
-    for key, value in from_command_line.items():
-        *path_to, name = key.split(".")
-        section: Any = tree
-        for part in path_to:
-            section = section.setdefault(part, {}) if isinstance(section, dict) else None
-        if isinstance(section, dict):
-            section[name] = value
-
+    _apply(from_command_line, tree)
     problems += _take_over(tree)
     try:
         config = Config.model_validate(tree)
@@ -89,7 +66,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
             problems.append(problem)
     if problems:
         raise UserError(_report(problems, path, arguments))
-    return config
+    return _resolve(config)
+
+
+def read_settings(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What ``path`` and ``overrides`` set themselves, by section: no defaults, nothing that comes with weights.
+
+    path: None for the overrides alone. Raises UserError if the file cannot be read.
+    """
+    tree = {} if path is None else read_toml(find_config(path))
+    _apply(_parse_overrides(overrides)[0], tree)
+    return tree
+
+
+def _apply(overrides: dict[str, Any], tree: dict[str, Any]) -> None:
+    """Put ``overrides``, by "section.key", into ``tree``."""
+    for key, value in overrides.items():
+        *path_to, name = key.split(".")
+        section: Any = tree
+        for part in path_to:
+            section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[name] = value
+
+
+def _resolve(config: Config) -> Config:
+    """``config`` with the warm-up written out, so that the config.toml of a run shows it."""
+    schedule = config.lr_scheduler
+    warmup = schedule.warmup(config.training.steps)
+    return config.model_copy(update={"lr_scheduler": schedule.model_copy(update={"warmup_steps": warmup})})
 
 
 def to_toml(config: Config, *, dimensions: bool = False) -> str:
@@ -147,29 +152,6 @@ def _settings_of(checkpoint: SavedModel) -> dict[str, Any]:
         return {}
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        names = [
-            str(p)
-            for p in sorted({*path.parent.glob("*.toml"), *DEFAULT_CONFIG.parent.glob("*.toml")})
-            if p.name != "pyproject.toml"
-        ]
-        close = difflib.get_close_matches(str(path), names, n=1)
-        if not close:
-            by_name = {Path(name).name: name for name in names}
-            close = [by_name[name] for name in difflib.get_close_matches(path.name, by_name, n=1)]
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{path}: there is no such config file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        return tomllib.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-
-
 def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
     """``--section.key VALUE``, ``--section.key=VALUE`` and, for switches, ``--section.key``."""
     values: dict[str, Any] = {}
@@ -180,7 +162,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
         key, equals, text = argument.removeprefix("--").partition("=")
         section, dot, name = key.rpartition(".")
         if not argument.startswith("--") or not (section and dot and name):
-            problems.append(Problem((f"argument {argument}",), "expected --section.key VALUE" + _did_you_mean(key)))
+            problems.append(Problem((f"argument {argument}",), "expected --section.key VALUE" + did_you_mean(key)))
             if rest and not rest[0].startswith("--"):
                 rest.pop(0)
             continue
@@ -193,7 +175,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[Pro
         if section not in SECTIONS:
             problems.append(Problem((key,), f"unknown section{nearest_section(section)}"))
         elif annotation is None:
-            problems.append(Problem((key,), f"unknown key{_did_you_mean(key)}"))
+            problems.append(Problem((key,), f"unknown key{did_you_mean(key)}"))
         elif not given and _accepts(annotation, bool):
             values[key] = True
         elif not given:
@@ -227,7 +209,7 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
 def _annotation(section: str, name: str) -> Any:
     """The type of a key, or None if there is no such key."""
     key = f"{section}.{name}"
-    return SECTIONS[section].model_fields[name].annotation if key in _all_keys() else None
+    return SECTIONS[section].model_fields[name].annotation if key in all_keys() else None
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
@@ -237,38 +219,6 @@ def _accepts(annotation: Any, kind: type) -> bool:
     if origin is typing.Literal:
         return any(type(option) is kind for option in typing.get_args(annotation))
     return (origin or annotation) is kind
-
-
-def _all_keys() -> list[str]:
-    keys = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
-    return [key for key in keys if key not in SECTIONS]
-
-
-def _did_you_mean(key: str) -> str:
-    """The nearest right name for ``section`` or ``section.key``, as the tail of a message."""
-    if key in _MOVED:
-        return f"; here it is {_MOVED[key]}"
-    section, _, name = key.rpartition(".")
-    if not section:
-        return nearest_section(name)
-    elsewhere = [k for k in _all_keys() if k.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    if section in SECTIONS:
-        near = difflib.get_close_matches(name, SECTIONS[section].model_fields, n=1, cutoff=0.5)
-        if near:
-            return f"; did you mean {section}.{near[0]}?"
-    close = difflib.get_close_matches(key, _all_keys(), n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; --help {section} lists the keys" if section in SECTIONS else ""
-
-
-def nearest_section(name: str) -> str:
-    """The section that ``name`` was meant to be, as the tail of a message, or else a list of all."""
-    close = difflib.get_close_matches(name, list(SECTIONS), n=1)
-    close = close or [key for key in _all_keys() if key.rpartition(".")[2] == name][:1]
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
 
 
 _TYPES = {
@@ -312,7 +262,7 @@ def _explain(detail: ErrorDetails) -> Problem:
         return Problem((key,), f"entry {int(rest[0]) + 1}: {text}")
     if kind == "extra_forbidden":
         what = "key" if section else "section"
-        return Problem((key,), f"unknown {what}{_did_you_mean(key)}")
+        return Problem((key,), f"unknown {what}{did_you_mean(key)}")
     if kind in _TYPES:
         entry = f", entry {int(rest[0]) + 1}" if rest and rest[0].isdecimal() else ""
         return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {shown}")
