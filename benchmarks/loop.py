@@ -30,8 +30,8 @@ from race import machine, table
 from train_step import step_on
 
 from torchtitan_style.config import Config
+from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import plan_layout
-from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Loader
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.launch.configure import load_config

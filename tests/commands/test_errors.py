@@ -10,7 +10,7 @@ from tests.conftest import Python
 
 RANK = """
 import os, time
-from torchtitan_style.commands.cli import reported_errors
+from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.train.stopping import interruptible
 

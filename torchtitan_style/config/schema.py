@@ -176,8 +176,9 @@ class Training(Section):
 class LRScheduler(Section):
     """Learning rate over the run: warm-up, then a stable part, then decay."""
 
-    warmup_steps: NonNegative = 200
-    """Steps over which the rate rises linearly to optimizer.lr."""
+    warmup_steps: NonNegative | None = None
+    """Steps over which the rate rises linearly to optimizer.lr. Left out: a tenth of the schedule's steps, at most
+    200."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "cosine"
     """Shape of the decay. sqrt: 1 - sqrt(progress) (Hägele et al. 2024, section 3)."""
     decay_ratio: float | None = Field(None, ge=0, le=1)
@@ -188,6 +189,12 @@ class LRScheduler(Section):
     total_steps: Positive | None = None
     """Steps that the schedule is laid out for; left out: training.steps. Set it to train the
     first part of a longer run."""
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of ``steps`` steps."""
+        if self.warmup_steps is None:
+            return min(200, (self.total_steps or steps) // 10)
+        return self.warmup_steps
 
 
 class Muon(Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.hub import looks_like_path, similar_folder
 from torchtitan_style.config.schema import Corpus
 
 from .network import patiently
@@ -146,9 +147,14 @@ def _dataset_files(corpus: Corpus) -> list[str]:
 
     source = os.path.expanduser(corpus.dataset)
     named = f'data.dataset: "{corpus.dataset}"'
+    if not os.path.isdir(source) and looks_like_path(corpus.dataset):
+        near = similar_folder(Path(source))
+        raise UserError(f"{named}: there is no such folder" + (f"; did you mean {near}?" if near else ""))
     try:
         builder = datasets.load_dataset_builder(source, corpus.subset or None)
     except Exception as error:  # not found, no such subset, no network, offline mode: many kinds
+        if not os.path.isdir(source) and (near := similar_folder(Path(source))):
+            raise UserError(f"{named}: there is no such folder; did you mean {near}?") from None
         raise UserError(f"{named}: {_reason(error)}") from None
     splits = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     if corpus.split not in splits:

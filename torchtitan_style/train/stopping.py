@@ -2,8 +2,8 @@
 
 A signal to stop is only taken note of once training has begun: the loop asks ``told_to_stop`` between
 steps, agrees with the other ranks, saves and ends with status 0. Before that, and at a second Ctrl-C, it
-ends the process at once; what was prepared of the data so far is kept. ``program.begin_run`` notes what arrives before
-the configuration is read; ``stops_end_at_once`` makes up for it.
+ends the process at once; what was prepared of the data so far is kept. ``begin_run`` (common/program.py) notes what
+arrives before the configuration is read, and ``stops_end_at_once`` acts on it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torchtitan_style.common import device as devices
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.signals import shielding_children
 from torchtitan_style.config import Config, to_toml
-from torchtitan_style.config.layout import plan_batch, plan_layout
+from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.distributed.world import World, destroy_world, init_world, on_main, set_timeout
@@ -34,7 +34,7 @@ from torchtitan_style.metrics.log import StepResult, TrainingLog
 from torchtitan_style.metrics.profiler import profile_step
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.metrics.validation import validate
-from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.registry import model_config
 from torchtitan_style.optim.guard import StepGuard
 
 from .agreement import Agreement
@@ -348,7 +348,7 @@ class Trainer:
         if changes := changed_settings(path, self.config):
             self.display.say(f"going on with other settings than before: {', '.join(changes)}")
         dropout = max(self.model_config.dropout, self.model_config.attention_dropout)
-        if dropout and manifest.get("mesh") != self.checkpointer.about["mesh"]:
+        if dropout and Layout(**manifest.get("mesh", {})) != self.world.layout:
             self.display.warn("on another layout than before dropout draws other numbers")
         if asked > 0:
             state.went_back_to = asked
@@ -392,10 +392,6 @@ class Trainer:
                 f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
                 "weights have learnt; data.tokenizer names the right one"
             )
-        section = self.config.model
-        flavor = section.flavor
-        if "flavor" in section.model_fields_set and spec_of(section.name).flavors[flavor] != self.model_config:
-            self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')
 
     def _save(self, *, best: bool) -> None:
         self.log.flush()  # what was skipped so far
