@@ -36,7 +36,7 @@ def test_an_error_of_all_ranks_is_one_message(
 
 ONE = """
 import os, time
-from torchtitan_style.commands import cli
+from torchtitan_style.common import reporting as cli
 from torchtitan_style.common.errors import UserError
 
 cli._PATIENCE = 1
