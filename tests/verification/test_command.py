@@ -69,7 +69,7 @@ def test_a_layout_that_is_wrong(tmp_path: Path) -> None:
     for name in ("torchtitan_style", "train_configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     file = tmp_path / "torchtitan_style" / "models" / "qwen3" / "parallelize.py"
-    line = '        "post_attention_layernorm": _NormOfPart(),\n'
+    line = '        "post_attention_layernorm": NormOfShard(),\n'
     source = file.read_text()
     assert source.count(line) == 1
     file.write_text(source.replace(line, ""))
