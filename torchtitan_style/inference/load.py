@@ -112,6 +112,7 @@ def _build(
     compile: bool,
 ) -> Any:
     multiply_in_fp32(dtype, device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn_attention
     form = found.spec.inference() if found.spec.inference else None
 
     def split(model: Any) -> None:

@@ -185,7 +185,7 @@ def _last_collective() -> tuple[int, str]:
     """Number and description of the collective that this process began last."""
     c10d: Any = torch._C._distributed_c10d
     try:  # torch's flight recorders; NCCL has one of its own
-        dump = c10d._dump_nccl_trace_json if dist.get_backend() == "nccl" else c10d._dump_fr_trace_json
+        dump = c10d._dump_nccl_trace_json if "nccl" in dist.get_backend() else c10d._dump_fr_trace_json
         entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
         entry = max(entries, key=lambda entry: entry["record_id"])
     except (AttributeError, ValueError, TypeError, KeyError, RuntimeError):  # not in this version of torch
