@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .models.qwen3.model import Qwen3ForCausalLM, Qwen3Model
 
 __all__ = ["Qwen3Config", "Qwen3ForCausalLM", "Qwen3Model", "load_model"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
