@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_style.config import Config
+from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import plan_layout
-from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.optim import exchange

@@ -23,8 +23,8 @@ from race import Racer, Turns, machine, parser_of, race, serve, start, table, wr
 
 from torchtitan_style.common.device import current_device, fastest_dtype
 from torchtitan_style.config import Config
+from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import plan_layout
-from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.launch.configure import load_config

@@ -128,7 +128,7 @@ def test_bad_documents_are_listed_once_up_to_the_limit(launch: Launch, config: P
     arguments = ["--config", config, "--job.dump_folder", run, "--checkpoint.interval", "30"]
     # Enough steps that the file is read more than once.
     output = succeed(launch(*arguments, "--training.steps", "60", "--data.mixture", mixture(tmp_path)))
-    assert "3 documents so far cannot be read" in output.replace("\n", " ")
+    assert "so far, 3 documents cannot be read" in output.replace("\n", " ")
     listed = [json.loads(line) for line in (run / "data_errors.jsonl").read_text().splitlines()]
     assert sorted((Path(entry["file"]).name, entry["line"]) for entry in listed) == [
         ("2.jsonl", 11),

@@ -24,7 +24,7 @@ LAYERS = [
     ["models"],
     ["optim", "data", "checkpoint", "metrics", "inference"],
     ["train"],
-    ["verification"],
+    ["planner", "verification"],
     ["launch"],
     ["commands"],
     ["torchtitan_style"],  # what `import torchtitan_style` and `python -m torchtitan_style` offer

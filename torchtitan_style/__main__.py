@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import textwrap
 from typing import Any
 
 from . import __version__
@@ -31,41 +32,53 @@ def _imported(module: str) -> Any:
 USAGE = """\
 usage: python -m torchtitan_style COMMAND [...]
 
-  train [--config FILE] [--section.key VALUE ...]   train in this process, on one device
-  prepare [--config FILE] [--section.key VALUE ...] tokenize a corpus once, for all runs on it
-  generate --checkpoint DIR --prompt TEXT           text that goes on from the prompt
-  chat --checkpoint DIR                             talk to a model
-  checkpoint list|verify|show DIR                   the checkpoints of a run, and whether they are whole
-  import-hf --hf DIR_OR_REPO --output DIR           a model in Transformers' format → a checkpoint
-  export-hf --checkpoint DIR --output DIR           a checkpoint → a model in Transformers' format
-  verify --hf DIR_OR_REPO                           is it what Transformers computes?
-  verify --config FILE [--section.key VALUE ...]    does this layout compute what one process computes?
+{commands}
 
   --help            this
   --help SECTION    every key of a section of the configuration, with its default
   COMMAND --help    what a command takes
   --version         which version this is
 
-Sections: job, model, data, training, optimizer, optimizer.muon, lr_scheduler, parallelism,
-          activation_checkpoint, compile, checkpoint, validation, metrics, profiling, comm, generation, debug
+Sections: {sections}
 
-./run_train.sh takes the same arguments as train, sets up the environment and starts one process per
-GPU (NPROC=4 ./run_train.sh for another number).
+In a checkout, ./run_train.sh is train with one process per GPU, and sets up the environment first.
 """
 
-COMMANDS = ("train", "prepare", "generate", "chat", "checkpoint", "import-hf", "export-hf", "verify")
+COMMANDS = {
+    "train": ("[--config FILE] [--section.key VALUE ...]", "train on one device (NPROC=4: on four)"),
+    "prepare": ("[--config FILE] [--section.key VALUE ...]", "tokenize a corpus once, for all runs on it"),
+    "generate": ("--checkpoint DIR --prompt TEXT", "write text that continues the prompt"),
+    "chat": ("--checkpoint DIR", "talk to a model"),
+    "checkpoint": ("list|verify|show DIR", "list the checkpoints of a run, and verify them"),
+    "import-hf": ("--hf DIR_OR_REPO --output DIR", "a model in Transformers' format → a checkpoint"),
+    "export-hf": ("--checkpoint DIR --output DIR", "a checkpoint → a model in Transformers' format"),
+    "verify": (
+        "[--hf DIR_OR_REPO] [--config FILE ...]",
+        "compare a model with Transformers, or a layout with one process",
+    ),
+}
+"""Each command: what it takes, and what it does."""
+
 WRITERS = ("prepare", "import-hf", "export-hf")
 """Commands that are there for the files they write: output that is lost does not end them."""
 
 
+def usage() -> str:
+    """What ``--help`` prints."""
+    schema = _imported(".config.schema")
+    commands = "\n".join(f"  {name + ' ' + takes:<49} {does}" for name, (takes, does) in COMMANDS.items())
+    sections = ", ".join(schema.sections_of(schema.Config))
+    return USAGE.format(commands=commands, sections=textwrap.fill(sections, 90, subsequent_indent=" " * 10))
+
+
 def main(arguments: list[str]) -> None:
     if not arguments or arguments in (["--help"], ["-h"], ["help"]):
-        print(USAGE)  # at once: what checks a configuration takes longer to import than Python to start
+        print(usage())
         return
     if arguments == ["--version"]:
         print(f"torchtitan_style {__version__}")
         return
-    with _imported(".commands.cli").reported_errors():
+    with _imported(".common.reporting").reported_errors():
         if arguments[0] in ("--help", "-h", "help"):
             print(_imported(".launch.configure").help_of(arguments[1]))
             return

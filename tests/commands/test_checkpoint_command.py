@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
     for step in (5, 10):
         temporary = folder.begin(step)
         (temporary / "__0_0.distcp").write_bytes(bytes(2000))
-        (temporary / "config.toml").write_text("# settings\n")
+        (temporary / "config.toml").write_text("[optimizer]\nlr = 0.25\nbeta1 = 0.9\n[model]\nhidden_size = 256\n")
         folder.commit(step, {}, about=ABOUT | {"figures": {"loss": 1.25 * step, "val_loss": None}})
     folder.set_best(5)
     return tmp_path
@@ -97,8 +97,11 @@ def test_show(run: Path, capsys) -> None:
     assert call("show", run / "checkpoint/step-5") == 0
     output = capsys.readouterr().out
     for part in ("step            5", "dp 2 × tp 4", "best so far     yes", "2.99", "feed", "f00d", "__0_0.distcp",
-                 "# settings", "files           whole"):  # fmt: skip
+                 "  optimizer.lr = 0.25\n", "files           whole", "loss            6.2500\n"):  # fmt: skip
         assert part in output, part
+    # Those at their defaults are left out, and a flavor's own dimensions.
+    assert "beta1" not in output
+    assert "hidden_size" not in output
     assert "validation loss" not in output
 
 

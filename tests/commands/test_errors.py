@@ -10,7 +10,7 @@ from tests.conftest import Python
 
 RANK = """
 import os, time
-from torchtitan_style.commands.cli import reported_errors
+from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.train.stopping import interruptible
 
@@ -36,7 +36,7 @@ def test_an_error_of_all_ranks_is_one_message(
 
 ONE = """
 import os, time
-from torchtitan_style.commands import cli
+from torchtitan_style.common import reporting as cli
 from torchtitan_style.common.errors import UserError
 
 cli._PATIENCE = 1

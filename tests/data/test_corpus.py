@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import os
 import sysconfig
@@ -16,6 +17,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus
 from torchtitan_style.data.corpus import source_files
 from torchtitan_style.data.documents import read_records
+from torchtitan_style.data.paths import expand
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,49 @@ def test_a_name_with_wildcard_characters_and_one_in_the_home_folder(monkeypatch:
     write("home/h.txt")
     write("a[1].txt")
     assert names("a[1].txt", "~/h.txt") == ["a[1].txt", "home/h.txt"]
+
+
+def test_a_name_that_exists_as_it_is_written_is_read() -> None:
+    for path in ("part[1].txt", "part1.txt", "set[1]/a.txt", "set1/b.txt", "sets1/c.txt"):
+        write(path)
+    assert names("part[1].txt") == ["part[1].txt"]
+    assert names("set[1]/*.txt") == names("set[1]/**") == ["set[1]/a.txt"]
+    assert names("part[12].txt") == ["part1.txt"]
+    assert names("set[2-9s]1/*.txt") == ["sets1/c.txt"]
+
+
+@pytest.mark.timeout(20)
+def test_links_to_a_folder_above_are_followed_once() -> None:
+    write("x/1.txt")
+    write("x/y/2.txt")
+    for link in ("a", "b"):
+        os.symlink(".", f"x/{link}")
+    os.symlink("..", "x/y/up")
+    os.symlink("y", "x/other")
+    assert sorted(names("x/**/*.txt")) == sorted(names("**")) == ["x/1.txt", "x/y/2.txt"]
+
+
+PATTERNS = [
+    "**",
+    "**/*.txt",
+    "x/**",
+    "x/**/*",
+    "*/*",
+    "[xy]/?.*",
+    "**/y/**/*.md",
+    "./x/*",
+    "x/../*.txt",
+    ".*/*",
+    "**/.*",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_without_such_names_and_links_the_matches_are_those_of_glob(pattern: str) -> None:
+    for path in ("top.txt", "x/1.txt", "x/a.md", "x/y/2.txt", "x-/3.txt", "x/y/z.md", "y/.h.txt", ".h/4.txt", "x.txt"):
+        write(path)
+    expected = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    assert expand(pattern) == list(dict.fromkeys(expected))
 
 
 KINDS = {

@@ -551,24 +551,26 @@ def test_bad_documents_are_left_out_and_listed(tmp_path: Path) -> None:
     expected = broken_corpus(tmp_path)
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c.txt", "d.jsonl.gz")]
     options: dict[str, Any] = {"paths": paths, "max_document_bytes": 1000, "validation_fraction": 0.0}
+    options["allow_lost_files"] = ["d.jsonl.gz"]
     said: list[str] = []
-    prepared = run(tmp_path, **options, max_bad_documents=5, say=said.append)
+    prepared = run(tmp_path, **options, max_bad_documents=4, say=said.append)
     listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
     problems = [problem.pop("problem") for problem in listed]
+    assert [listed[-1].pop("lost_rows"), listed[-1].pop("lost_bytes")] == [None, None]
     listed[-1]["line"] = None
     assert listed == expected
     for problem, part in zip(
         problems, ["not JSON", "not UTF-8", "empty", "empty", "2,000 bytes", "not UTF-8", "cut"], strict=True
     ):
         assert part in problem
-    assert any("5 documents cannot be read and are left out" in line for line in said)
+    assert any("4 documents and 1 file cannot be read and are left out" in line for line in said)
     assert documents(prepared, "train")[:4] == ["good one", "good one", "x", "z"]
 
     with pytest.raises(UserError) as caught:
-        run(tmp_path, name="new/run", **options, max_bad_documents=4)
+        run(tmp_path, name="new/run", **options, max_bad_documents=3)
     for part in (
-        "5 documents cannot be read",
-        "max_bad_documents is 4",
+        "4 documents cannot be read",
+        "max_bad_documents is 3",
         "a.jsonl, line 3: not JSON",
         "data_errors.jsonl",
     ):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import sys
 import unicodedata
 from pathlib import Path
@@ -154,3 +156,22 @@ def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path: Path, content: s
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="the tokenizer cannot be read"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("decoder", [False, True], ids=["older", "lists the added tokens"])
+@pytest.mark.parametrize("configured", [None, "<|im_start|>"])
+def test_special_tokens_map_counts_where_transformers_reads_it(
+    folder: Path, tmp_path: Path, configured: str | None, decoder: bool
+) -> None:
+    for path in folder.iterdir():
+        shutil.copy(path, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    if configured:
+        settings["eos_token"] = configured
+    if decoder:
+        settings["added_tokens_decoder"] = {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer(tmp_path).special_id("eos_token") == theirs.eos_token_id

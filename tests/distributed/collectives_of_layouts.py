@@ -15,8 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import plan_layout
-from torchtitan_style.config.load import DEFAULT_CONFIG
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.world import destroy_world, init_world
 from torchtitan_style.launch.configure import load_config

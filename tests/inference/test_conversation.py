@@ -67,6 +67,8 @@ def test_a_template_is_found_in_the_settings_too(tmp_path: Path) -> None:
         json.dumps({"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "E"}})
     )
     assert ChatTemplate.find(tmp_path).render([{"role": "user", "content": "x"}]) == "Ex"
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "M"}))
+    assert ChatTemplate.find(tmp_path).render([{"role": "user", "content": "x"}]) == "Mx"
     settings.write_text(
         json.dumps({"chat_template": [{"name": "default", "template": "D"}, {"name": "tool", "template": "T"}]})
     )

@@ -12,11 +12,10 @@ from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
 from torchtitan_style.launch.launcher import main
-from torchtitan_style.metrics.log import SkippedSteps
 from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.models.section import schema_of
 from torchtitan_style.train.identity import changed_settings, check_before_start, check_same_run, identity
-from torchtitan_style.train.state import TrainState
+from torchtitan_style.train.state import SkippedSteps, TrainState
 
 HERE = Path("run/checkpoint/step-5")
 

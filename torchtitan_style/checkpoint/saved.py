@@ -5,7 +5,6 @@ Opening one tells its dimensions and its tokenizer, without torch; ``weights.py`
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -94,14 +93,7 @@ def open_model(
             f"{source} holds neither checkpoints nor a model: it has no {MANIFEST}, no checkpoint/step-N "
             "and no config.json" + _unfinished(folder)
         )
-    try:
-        model = HFFolder(fetch(source, weights=verify))
-    except UserError:
-        if not folder.exists() and folder.parent.is_dir() and folder.parent != Path():
-            siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()]
-            if near := difflib.get_close_matches(folder.name, siblings, n=1):
-                raise UserError(f"there is no folder {source}; did you mean {folder.parent / near[0]}?") from None
-        raise
+    model = HFFolder(fetch(source, weights=verify))
     if verify:
         model.check()
     return model

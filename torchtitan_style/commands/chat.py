@@ -17,8 +17,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.launch.preflight import check_torch
 
-from .cli import Arguments, check_torch, reported_errors
+from .cli import Arguments
 from .screen import Screen
 from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, compile_steps, load, sampling_of
 

@@ -18,9 +18,15 @@ from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.checkpoint.manifest import MANIFEST, problem_of, read_manifest
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
+from torchtitan_style.common.hub import similar_folder
+from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.config import Config
+from torchtitan_style.config.files import read_toml
 from torchtitan_style.config.layout import Layout
+from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.train.identity import flat
 
-from .cli import Arguments, reported_errors
+from .cli import Arguments
 
 __all__ = ["main"]
 
@@ -30,7 +36,8 @@ usage: python -m torchtitan_style checkpoint list|verify|show DIR [--quick] [--j
   list DIR      the checkpoints of a run: step, size, layout, losses at the time, whole or not
   verify DIR    read all files of a run's checkpoints, or of one, and compare them with what was written;
                 status 1 if one of them is not whole
-  show DIR      all that is known of one checkpoint (of a run: of its newest one), its files and settings
+  show DIR      all that is known of one checkpoint (of a run: of its newest one), its files, and the settings
+                that are not the defaults
 
   --quick       compare the sizes of files only, and do not read them
   --json        one JSON object a line instead of a table
@@ -68,7 +75,9 @@ def _find(folder: Path) -> list[Path]:
         return [folder]
     checkpoints = CheckpointFolder.within(folder)
     if checkpoints is None:
-        raise UserError(f"{folder}: {'has no checkpoints' if folder.is_dir() else 'there is no such folder'}")
+        near = None if folder.is_dir() else similar_folder(folder)
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"{folder}: {'has no checkpoints' if folder.is_dir() else 'there is no such folder'}{hint}")
     return [checkpoints.path(step) for step in checkpoints.steps()]
 
 
@@ -90,7 +99,7 @@ def _readable(manifest: dict[str, Any]) -> dict[str, Any]:
     """What of a manifest is of the kind that it should be; that the rest is not, ``problem_of`` says."""
     layout, numbers = {field.name for field in dataclasses.fields(Layout)}, (int, float)
     right = {
-        "mesh": lambda mesh: mesh.keys() == layout,
+        "mesh": lambda mesh: mesh.keys() <= layout,  # of an older version it has fewer axes
         "figures": lambda figures: all(x is None or isinstance(x, numbers) for x in figures.values()),
         "time": lambda time: isinstance(time, numbers),
         "data": lambda data: all(isinstance(x, str) for x in data),
@@ -145,8 +154,8 @@ def _show(path: Path, *, as_json: bool, hashes: bool) -> None:
         "step": about.get("step", "unknown"),
         "saved": _date(about),
         "layout": Layout(**about["mesh"]) if about.get("mesh") else "",
-        "loss": figures.get("loss"),
-        "validation loss": figures.get("val_loss"),
+        "loss": _rounded(figures.get("loss")),
+        "validation loss": _rounded(figures.get("val_loss")),
         "best so far": "yes" if about["best"] else "no",
         "torch": about.get("torch", ""),
         "tokenizer": about.get("tokenizer", ""),
@@ -160,7 +169,29 @@ def _show(path: Path, *, as_json: bool, hashes: bool) -> None:
         print(f"  {readable_bytes(entry['size']):>8}  {entry['sha256'][:16]}  {name}")
     settings = path / "config.toml"
     if settings.is_file():
-        print(f"\n{settings}:\n\n{settings.read_text(encoding='utf-8')}", end="")
+        print(f"\nsettings that are not the defaults (all are in {settings}):")
+        for line in _changed(settings):
+            print(f"  {line}")
+
+
+def _rounded(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.4f}"
+
+
+def _changed(path: Path) -> list[str]:
+    """The settings in a config.toml that differ from the schema's defaults, as "optimizer.lr = 0.002".
+
+    The model's dimensions are those that its flavor does not have.
+    """
+    try:
+        settings = flat(read_toml(path))
+    except UserError as error:
+        return [str(error)]
+    defaults = flat(Config().model_dump())
+    shape = FLAVORS.get(str(settings.get("model.flavor", Config().model.flavor)))
+    if shape is not None:
+        defaults |= flat({"model": dataclasses.asdict(shape)})
+    return [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value != defaults.get(key)]
 
 
 def _date(about: dict[str, Any]) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from torchtitan_style.checkpoint.saved import SavedModel, with_model
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.models.hf_folder import HFFolder
 
-from .cli import Arguments, check_torch, reported_errors
+from .cli import Arguments
 
 __all__ = ["main"]
 

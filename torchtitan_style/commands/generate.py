@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config.layout import Layout
+from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.train.stopping import ending_at_once
 
-from .cli import Arguments, check_torch, reported_errors
+from .cli import Arguments
 from .screen import Screen
 from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, compile_steps, load, sampling_of
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .cli import Arguments, check_torch, hf_folder, reported_errors
+from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.launch.preflight import check_torch
+
+from .cli import Arguments, hf_folder
 
 __all__ = ["main"]
 

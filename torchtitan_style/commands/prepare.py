@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.config.load import DEFAULT_CONFIG
+from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import check_writable
 from torchtitan_style.launch.run_lock import check_free, run_lock
 from torchtitan_style.train.stopping import interruptible
 
-from .cli import Arguments, reported_errors
+from .cli import Arguments
 from .progress import tokenizing_bar
 
 __all__ = ["main"]
@@ -28,7 +29,7 @@ usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--sec
 Tokenizes the corpus into memory-mapped shards, in the dump folder or in data.prepared_folder, where runs of
 the same configuration find them. Killed half-way, it goes on where it was.
 
-  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --processes N         processes that tokenize; one per CPU if left out
   --section.key VALUE   override a key of it, as in --data.prepared_folder corpora/fineweb
   --help data           what a corpus can be

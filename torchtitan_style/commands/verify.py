@@ -12,14 +12,16 @@ import tempfile
 from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config import Config, to_toml
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
 from torchtitan_style.launch.configure import load_config
+from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.launch.torchrun import count_gpus, start_ranks
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.registry import model_config
 
-from .cli import Arguments, check_torch, hf_folder, reported_errors
+from .cli import Arguments, hf_folder
 
 __all__ = ["main"]
 
@@ -80,7 +82,7 @@ def _verify_hf(folder: HFFolder, dtype: str, tolerance: float | None) -> bool:
 
 def _load(path: str | None, overrides: list[str], world_size: int | None) -> tuple[Config, int]:
     """The configuration, and how many processes it is verified on."""
-    from torchtitan_style.config.load import DEFAULT_CONFIG
+    from torchtitan_style.config.files import DEFAULT_CONFIG
 
     file = path or DEFAULT_CONFIG
     if world_size is None:

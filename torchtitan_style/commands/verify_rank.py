@@ -20,11 +20,10 @@ if __name__ == "__main__":  # first of all: the imports below take half a second
 from pathlib import Path
 
 from torchtitan_style.common.program import STOP_SIGNALS
+from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.train.stopping import ending_at_once, interruptible, stops_end_at_once
-
-from .cli import reported_errors
 
 
 def main(folder: Path, tolerance: float | None) -> None:

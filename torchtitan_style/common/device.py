@@ -5,15 +5,15 @@ Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import torch
+
+from .memory import host_memory
 
 __all__ = [
     "available_memory",
@@ -128,14 +128,8 @@ def available_memory(device: torch.device) -> int:
     """Bytes that are free on the device: on CPU, in the machine and in this process's control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits, default=2**32)
+    room = host_memory()
+    return 2**32 if room is None else room.free
 
 
 def use_deterministic_algorithms() -> None:

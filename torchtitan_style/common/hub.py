@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["fetch"]
+__all__ = ["FILE_ENDINGS", "fetch", "looks_like_path", "similar_folder"]
 
 _SMALL = ["*.json", "*.txt", "*.jinja"]
 """Configuration and tokenizer. In safetensors, weights are all that is large."""
+
+FILE_ENDINGS = {
+    *(".txt", ".md", ".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".gz", ".zst", ".bz2", ".xz"),
+    *(".toml", ".safetensors", ".bin", ".pt", ".pth", ".model"),
+}
+"""Endings of files, which names on the Hub do not have."""
 
 
 def fetch(source: str, *, weights: bool) -> Path:
@@ -24,8 +31,10 @@ def fetch(source: str, *, weights: bool) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{source} is a file; name the folder it is in")
-    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise UserError(f"there is no folder {source}")
+    near = similar_folder(folder)
+    hint = f"; did you mean {near}?" if near else ""
+    if looks_like_path(source):
+        raise UserError(f"there is no folder {source}{hint}")
 
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -42,4 +51,29 @@ def fetch(source: str, *, weights: bool) -> Path:
         why = "the Hub has no model of that name that you may read (a private one needs `hf auth login`)"
     except Exception as error:  # no network, offline mode, a full disk: many kinds
         why = f"it could not be fetched from the Hub: {str(error).strip().partition(chr(10))[0]}"
+    if near:
+        raise UserError(f"there is no folder {source}{hint}")
     raise UserError(f"there is no folder {source} here, and {why}")
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether ``source`` cannot be meant as "name" or "owner/name" on the Hub."""
+    if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return True
+    return Path(source.lower()).suffix in FILE_ENDINGS
+
+
+def similar_folder(folder: Path) -> Path | None:
+    """A folder beside ``folder``, which does not exist, with almost its name; or its name beside a folder almost so
+    named. None if there is none."""
+    parent = folder.parent
+    if not parent.is_dir():
+        parent = similar_folder(parent) or parent
+        if (found := parent / folder.name).is_dir():
+            return found
+    try:
+        names = [path.name for path in parent.iterdir() if path.is_dir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.7)
+    return parent / close[0] if close else None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan_style.common.hub import FILE_ENDINGS
 
 from .layout import plan_batch, plan_layout, plan_streams
 from .schema import Config, Corpus, Data, Muon, Validation
@@ -132,6 +136,14 @@ def _data(data: Data, validation: Validation) -> Iterator[Problem]:
         )
 
 
+def _is_file(name: str) -> bool:
+    """Whether ``name`` is a file, or a pattern or a name of files, where a dataset of the Hub could be meant."""
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return False
+    return os.path.isfile(path) or "*" in name or "://" in name or Path(name.lower()).suffix in FILE_ENDINGS
+
+
 def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
     """What is wrong with one corpus; its keys begin with ``prefix``."""
     name = corpus.dataset
@@ -144,7 +156,12 @@ def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
         yield Problem(
             (f"{prefix}dataset", f"{prefix}paths"), f'paths is only read with dataset = "files", not with "{name}"'
         )
-    if name not in ("stdlib", "files", "mixture") and "/" not in name:
+    if name not in ("stdlib", "files", "mixture") and _is_file(name):
+        yield Problem(
+            (f"{prefix}dataset",),
+            f'"{name}" is a file, not a dataset of the Hub: set dataset = "files" and paths = ["{name}"]',
+        )
+    elif name not in ("stdlib", "files", "mixture") and "/" not in name and not os.path.isdir(name):
         near = difflib.get_close_matches(name, ("stdlib", "files", "mixture"), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield Problem(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 
-from .load import nearest_section
+from .names import nearest_section
 from .schema import Config, sections_of
 
 __all__ = ["section_help"]

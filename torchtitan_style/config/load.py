@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from torchtitan_style.common.errors import UserError
 
 from .checks import Problem
+from .files import find_config, read_toml
+from .names import Sections, all_keys, did_you_mean, nearest_section
 from .schema import Config, sections_of
 
 if sys.version_info >= (3, 11):
@@ -29,38 +31,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_CONFIG", "Draft", "nearest_section", "to_toml"]
-
-DEFAULT_CONFIG = Path(__file__).parents[2] / "train_configs" / "qwen3.toml"
-"""The configuration used when none is named."""
-
-Sections = Mapping[str, type[BaseModel]]
-
-_MOVED = {
-    "training.dataset": "data.dataset",
-    "training.dataset_path": "data.paths",
-    "training.batch_size": "training.local_batch_size",
-    "training.warmup_steps": "lr_scheduler.warmup_steps",
-    "training.compile": "compile.enable",
-    "training.gradient_accumulation_steps": "training.global_batch_size",
-    "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
-    "training.data_parallel_replicate_degree": "parallelism.data_parallel_replicate_degree",
-    "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
-    "model.tokenizer_path": "data.tokenizer",
-    "checkpoint.initial_load_in_hf": "model.hf_assets_path",
-    "debug.seed": "training.seed",
-    "checkpoint.enable_checkpoint": "checkpoint.enable",
-}
-"""Keys of torchtitan's, past and present, whose setting has another name here."""
+__all__ = ["Draft", "read_settings", "to_toml"]
 
 
 class Draft:
     """A configuration while it is put together: the settings as they are written, and what is wrong so far."""
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
-        """Read ``path``. Raises UserError if it cannot be read as TOML."""
-        self.path = path
-        self.tree = _read_toml(Path(path))
+        """Read ``path``, a file or the name of a shipped configuration. Raises UserError if it cannot be read."""
+        self.path = find_config(path)
+        self.tree = read_toml(self.path)
         self.problems: list[Problem] = []
         self._overrides = list(overrides)
         self._arguments: set[str] = set()
@@ -81,13 +61,7 @@ class Draft:
         values, problems = _parse_overrides(self._overrides, sections_of(schema))
         self._arguments = {*values, *(problem.keys[0] for problem in problems)}
         self.problems += problems
-        for key, value in values.items():
-            *path_to, name = key.split(".")
-            section: Any = self.tree
-            for part in path_to:
-                section = section.setdefault(part, {}) if isinstance(section, dict) else None
-            if isinstance(section, dict):
-                section[name] = value
+        _apply(values, self.tree)
 
     def checked(self, schema: type[Config]) -> Config:
         """The settings, with defaults in the place of those that are wrong by themselves, which are noted."""
@@ -113,6 +87,27 @@ class Draft:
             raise UserError(_report(self.problems, self.path, self._arguments))
 
 
+def read_settings(path: str | Path | None, overrides: Sequence[str], schema: type[Config]) -> dict[str, Any]:
+    """What ``path`` and ``overrides`` set themselves, by section: no defaults, nothing that comes with weights.
+
+    path: None for the overrides alone. Raises UserError if the file cannot be read.
+    """
+    tree = {} if path is None else read_toml(find_config(path))
+    _apply(_parse_overrides(overrides, sections_of(schema))[0], tree)
+    return tree
+
+
+def _apply(overrides: Mapping[str, Any], tree: dict[str, Any]) -> None:
+    """Put ``overrides``, by "section.key", into ``tree``."""
+    for key, value in overrides.items():
+        *path_to, name = key.split(".")
+        section: Any = tree
+        for part in path_to:
+            section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[name] = value
+
+
 def to_toml(config: Config, *, dimensions: Mapping[str, Any] | None = None) -> str:
     """The resolved configuration, every setting included, as TOML that can be given as ``--config``.
 
@@ -121,29 +116,6 @@ def to_toml(config: Config, *, dimensions: Mapping[str, Any] | None = None) -> s
     tree = config.model_dump(exclude_none=True)
     tree["model"] |= dimensions or {}
     return tomli_w.dumps(tree)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        names = [
-            str(p)
-            for p in sorted({*path.parent.glob("*.toml"), *DEFAULT_CONFIG.parent.glob("*.toml")})
-            if p.name != "pyproject.toml"
-        ]
-        close = difflib.get_close_matches(str(path), names, n=1)
-        if not close:
-            by_name = {Path(name).name: name for name in names}
-            close = [by_name[name] for name in difflib.get_close_matches(path.name, by_name, n=1)]
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{path}: there is no such config file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        return tomllib.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict[str, Any], list[Problem]]:
@@ -157,7 +129,7 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
         section, dot, name = key.rpartition(".")
         if not argument.startswith("--") or not (section and dot and name):
             problems.append(
-                Problem((f"argument {argument}",), "expected --section.key VALUE" + _did_you_mean(key, sections))
+                Problem((f"argument {argument}",), "expected --section.key VALUE" + did_you_mean(key, sections))
             )
             if rest and not rest[0].startswith("--"):
                 rest.pop(0)
@@ -171,7 +143,7 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
         if section not in sections:
             problems.append(Problem((key,), f"unknown section{nearest_section(section, sections)}"))
         elif annotation is None:
-            problems.append(Problem((key,), f"unknown key{_did_you_mean(key, sections)}"))
+            problems.append(Problem((key,), f"unknown key{did_you_mean(key, sections)}"))
         elif not given and _accepts(annotation, bool):
             values[key] = True
         elif not given:
@@ -205,7 +177,7 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
 def _annotation(section: str, name: str, sections: Sections) -> Any:
     """The type of a key, or None if there is no such key."""
     key = f"{section}.{name}"
-    return sections[section].model_fields[name].annotation if key in _all_keys(sections) else None
+    return sections[section].model_fields[name].annotation if key in all_keys(sections) else None
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
@@ -215,38 +187,6 @@ def _accepts(annotation: Any, kind: type) -> bool:
     if origin is typing.Literal:
         return any(type(option) is kind for option in typing.get_args(annotation))
     return (origin or annotation) is kind
-
-
-def _all_keys(sections: Sections) -> list[str]:
-    keys = [f"{section}.{name}" for section, model in sections.items() for name in model.model_fields]
-    return [key for key in keys if key not in sections]
-
-
-def _did_you_mean(key: str, sections: Sections) -> str:
-    """The nearest right name for ``section`` or ``section.key``, as the tail of a message."""
-    if key in _MOVED:
-        return f"; here it is {_MOVED[key]}"
-    section, _, name = key.rpartition(".")
-    if not section:
-        return nearest_section(name, sections)
-    elsewhere = [k for k in _all_keys(sections) if k.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    if section in sections:
-        near = difflib.get_close_matches(name, sections[section].model_fields, n=1, cutoff=0.5)
-        if near:
-            return f"; did you mean {section}.{near[0]}?"
-    close = difflib.get_close_matches(key, _all_keys(sections), n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; --help {section} lists the keys" if section in sections else ""
-
-
-def nearest_section(name: str, sections: Sections) -> str:
-    """The section that ``name`` was meant to be, as the tail of a message, or else a list of all."""
-    close = difflib.get_close_matches(name, list(sections), n=1)
-    close = close or [key for key in _all_keys(sections) if key.rpartition(".")[2] == name][:1]
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(sections)}"
 
 
 _TYPES = {
@@ -290,7 +230,7 @@ def _explain(detail: ErrorDetails, sections: Sections) -> Problem:
         return Problem((key,), f"entry {int(rest[0]) + 1}: {text}")
     if kind == "extra_forbidden":
         what = "key" if section else "section"
-        return Problem((key,), f"unknown {what}{_did_you_mean(key, sections)}")
+        return Problem((key,), f"unknown {what}{did_you_mean(key, sections)}")
     if kind in _TYPES:
         entry = f", entry {int(rest[0]) + 1}" if rest and rest[0].isdecimal() else ""
         return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {shown}")

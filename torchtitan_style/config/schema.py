@@ -115,6 +115,10 @@ class Data(Corpus):
     max_bad_documents: NonNegative = 100
     """Documents that may be unreadable before the run stops. They are left out, and listed with file and
     position in data_errors.jsonl."""
+    allow_lost_files: list[str] = []
+    """Files that may be lost, all or from some point on: damaged, an archive, without the right column. Names or
+    patterns, as "*/broken.parquet"; for any other file that is lost the run stops. What is lost is listed in
+    data_errors.jsonl."""
     max_document_bytes: int = Field(5_000_000, ge=1, le=2**40)
     """A longer JSON line's or parquet row's text counts as unreadable."""
 
@@ -172,8 +176,9 @@ class Training(Section):
 class LRScheduler(Section):
     """Learning rate over the run: warm-up, then a stable part, then decay."""
 
-    warmup_steps: NonNegative = 200
-    """Steps over which the rate rises linearly to optimizer.lr."""
+    warmup_steps: NonNegative | None = None
+    """Steps over which the rate rises linearly to optimizer.lr. Left out: a tenth of the schedule's steps, at most
+    200."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "cosine"
     """Shape of the decay. sqrt: 1 - sqrt(progress) (Hägele et al. 2024, section 3)."""
     decay_ratio: float | None = Field(None, ge=0, le=1)
@@ -184,6 +189,12 @@ class LRScheduler(Section):
     total_steps: Positive | None = None
     """Steps that the schedule is laid out for; left out: training.steps. Set it to train the
     first part of a longer run."""
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of ``steps`` steps."""
+        if self.warmup_steps is None:
+            return min(200, (self.total_steps or steps) // 10)
+        return self.warmup_steps
 
 
 class Muon(Section):

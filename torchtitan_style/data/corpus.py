@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import sysconfig
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.hub import looks_like_path, similar_folder
 from torchtitan_style.config.schema import Corpus
 
 from .network import patiently
+from .paths import expand
 
 __all__ = ["SourceFile", "source_files"]
 
@@ -112,9 +113,7 @@ def _expand(patterns: list[str]) -> list[Path | str]:
             found |= {url: url for url in _expand_url(pattern)}
             continue
         expanded = os.path.expanduser(pattern)
-        matches = [p for p in map(Path, sorted(glob.glob(expanded, recursive=True))) if p.is_file()]
-        if not matches and Path(expanded).is_file():  # a name with wildcard characters in it
-            matches = [Path(expanded)]
+        matches = [Path(match) for match in expand(expanded)]
         if not matches:
             folder = Path(expanded).is_dir()
             missing.append(f'"{pattern}"' + (" (a folder; add /**/*.txt or the like)" if folder else ""))
@@ -148,9 +147,14 @@ def _dataset_files(corpus: Corpus) -> list[str]:
 
     source = os.path.expanduser(corpus.dataset)
     named = f'data.dataset: "{corpus.dataset}"'
+    if not os.path.isdir(source) and looks_like_path(corpus.dataset):
+        near = similar_folder(Path(source))
+        raise UserError(f"{named}: there is no such folder" + (f"; did you mean {near}?" if near else ""))
     try:
         builder = datasets.load_dataset_builder(source, corpus.subset or None)
     except Exception as error:  # not found, no such subset, no network, offline mode: many kinds
+        if not os.path.isdir(source) and (near := similar_folder(Path(source))):
+            raise UserError(f"{named}: there is no such folder; did you mean {near}?") from None
         raise UserError(f"{named}: {_reason(error)}") from None
     splits = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     if corpus.split not in splits:

@@ -13,24 +13,48 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from torchtitan_style.common.errors import UserError
 
 from .corpus import SourceFile
+from .json_values import json_values
 from .network import is_permanent, wait_before
+from .signatures import HEAD, layout_of_json, why_not_text
 
-__all__ = ["EMPTY", "PLACE_NAMES", "Record", "parquet_groups", "read_records", "texts_of"]
+__all__ = [
+    "EMPTY",
+    "PLACE_NAMES",
+    "Lost",
+    "Record",
+    "is_one_piece",
+    "lost_file",
+    "parquet_groups",
+    "read_records",
+    "texts_of",
+]
 
 EMPTY = "empty"
 """The problem of a document that is well but holds no text."""
 PLACE_NAMES = {"jsonl": "line", "parquet": "row", "text": "byte", "source": "byte"}
 """What ``Record.place`` counts in each format."""
+_CONVERSATIONS = {"messages", "conversations", "conversation"}
+"""Fields of chat data."""
+_CONVERT = "one JSON object a line is wanted (jq -c '{}' FILE > FILE.jsonl makes it)"
 PIECE = 2**20
 """Bytes of text in a document at most, about: a longer file is cut at line ends."""
+
+
+class Lost(NamedTuple):
+    """How much of a file is lost with one problem: all of it, or what is behind some point."""
+
+    rows: int | None
+    """None: not known."""
+    bytes: int
+    """Of the file as it is stored; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,10 @@ class Record:
     """Bytes of the file read up to its end, about."""
     text: str = ""
     problem: str = ""
+    lost: Lost | None = None
+    """None: one document at most."""
+    place_name: str = ""
+    """What ``place`` counts, where it is not what ``PLACE_NAMES`` says."""
 
 
 def read_records(
@@ -114,8 +142,39 @@ def _is_damage(error: Exception) -> bool:
     return type(error) is OSError and error.errno is None  # what bz2 and pyarrow say
 
 
-def _damaged(index: int, place: int, consumed: int, error: Exception) -> Record:
-    return Record(index, place, consumed, problem=f"the file is damaged or cut short from here on: {error}")
+def _damaged(file: SourceFile, index: int, place: int, consumed: int, error: Exception) -> Record:
+    lost = Lost(None, max(file.size - consumed, 0))
+    return Record(index, place, consumed, problem=f"the file is damaged or cut short from here on: {error}", lost=lost)
+
+
+def _all_lost(file: SourceFile, problem: str, rows: int | None = None) -> Record:
+    """The only record of a file that cannot be read."""
+    return Record(0, int(file.format == "jsonl"), file.size, problem=problem, lost=Lost(rows, file.size))
+
+
+def lost_file(file: SourceFile, text_key: str) -> Record | None:
+    """The problem of a file that cannot be read at all, as far as its first bytes or its columns tell."""
+    try:
+        with _open(file) as (raw, content):
+            if file.format == "parquet":
+                found = _parquet_column(file, raw, text_key)
+                return found if isinstance(found, Record) else None
+            head: bytes = content.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        return None  # whoever reads it says so
+    if file.format == "source":
+        return None
+    why = why_not_text(head, json_lines=file.format == "jsonl")
+    return _all_lost(file, why) if why else None
+
+
+def is_one_piece(file: SourceFile) -> bool:
+    """Whether a local file is called one of JSON lines, but is something else, which cannot be read in parts."""
+    if file.format != "jsonl":
+        return False
+    with Path(file.url).open("rb") as content:
+        head = content.read(HEAD)
+    return layout_of_json(head) != "lines" or bool(why_not_text(head, json_lines=True))
 
 
 def _read_jsonl(
@@ -124,6 +183,20 @@ def _read_jsonl(
     longest = 6 * max_bytes + 2**16  # a byte of text takes six as \uXXXX
     begin, end = span or (0, None)
     with _open(file) as (raw, content):
+        if not begin:
+            try:
+                head: bytes = content.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                yield _damaged(file, 0, 1, 0, error)
+                return
+            if why := why_not_text(head, json_lines=True):
+                yield _all_lost(file, why)
+                return
+            if layout_of_json(head) != "lines":
+                yield from _read_json(file, raw, content, text_key, max_bytes, start, share)
+                return
         offset = begin
         if begin:  # the line that the span begins in belongs to the one before
             content.seek(begin - 1)
@@ -140,11 +213,14 @@ def _read_jsonl(
             except Exception as error:
                 if not _is_damage(error):
                     raise
-                yield _damaged(index, index + 1, raw.tell(), error)
+                yield _damaged(file, index, index + 1, raw.tell(), error)
                 return
             if not line:
                 return
             offset += skipped
+            if not index and not begin and (whole := _rows_inside(line, text_key)):
+                yield _all_lost(file, *whole)
+                return
             if index >= start and index % share[1] == share[0]:
                 consumed = raw.tell() if file.compression else offset
                 text, problem = _parse_line(
@@ -168,15 +244,79 @@ def _parse_line(line: bytes | None, text_key: str, max_bytes: int, *, first: boo
         return "", f"not UTF-8 text: {error}"
     except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits, too
         return "", f"not JSON: {error}"
+    return _text_of(record, text_key, max_bytes)
+
+
+def _text_of(record: Any, text_key: str, max_bytes: int) -> tuple[str, str]:
+    """Text and problem of one JSON value."""
     if not isinstance(record, dict):
         return "", "not a JSON object"
     if text_key not in record:
-        return "", f'no text under "{text_key}"; it has {", ".join(record)}; data.text_key names the right field'
+        return "", f'no text under "{text_key}"; it has {", ".join(record)}; {_advice(record, "field")}'
     if record[text_key] is None:
         return "", EMPTY
     if not isinstance(record[text_key], str):
         return "", f'no text under "{text_key}", but a {type(record[text_key]).__name__}'
     return _checked(record[text_key], max_bytes)
+
+
+def _advice(names: Iterable[str], what: str) -> str:
+    """What to do about a document that has ``names``, but not data.text_key."""
+    if found := _CONVERSATIONS.intersection(names):
+        return (
+            f"these are conversations (under {', '.join(sorted(found))}), which are not read: write each as one text, "
+            "with its turns marked as the chat template of your tokenizer does"
+        )
+    return f"data.text_key names the right {what}"
+
+
+def _rows_inside(line: bytes, text_key: str) -> tuple[str, int] | None:
+    """Problem and rows of a file whose first line is an object with all rows of the corpus in it."""
+    if len(line) < 2 or line.count(b"{") < 3 or not line.startswith((b"{", b"\xef\xbb\xbf{")):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or text_key in record or _CONVERSATIONS & record.keys():
+        return None
+    rows = {name: len(value) for name, value in record.items() if isinstance(value, list) and value}
+    name = max(rows, key=lambda name: rows[name], default=None)
+    if name is None or not all(isinstance(row, dict) and text_key in row for row in record[name]):
+        return None
+    return f'one JSON object with {rows[name]:,} rows under "{name}"; {_CONVERT.format(f".{name}[]")}', rows[name]
+
+
+def _read_json(
+    file: SourceFile,
+    raw: IO[bytes],
+    content: IO[bytes],
+    text_key: str,
+    max_bytes: int,
+    start: int,
+    share: tuple[int, int],
+) -> Iterator[Record]:
+    """The elements of a JSON array, or objects that take several lines each."""
+    values = json_values(content, piece=PIECE, longest=6 * max_bytes + 2**16)
+    index = 0
+    while True:
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        except Exception as error:
+            if not isinstance(error, ValueError) and not _is_damage(error):
+                raise
+            reason = f"not JSON from here on: {error}; {_CONVERT.format('.[]')}"
+            if not isinstance(error, ValueError):
+                reason = f"the file is damaged or cut short from here on: {error}"
+            lost = Lost(None, max(file.size - raw.tell(), 0))
+            yield Record(index, index + 1, raw.tell(), problem=reason, lost=lost, place_name="item")
+            return
+        if index >= start and index % share[1] == share[0]:
+            text, problem = _text_of(value, text_key, max_bytes)
+            yield Record(index, index + 1, raw.tell(), text, problem, place_name="item")
+        index += 1
 
 
 def _checked(text: str, max_bytes: int) -> tuple[str, str]:
@@ -196,26 +336,14 @@ def _read_parquet(
     file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None, share: tuple[int, int]
 ) -> Iterator[Record]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     with _open(file) as (raw, _):
-        try:
-            parquet = pq.ParquetFile(raw)
-            schema = parquet.schema_arrow
-        except (pa.ArrowInvalid, OSError) as error:
-            if not isinstance(error, pa.ArrowInvalid) and not _is_damage(error):
-                raise
-            yield Record(0, 0, file.size, problem=f"not a readable parquet file: {_one_line(error)}")
+        found = _parquet_column(file, raw, text_key)
+        if isinstance(found, Record):
+            if not (span and span[0]):  # once, however many parts the file is read in
+                yield found
             return
-        if text_key not in schema.names:
-            problem = f'no column "{text_key}"; it has {", ".join(schema.names)}; data.text_key names the right one'
-            yield Record(0, 0, file.size, problem=problem)
-            return
-        kind = schema.types[schema.names.index(text_key)]
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            yield Record(0, 0, file.size, problem=f'column "{text_key}" does not hold text but {kind}')
-            return
+        parquet, kind = found
         first_row = consumed = 0
         by_group = parquet.num_row_groups >= share[1]
         for group in range(parquet.num_row_groups):
@@ -239,8 +367,35 @@ def _read_parquet(
                 if not isinstance(error, pa.ArrowException) and not _is_damage(error):
                     raise
                 problem = f"rows up to {first_row - 1} are damaged: {_one_line(error)}"
-                yield Record(index, index, consumed, problem=problem)
+                lost = Lost(first_row - index, metadata.total_byte_size * (first_row - index) // count)
+                yield Record(index, index, consumed, problem=problem, lost=lost)
             consumed += metadata.total_byte_size
+
+
+def _parquet_column(file: SourceFile, raw: IO[bytes], text_key: str) -> Record | tuple[Any, Any]:
+    """The open file and the type of its column with the text; or its only record, if there is no such column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(raw)
+        schema = parquet.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        if not isinstance(error, pa.ArrowInvalid) and not _is_damage(error):
+            raise
+        return _all_lost(file, f"not a readable parquet file: {_one_line(error)}")
+    rows = parquet.metadata.num_rows
+    if text_key not in schema.names:
+        columns = ", ".join(schema.names)
+        return _all_lost(file, f'no column "{text_key}"; it has {columns}; {_advice(schema.names, "one")}', rows)
+    kind = schema.types[schema.names.index(text_key)]
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    # Some tools write text as bytes without saying that it is text: each value is checked to be UTF-8.
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    if not any(check(kind) for check in checks):
+        return _all_lost(file, f'column "{text_key}" does not hold text but {kind}; {_advice([text_key], "one")}', rows)
+    return parquet, kind
 
 
 def _decode(value: bytes | None, max_bytes: int) -> tuple[str, str]:
@@ -279,11 +434,14 @@ def _read_text(
             except Exception as error:
                 if not _is_damage(error):
                     raise
-                yield _damaged(index, offset, raw.tell(), error)
+                yield _damaged(file, index, offset, raw.tell(), error)
                 return
             if not block:
                 if not index and file.format == "text":  # an empty source file only marks a package
                     yield Record(0, 0, raw.tell(), problem=EMPTY)
+                return
+            if not index and file.format == "text" and (why := why_not_text(block[:HEAD])):
+                yield _all_lost(file, why)
                 return
             cut = _cut(block)
             piece, rest = block[:cut], block[cut:]
@@ -292,6 +450,8 @@ def _read_text(
                     text, problem = piece.decode("utf-8" if index else "utf-8-sig", errors), ""
                 except UnicodeDecodeError as error:
                     text, problem = "", f"not UTF-8 text: {error}"
+                if file.format == "text" and (nuls := text.count("\0")):
+                    text, problem = "", f"binary data, not text: {nuls:,} of its bytes are NUL"
                 yield Record(index, offset, raw.tell(), text, problem or ("" if text else EMPTY))
             offset += cut
             index += 1

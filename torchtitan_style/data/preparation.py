@@ -8,13 +8,21 @@ from pathlib import Path
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
+from torchtitan_style.config.schema import Data
 from torchtitan_style.models.registry import model_config
 
 from .prepare import prepare
 from .prepared import Prepared
 from .tokenize import Progress
 
-__all__ = ["prepare_data"]
+__all__ = ["data_of_run", "prepare_data"]
+
+
+def data_of_run(config: Config) -> Data:
+    """The data section as it applies: with validation off, nothing is held out from training."""
+    if config.validation.enable:
+        return config.data
+    return config.data.model_copy(update={"validation_fraction": 0.0})
 
 
 def prepare_data(
@@ -44,7 +52,7 @@ def prepare_data(
                 prepared.rows(name, part, seq_len=training.seq_len, packing=config.data.packing, say=say)
 
     return prepare(
-        config.data,
+        data_of_run(config),
         Path(config.job.dump_folder),
         vocab_size=model_config(config.model).vocab_size,
         held_out=[count * training.seq_len for count in of_corpora],

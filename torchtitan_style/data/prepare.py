@@ -22,11 +22,24 @@ from torchtitan_style.config.schema import Data
 
 from .changes import change_of, source_entry, tokenizer_in_folder
 from .corpus import SourceFile, source_files
-from .documents import EMPTY
+from .documents import lost_file
 from .held_out import hold_out
 from .make_tokenizer import make_tokenizer
 from .prepared import FORMAT, Prepared, read_prepared
-from .problems import FILE_NAME, BadDocuments, Problem, TooManyBadDocuments, describe
+from .problems import (
+    FILE_NAME,
+    BadDocuments,
+    Problem,
+    TooManyBadDocuments,
+    counted,
+    describe,
+    describe_left_out,
+    is_allowed,
+    is_bad_document,
+    is_lost,
+    lost_files,
+    problem_of,
+)
 from .streams import StreamedCorpus
 from .tokenize import PARTS, Progress, Recipe, lines_of_progress, tokenize
 from .tokenizer import Tokenizer
@@ -90,7 +103,7 @@ def prepare(
             present = _make(
                 config,
                 folder,
-                dump_folder,
+                dump_folder if hands_out else None,
                 settings=settings,
                 held_out=held_out,
                 say=say,
@@ -100,7 +113,7 @@ def prepare(
                 # A model knows its tokens: other data is read with the same ones.
                 trained=dump_folder / "tokenizer" if is_running else None,
             )
-            if not config.streaming:
+            if hands_out and not config.streaming:
                 (dump_folder / FILE_NAME).unlink(missing_ok=True)  # of an attempt before this one
         else:
             complete(present, lambda line: None)  # it was said when it was made
@@ -155,7 +168,7 @@ def _lacks_held_out(present: Prepared, config: Data, held_out: Sequence[int]) ->
 def _make(
     config: Data,
     folder: Path,
-    dump_folder: Path,
+    dump_folder: Path | None,
     *,
     settings: dict[str, Any],
     held_out: Sequence[int],
@@ -165,14 +178,19 @@ def _make(
     processes: int,
     trained: Path | None,
 ) -> Prepared:
-    """Make everything in a folder beside ``folder``, and put it there when it is complete."""
+    """Make everything in a folder beside ``folder``, and put it there when it is complete.
+
+    dump_folder: None to leave it alone.
+    """
     sources = {name: source_files(corpus) for name, corpus in config.corpora().items()}
+    _check_readable(config, sources)
     staging = folder.parent / f"{folder.name}.tmp"
-    made = {each: first_missing(each) for each in (folder.parent, dump_folder)}
+    made = {each: first_missing(each) for each in (folder.parent, dump_folder) if each}
     try:
         plan = {
             "settings": settings,
             "tokenizer": tokenizer_in_folder(config),
+            "units": 2,  # what a unit's file is like
             "sources": {name: [asdict(file) for file in files] for name, files in sources.items()},
         }
         _begin(staging, plan, say)
@@ -183,6 +201,7 @@ def _make(
             "validation_fraction": config.validation_fraction,
             "vocab_size": settings["vocab_size"],
             "dtype": "<u2" if settings["vocab_size"] <= 2**16 else "<u4",
+            "allow_lost_files": tuple(config.allow_lost_files),
         }
         corpora, problems = {}, []
         for (name, corpus), wanted in zip(config.corpora().items(), held_out, strict=True):
@@ -196,13 +215,13 @@ def _make(
                 sources[name], place, own, processes, progress, max_bad=config.max_bad_documents
             )
             problems += bad
-            _list_problems(problems, staging, dump_folder, config.max_bad_documents)
+            _list_problems(problems, staging, dump_folder, config)
             if sum(corpora[name]["documents"].values()):
                 _report(name, corpora[name], say)
         for name, corpus_entry in corpora.items():
             if not config.streaming and not sum(corpus_entry["documents"].values()):
                 raise _empty(name, problems, dump_folder)
-        _report_problems(problems, dump_folder, say)
+        _report_problems(problems, dump_folder or folder, say)
         manifest = {
             "format": FORMAT,
             "settings": settings,
@@ -258,11 +277,11 @@ def _tokenize(
     return entry, problems
 
 
-def _empty(name: str, problems: list[Problem], dump_folder: Path) -> UserError:
+def _empty(name: str, problems: list[Problem], dump_folder: Path | None) -> UserError:
     """What to say of a corpus without a document; those that cannot be read are listed in the dump folder."""
-    bad = [problem for problem in problems if problem["problem"] != EMPTY]
-    if bad:
-        BadDocuments(dump_folder / FILE_NAME, limit=len(problems)).add(problems)
+    bad = [problem for problem in problems if is_bad_document(problem) or is_lost(problem)]
+    if bad and dump_folder:
+        BadDocuments(dump_folder / FILE_NAME, limit=len(problems), allow_lost=["*"]).add(problems)
     shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
     return UserError(
         f"data.paths: the corpus{f' {name}' if name else ''} is empty: "
@@ -273,30 +292,42 @@ def _empty(name: str, problems: list[Problem], dump_folder: Path) -> UserError:
 def _report(name: str, corpus: dict[str, Any], say: Callable[[str], None]) -> None:
     tokens = corpus["tokens"]
     say(
-        f"tokenized {sum(corpus['documents'].values()):,} documents{f' of {name}' if name else ''}: "
-        f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} held out"
+        f"tokenized {counted(sum(corpus['documents'].values()), 'document')}{f' of {name}' if name else ''}: "
+        f"{counted(tokens['train'], 'token')} to train on, "
+        f"{counted(tokens['validation'] if corpus['documents']['validation'] else 0, 'token')} held out"
     )
 
 
-def _list_problems(problems: list[Problem], staging: Path, dump_folder: Path, limit: int) -> None:
+def _list_problems(problems: list[Problem], staging: Path, dump_folder: Path | None, config: Data) -> None:
     """Leave the list of bad documents in the prepared folder; if there are too many, where it can be found."""
     (staging / FILE_NAME).unlink(missing_ok=True)
-    bad = BadDocuments(staging / FILE_NAME, limit=len(problems))
+    limit, allowed = config.max_bad_documents, config.allow_lost_files
+    bad = BadDocuments(staging / FILE_NAME, limit=len(problems), allow_lost=["*"])
     bad.add(problems)
-    if bad.count > limit:
-        (dump_folder / FILE_NAME).unlink(missing_ok=True)
-        BadDocuments(dump_folder / FILE_NAME, limit=limit).add(problems)
+    if bad.count > limit or not all(is_allowed(problem["file"], allowed) for problem in bad.lost):
+        listed = (dump_folder or staging) / FILE_NAME
+        listed.unlink(missing_ok=True)
+        BadDocuments(listed, limit=limit, allow_lost=allowed).add(problems)
 
 
-def _report_problems(problems: list[Problem], dump_folder: Path, say: Callable[[str], None]) -> None:
-    empty = sum(problem["problem"] == EMPTY for problem in problems)
-    cut = sum("from here on" in problem["problem"] for problem in problems)
-    if len(problems) > empty:
-        also = f" (and the rest of {cut} damaged files)" if cut else ""
-        say(
-            f"warning: {len(problems) - empty:,} documents cannot be read and are left out{also}; "
-            f"{dump_folder / FILE_NAME} lists them"
-        )
+def _check_readable(config: Data, sources: dict[str, list[SourceFile]]) -> None:
+    """Raise LostFiles for local files that cannot be read at all, before anything is made of the others."""
+    lost = [
+        problem_of(file, record)
+        for name, corpus in config.corpora().items()
+        for file in sources[name]
+        if not file.is_remote and not is_allowed(file.url, config.allow_lost_files)
+        if (record := lost_file(file, corpus.text_key))
+    ]
+    if lost:
+        raise lost_files(lost, config.allow_lost_files)
+
+
+def _report_problems(problems: list[Problem], folder: Path, say: Callable[[str], None]) -> None:
+    bad = sum(map(is_bad_document, problems))
+    lost = [problem for problem in problems if is_lost(problem)]
+    if bad or lost:
+        say(f"warning: {describe_left_out(bad, lost)}; {folder / FILE_NAME} lists them")
 
 
 def _hand_out(prepared: Prepared, dump_folder: Path, *, is_running: bool) -> None:
@@ -332,6 +363,7 @@ def streamed_corpora(config: Data, prepared: Prepared, *, vocab_size: int) -> li
                 validation_fraction=config.validation_fraction,
                 vocab_size=vocab_size,
                 dtype=prepared.manifest["dtype"],
+                allow_lost_files=tuple(config.allow_lost_files),
             ),
             max_bad_documents=config.max_bad_documents,
         )

@@ -1,13 +1,17 @@
 """Documents that could not be read: listed in ``data_errors.jsonl``, and counted up to a limit.
 
-{"file": "corpus.jsonl", "line": 17, "problem": "not JSON: …"} — "line" from 1 in JSON lines, "row" from 0 in
-parquet, "byte" from 0 in text. Empty documents do no harm: they are not counted, and the first thousand are listed.
+{"file": "corpus.jsonl", "line": 17, "problem": "not JSON: …"} — "line" from 1 in JSON lines, "item" from 1 in a JSON
+array, "row" from 0 in parquet, "byte" from 0 in text. Empty documents do no harm: they are not counted, and the first
+thousand are listed. A file that is lost, all or from some point on, has "lost_bytes" and "lost_rows" too (null: not
+known). It is not counted among the documents, but must be allowed by its name.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,22 @@ from torchtitan_style.common.errors import UserError
 from .corpus import SourceFile
 from .documents import EMPTY, PLACE_NAMES, Record
 
-__all__ = ["FILE_NAME", "BadDocuments", "Problem", "TooManyBadDocuments", "describe", "problem_of"]
+__all__ = [
+    "FILE_NAME",
+    "BadDocuments",
+    "LostFiles",
+    "Problem",
+    "TooManyBadDocuments",
+    "counted",
+    "describe",
+    "describe_left_out",
+    "describe_loss",
+    "is_allowed",
+    "is_bad_document",
+    "is_lost",
+    "lost_files",
+    "problem_of",
+]
 
 FILE_NAME = "data_errors.jsonl"
 _EMPTY_LISTED = 1000
@@ -28,19 +47,75 @@ Problem = dict[str, Any]
 
 def problem_of(file: SourceFile, record: Record) -> Problem:
     """The line about a record that has a problem."""
-    return {"file": file.url, PLACE_NAMES[file.format]: record.place, "problem": record.problem}
+    problem = {"file": file.url, record.place_name or PLACE_NAMES[file.format]: record.place, "problem": record.problem}
+    return problem | ({"lost_rows": record.lost.rows, "lost_bytes": record.lost.bytes or None} if record.lost else {})
+
+
+def is_lost(problem: Problem) -> bool:
+    """Whether all or the rest of a file is lost with ``problem``."""
+    return "lost_bytes" in problem
+
+
+def is_bad_document(problem: Problem) -> bool:
+    """Whether ``problem`` counts for data.max_bad_documents."""
+    return not is_lost(problem) and problem["problem"] != EMPTY
+
+
+def is_allowed(url: str, allowed: Sequence[str]) -> bool:
+    """Whether data.allow_lost_files has a name or pattern for this file."""
+    return any(url == name or fnmatch.fnmatchcase(url, name) or url.endswith(f"/{name}") for name in allowed)
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 document", "1,000 documents"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def describe_loss(lost: Sequence[Problem]) -> str:
+    """How much is lost with these files, as far as it is known: "2 files (20,000 rows, 1,234 bytes)"."""
+    amounts = []
+    for field in ("row", "byte"):
+        total = sum(problem[f"lost_{field}s"] or 0 for problem in lost)
+        known = all(problem[f"lost_{field}s"] is not None for problem in lost)
+        amounts += [("" if known else "at least ") + counted(total, field)] if total else []
+    files = counted(len({problem["file"] for problem in lost}), "file")
+    return files + (f" ({', '.join(amounts)})" if amounts else "")
+
+
+def describe_left_out(documents: int, lost: Sequence[Problem]) -> str:
+    """What a warning says of bad documents and lost files."""
+    parts = [counted(documents, "document")] * bool(documents) + [describe_loss(lost)] * bool(lost)
+    return f"{' and '.join(parts)} cannot be read and {'is' if documents + len(lost) == 1 else 'are'} left out"
 
 
 class TooManyBadDocuments(UserError):
     """More documents cannot be read than data.max_bad_documents allows."""
 
 
+class LostFiles(TooManyBadDocuments):
+    """Files are lost, all or from some point on, that data.allow_lost_files does not name."""
+
+
+def lost_files(lost: Sequence[Problem], allowed: Sequence[str], listed: str = "") -> LostFiles:
+    """The error about ``lost``. allowed: data.allow_lost_files. listed: a line that says where all are listed."""
+    shown = "\n".join(f"  {describe(problem)}" for problem in lost[:5])
+    names = list(dict.fromkeys([*allowed, *(problem["file"] for problem in lost)]))
+    more = "  …\n" if len(lost) > 5 else ""
+    return LostFiles(
+        f"data: {describe_loss(lost)} cannot be read, all or from some point on:\n{shown}\n{more}{listed}"
+        "Mend them or name other files. To train without what is lost, allow it by name:\n"
+        f"  --data.allow_lost_files {' '.join(shlex.quote(name) for name in names)}\n"
+        f"or in the configuration, under [data]:\n  allow_lost_files = {json.dumps(names, ensure_ascii=False)}"
+    )
+
+
 class BadDocuments:
     """The list of one run or prepared corpus. Each document is in it once, however often it is met."""
 
-    def __init__(self, path: Path, *, limit: int) -> None:
-        self.path, self.limit = path, limit
+    def __init__(self, path: Path, *, limit: int, allow_lost: Sequence[str] = ()) -> None:
+        self.path, self.limit, self.allow_lost = path, limit, allow_lost
         self.count = 0
+        self.lost: list[Problem] = []
         self._empty = 0
         self._listed: set[str] = set()
         self._first: list[Problem] = []
@@ -52,34 +127,42 @@ class BadDocuments:
                     continue  # cut short by a kill
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """List ``problems``. Raises TooManyBadDocuments when there are more than the limit."""
+        """List ``problems``. Raises TooManyBadDocuments when there are more than the limit, and LostFiles when some
+        are of files that may not be lost."""
         new = [problem for problem in problems if self._note(problem)]
         if new:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(problem) + "\n" for problem in new))
+        if lost := [each for each in new if is_lost(each) and not is_allowed(each["file"], self.allow_lost)]:
+            raise lost_files(lost, self.allow_lost, f"All are listed in {self.path}.\n")
         if self.count > self.limit:
             shown = "\n".join(f"  {describe(problem)}" for problem in self._first)
             raise TooManyBadDocuments(
-                f"{self.count:,} documents cannot be read, and data.max_bad_documents is {self.limit}:\n{shown}\n"
+                f"{counted(self.count, 'document')} cannot be read, and data.max_bad_documents is {self.limit}:\n"
+                f"{shown}\n"
                 f"All are listed in {self.path}. Mend them, or raise data.max_bad_documents to leave them out"
             )
 
     def _note(self, problem: Problem) -> bool:
         """Remember ``problem``. Whether it is new."""
-        key = json.dumps({name: value for name, value in problem.items() if name != "problem"}, sort_keys=True)
+        key = json.dumps([problem["file"], _place(problem), is_lost(problem)])
         is_empty = problem["problem"] == EMPTY
         if key in self._listed or (is_empty and self._empty == _EMPTY_LISTED):
             return False
         self._listed.add(key)
         self._empty += is_empty
-        self.count += not is_empty
-        if not is_empty and len(self._first) < 5:
+        self.count += is_bad_document(problem)
+        self.lost += [problem] if is_lost(problem) else []
+        if is_bad_document(problem) and len(self._first) < 5:
             self._first.append(problem)
         return True
 
 
 def describe(problem: Problem) -> str:
     """``problem`` in a line for a person."""
-    place = next(f"{name} {problem[name]}" for name in PLACE_NAMES.values() if name in problem)
-    return f"{problem['file']}, {place}: {problem['problem']}"
+    return f"{problem['file']}, {_place(problem)}: {problem['problem']}"
+
+
+def _place(problem: Problem) -> str:
+    return next((f"{name} {problem[name]}" for name in (*PLACE_NAMES.values(), "item") if name in problem), "")

@@ -21,7 +21,7 @@ from .corpus import SourceFile
 from .documents import EMPTY, Record, read_records
 from .mixture import choose
 from .packing import Piece, best_fit, pieces_of, text_lengths
-from .problems import Problem, describe, problem_of
+from .problems import Problem, counted, describe, is_allowed, is_bad_document, is_lost, lost_files, problem_of
 from .rows import Rows, permute
 from .tokenize import Recipe, is_held_out
 from .tokenizer import Tokenizer
@@ -118,16 +118,19 @@ class _Documents:
 
     def _note(self, file: SourceFile, record: Record) -> None:
         problem = problem_of(file, record)
-        if problem["problem"] == EMPTY:
+        allowed = self.corpus.recipe.allow_lost_files
+        if is_lost(problem) and not is_allowed(file.url, allowed):
+            raise lost_files([problem], allowed)
+        if problem["problem"] == EMPTY or is_lost(problem):
             self.problems.append(problem)
         elif (place := (file.url, record.place)) not in self._bad:  # else met again in a later epoch
             self._bad.add(place)
             self.problems.append(problem)
         if len(self._bad) > self.corpus.max_bad_documents:  # there may be no row, and so nobody to tell, for long
-            bad = [problem for problem in self.problems if problem["problem"] != EMPTY]
+            bad = [problem for problem in self.problems if is_bad_document(problem)]
             shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
             raise UserError(
-                f"{len(self._bad)} documents of one stream cannot be read, and data.max_bad_documents is "
+                f"{counted(len(self._bad), 'document')} of one stream cannot be read, and data.max_bad_documents is "
                 f"{self.corpus.max_bad_documents}:{shown}"
             )
 

@@ -31,9 +31,9 @@ from torchtitan_style.common.program import STOP_SIGNALS, begin
 from torchtitan_style.common.signals import shielding_children
 
 from .corpus import SourceFile
-from .documents import EMPTY, Record, parquet_groups, read_records
+from .documents import Lost, Record, is_one_piece, parquet_groups, read_records
 from .packing import text_lengths
-from .problems import Problem, problem_of
+from .problems import Problem, is_allowed, is_bad_document, is_lost, problem_of
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -51,12 +51,16 @@ __all__ = [
 PARTS = ("train", "validation")
 _BATCH_BYTES = 2**19
 """Text that is tokenized at once, about."""
+_NOT_ALLOWED = 2**32
+"""What a file that is lost and may not be counts for, in bad documents: it stops everything."""
 _ALONE = 2**24
 """Bytes of a corpus that is tokenized without starting processes for it."""
 _REPORT_SECONDS = 0.5
 
 Unit = list[tuple[int, tuple[int, int] | None]]
 """Files by their number, each whole or a span of it."""
+_Bad = tuple[int, int, str, str, Sequence[Any] | None]
+"""A bad document: part of the unit, place, problem, place_name and lost of its record."""
 Progress = Callable[[int, int, int], None]
 """Called now and then with bytes read, bytes in all, and tokens made."""
 
@@ -72,6 +76,8 @@ class Recipe:
     validation_fraction: float
     vocab_size: int
     dtype: str
+    allow_lost_files: tuple[str, ...] = ()
+    """Names and patterns of files that may be lost."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def plan_units(files: Sequence[SourceFile]) -> list[Unit]:
 
 def _spans(file: SourceFile, size: int) -> Iterator[tuple[tuple[int, int] | None, int]]:
     """Parts of ``file`` of about ``size`` bytes: byte ranges or row groups, and their lengths."""
-    if file.size < 2 * size or file.is_remote or file.compression or file.format in ("text", "source"):
+    is_text = file.format in ("text", "source")
+    if file.size < 2 * size or file.is_remote or file.compression or is_text or is_one_piece(file):
         yield None, file.size
     elif file.format == "jsonl":
         cuts = range(0, file.size, size)
@@ -138,7 +145,7 @@ def tokenize(
     """Write the shards of ``files`` into ``folder``, but for units that are there already.
 
     Returns what is in each unit, the documents that cannot be read, and the SHA-256 of each local file. Stops early,
-    with the units done so far, when more than ``max_bad`` documents cannot be read.
+    with the units done so far, when more than ``max_bad`` documents cannot be read, or a file is lost that may not be.
     """
     job = _Job(files, plan_units(files), folder, recipe)
     total, units = sum(file.size for file in files), len(job.units)
@@ -162,7 +169,7 @@ def tokenize(
 
     # Too many documents may have been in units that were under way: these are gone through until they are named.
     for number in job.todo():
-        if sum(problem["problem"] != EMPTY for problem in _problems(files, done())) > max_bad:
+        if sum(_harm(problem, recipe.allow_lost_files) for problem in _problems(files, done())) > max_bad:
             break
         _tokenize_unit(job, number, Tokenizer(Path(recipe.tokenizer)), _Counter())
     found = done()
@@ -276,7 +283,7 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
     folder, recipe = job.folder, job.recipe
     documents = {"train": 0, "validation": 0}
     tokens = {"train": 0, "validation": 0}
-    bad: list[tuple[int, int, str]] = []  # part of the unit, place, problem
+    bad: list[_Bad] = []
     paths = {part: folder / f"{part}-{number:05d}.bin" for part in PARTS}
     end_of_text = np.array([tokenizer.end_of_text], dtype=recipe.dtype)
     with paths["train"].open("wb") as train, paths["validation"].open("wb") as validation:
@@ -295,14 +302,22 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
                 good = []
                 for record in batch:
                     if record.problem:
-                        bad.append((place, record.place, record.problem))
+                        bad.append((place, record.place, record.problem, record.place_name, record.lost))
                     else:
                         good.append(record)
                 encoded = tokenizer.encode_batch([record.text for record in good])
                 made = 0
                 for record, ids in zip(good, encoded, strict=True):
                     if len(ids) and ids.max() >= recipe.vocab_size:
-                        bad.append((place, record.place, f"token {ids.max()} is past model.vocab_size"))
+                        bad.append(
+                            (
+                                place,
+                                record.place,
+                                f"token {ids.max()} is past model.vocab_size",
+                                record.place_name,
+                                None,
+                            )
+                        )
                         continue
                     part = PARTS[is_held_out(record.text, recipe.validation_fraction)]
                     ended = np.concatenate((ids.astype(recipe.dtype), end_of_text))
@@ -311,7 +326,7 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
                     documents[part] += 1
                     tokens[part] += len(ended)
                     made += len(ended)
-                harmful = sum(problem != EMPTY for _, _, problem in bad[unread:])
+                harmful = sum(_harm(_problem(file, each), recipe.allow_lost_files) for each in bad[unread:])
                 counter.add(max(batch[-1].consumed - before, 0), made, harmful)
                 before = batch[-1].consumed
                 if counter.stop.value:
@@ -322,12 +337,28 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
     content = {
         "documents": documents,
         "tokens": tokens,
-        "bad": sorted(bad),
+        "bad": sorted(bad, key=lambda each: each[:3]),
         "files": {path.name: file_entry(path) for path in made_files},
     }
     temporary = folder / f"unit-{number:05d}.tmp"
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.rename(folder / f"unit-{number:05d}.json")
+
+
+def _problem(file: SourceFile, bad: _Bad, first_line: int = 0) -> Problem:
+    """What a unit keeps of a bad document as a line of the list. first_line: lines of the file before the unit."""
+    _, place, problem, place_name, lost = bad
+    record = Record(
+        0, place + first_line, 0, problem=problem, place_name=place_name, lost=Lost(*lost) if lost else None
+    )
+    return problem_of(file, record)
+
+
+def _harm(problem: Problem, allow_lost: Sequence[str]) -> int:
+    """What ``problem`` counts for in max_bad."""
+    if is_lost(problem):
+        return 0 if is_allowed(problem["file"], allow_lost) else _NOT_ALLOWED
+    return int(is_bad_document(problem))
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -364,15 +395,13 @@ def _problems(files: Sequence[SourceFile], done: list[tuple[Unit, dict[str, Any]
     counted: dict[int, tuple[int, int]] = {}  # of each file: up to where, and the lines there
     for unit, content in done:
         for place, (number, span) in enumerate(unit):
-            bad = [(where, problem) for at, where, problem in content["bad"] if at == place]
+            bad = [each for each in content["bad"] if each[0] == place]
             base = 0
             if bad and span and files[number].format == "jsonl":
                 start, lines = counted.get(number, (0, 0))
                 base = lines + _lines_that_begin(Path(files[number].url), start, span[0])
                 counted[number] = span[0], base
-            problems += [
-                problem_of(files[number], Record(0, where + base, 0, problem=problem)) for where, problem in bad
-            ]
+            problems += [_problem(files[number], each, base) for each in bad]
     return problems
 
 

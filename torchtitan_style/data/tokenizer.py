@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.hub import fetch
-from torchtitan_style.models.hf_folder import copy_assets
+from torchtitan_style.models.hf_folder import copy_assets, special_tokens
 
 from .bulk import bulk_encoder
 
@@ -56,10 +56,7 @@ class Tokenizer:
             # Of the last call before it was saved; Transformers switches both off too unless asked.
             self.backend.no_truncation()
             self.backend.no_padding()
-            path = folder / "tokenizer_config.json"
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            roles = {role: settings.get(role) for role in ("eos_token", "pad_token")}
-            self._special = {role: t["content"] if isinstance(t, dict) else t for role, t in roles.items()}
+            self._special = special_tokens(folder)
         except Exception as error:  # tokenizers raises a plain Exception
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
         # Qwen's instruct models name <|im_end|>, which ends a turn; a document ends with this one.
@@ -76,7 +73,7 @@ class Tokenizer:
 
     def special_id(self, role: str) -> int | None:
         """The id of the "eos_token" or the "pad_token" that its settings name, or None."""
-        token = self._special[role]
+        token = self._special.get(role)
         return None if token is None else self.backend.token_to_id(token)
 
     def is_special(self, token: int) -> bool:

@@ -117,10 +117,12 @@ def _together(mesh: DeviceMesh, *axes: str) -> dist.ProcessGroup:
 
 def set_timeout(seconds: int) -> None:
     """Change how long the watchdog waits, and so a collective may take, in all groups made so far."""
-    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+    from torch.distributed import distributed_c10d
 
-    for group in _world.pg_map.keys() - _patient:
-        _set_pg_timeout(timedelta(seconds=seconds + _SLACK), group)
+    # Public since torch 2.14, where the private one warns.
+    set_of_group = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in distributed_c10d._world.pg_map.keys() - _patient:
+        set_of_group(timedelta(seconds=seconds + _SLACK), group)
 
 
 @one_thread_each()

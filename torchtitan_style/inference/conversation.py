@@ -10,6 +10,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.models.hf_folder import special_tokens
 
 from .decode import Speed
 from .generate import Finish, TextModel
@@ -41,10 +42,9 @@ class ChatTemplate:
             source = separate.read_text(encoding="utf-8") if separate.is_file() else settings.get("chat_template")
             if isinstance(source, list):  # several, by name
                 source = {each["name"]: each["template"] for each in source}.get("default")
-            named = {role: settings.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+            special = special_tokens(assets)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{assets}: the chat template cannot be read: {error}") from None
-        special = {role: t["content"] if isinstance(t, dict) else t for role, t in named.items() if t is not None}
         return cls(source, special) if source else None
 
     @property

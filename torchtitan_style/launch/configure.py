@@ -31,6 +31,7 @@ __all__ = ["help_of", "load_config"]
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
     """Read ``path``, apply ``overrides`` (as on the command line), check it all.
 
+    path: of a file, or the name of a shipped configuration, as "qwen3_8b".
     world_size: number of processes; None: not known yet, so the degrees are not held against it.
 
     Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
@@ -44,7 +45,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     config = draft.checked(schema)
     draft.add([*model_problems(config, spec), *cross_checks(config, world_size)])
     draft.raise_problems()
-    return config
+    return _with_warmup(config)
+
+
+def _with_warmup(config: Config) -> Config:
+    """``config`` with the warm-up written out, so that the config.toml of a run shows it."""
+    schedule = config.lr_scheduler
+    warmup = schedule.warmup(config.training.steps)
+    return config.model_copy(update={"lr_scheduler": schedule.model_copy(update={"warmup_steps": warmup})})
 
 
 def help_of(name: str) -> str:

@@ -1,137 +1,130 @@
-"""Check the configuration, prepare the data, then start the ranks of this host.
+"""Start a run: read the environment, check the configuration, prepare the data or wait for the host that does, and
+start the ranks of this host.
 
     NPROC=4 python -m torchtitan_style.launch --config train_configs/qwen3.toml
 
-Mistakes are found here, before any rank starts. One process needs no launcher and trains here;
-several are started by torchrun. Environment: NPROC (or NGPU), NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS.
+Mistakes are found here, before any rank starts. One process needs no launcher and trains here; several are started by
+torchrun.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
-from torchtitan_style.commands import train
-from torchtitan_style.commands.cli import check_initial_weights, check_torch, parse_config_arguments, reported_errors
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.train.preempted import clear_preempted, is_preempted
 from torchtitan_style.train.stopping import interruptible, stops_end_at_once
 
-from .preflight import preflight
+from . import rank
+from .advice import advice
+from .arguments import ConfigArguments, Hosts, parse_config_arguments, read_environment, take_restarts
+from .configure import load_config
+from .preflight import check_initial_weights, check_torch, preflight
 from .run_lock import run_lock
 from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
 
 __all__ = ["main"]
 
 USAGE = """\
-usage: [NPROC=N] ./run_train.sh [--config FILE] [--section.key VALUE ...]
+usage: {program} [--config FILE] [--section.key VALUE ...]
 
-  --config FILE         the configuration; train_configs/qwen3.toml if left out
+  --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --section.key VALUE   override a key of it, as in --training.steps 100
   --max-restarts N      how often to start again from the last checkpoint when a process dies; 3 if left out,
                         for several processes (one process has nobody to start it again, unless N is given)
   --help SECTION        every key of a section, with its default
-
+{setup}
 Environment
-  NPROC, NGPU           processes on this host; the number of GPUs, or 1, if left out
+  NPROC, NGPU           processes on this host; {nproc} if left out
   NNODES, NODE_RANK     number of hosts and which one this is; start the command on each
   RDZV_ENDPOINT         host:port of the first host, for several hosts
   MAX_RESTARTS          as --max-restarts
 """
 
 
-def main(arguments: list[str]) -> None:
-    """Train with as many processes as asked for; exits with their status."""
+SETUP = """\
+  --setup-only [EXTRA]  only set up (EXTRA: dev, wandb, plots), and print the Python to use; the first argument
+"""
+
+
+def main(arguments: list[str], *, program: str = "./run_train.sh", one_process: bool = False) -> None:
+    """Train with as many processes as asked for; exits with their status.
+
+    program: what the user calls this, for help. one_process: without NPROC there is one, and not one per GPU.
+    """
+    nproc = "1" if one_process else "the number of GPUs, or 1,"
+    usage = USAGE.format(program=program, setup="" if one_process else SETUP, nproc=nproc)
     with reported_errors():
-        arguments, restarts = _take_restarts(arguments)
-        named = parse_config_arguments(arguments, usage=USAGE)
+        arguments, restarts = take_restarts(arguments)
+        named = parse_config_arguments(arguments, usage=usage)
         gpus = count_gpus()
-        nproc = _positive("NPROC", _positive("NGPU", gpus or 1))
-        nnodes = _positive("NNODES", 1)
-        if nproc * nnodes == 1 and not restarts:
-            train.main(arguments)
+        hosts = read_environment(gpus=gpus, default_nproc=1 if one_process else gpus or 1)
+        if hosts.world_size == 1 and not restarts:
+            rank.main(arguments)
             return
-
-        from torchtitan_style.config.layout import plan_layout
-
-        from .configure import load_config
-
-        config = load_config(named.path, named.overrides, world_size=nproc * nnodes)
-        check_torch()
-        node_rank = os.environ.get("NODE_RANK", "0")
-        # The first host has the folder: it may be preparing the data already.
-        preflight(config, world_size=nproc * nnodes, say=print, is_first=node_rank == "0")
-        # Told before the ranks start, the first host leaves word of it for all.
-        leave_word_in = Path(config.job.dump_folder) if node_rank == "0" else None
-        stops_end_at_once(leave_word_in)
-        check_initial_weights(config)
-        if gpus and nproc > gpus:
-            raise UserError(
-                f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}; "
-                "with CUDA_VISIBLE_DEVICES= in front they train on the CPU"
-            )
-        if not node_rank.isdecimal() or int(node_rank) >= nnodes:
-            raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
-        endpoint = os.environ.get("RDZV_ENDPOINT", "")
-        if nnodes > 1 and not re.fullmatch(r".+:\d+", endpoint):
-            raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
-        if node_rank != "0":
-            with interruptible():
-                wait_for_host(endpoint)
+        config = load_config(named.path, named.overrides, world_size=hosts.world_size)
+        _check(config, named, hosts)
+        if hosts.is_first:
+            _prepare(config, hosts)
         else:
-            if nnodes > 1:
-                check_address(endpoint)
-            from torchtitan_style.data.preparation import prepare_data
+            with interruptible():
+                wait_for_host(hosts.endpoint)
+    _start(config, arguments, hosts, max_restarts=3 if restarts is None else restarts)
 
-            folder = Path(config.job.dump_folder)
-            with interruptible(folder), run_lock(folder):  # the ranks take it over when this is done
-                prepare_data(config, dp=plan_layout(config.parallelism, nproc * nnodes).dp, say=print)
-    rendezvous = ["--standalone"]
-    if nnodes > 1:
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+
+def _check(config: Config, named: ConfigArguments, hosts: Hosts) -> None:
+    """Raise UserError for what can be known to go wrong. From here on a signal to stop ends the process."""
+    check_torch()
+    preflight(
+        config,
+        world_size=hosts.world_size,
+        say=print,
+        is_first=hosts.is_first,  # it has the folder, and may be preparing the data already
+        ranks_here=hosts.nproc,
+        on_gpus=hosts.gpus > 0,
+        notes=advice(named.chosen, named.overrides, config),
+    )
+    stops_end_at_once(_leave_word_in(config, hosts))
+    check_initial_weights(config)
+
+
+def _leave_word_in(config: Config, hosts: Hosts) -> Path | None:
+    """Told to stop before the ranks start, the first host leaves word of it for all."""
+    return Path(config.job.dump_folder) if hosts.is_first else None
+
+
+def _prepare(config: Config, hosts: Hosts) -> None:
+    """Prepare the data. The ranks take the folder over when this is done."""
+    from torchtitan_style.data.preparation import prepare_data
+
+    if hosts.endpoint:
+        check_address(hosts.endpoint)
+    folder = Path(config.job.dump_folder)
+    with interruptible(folder), run_lock(folder):
+        prepare_data(config, dp=plan_layout(config.parallelism, hosts.world_size).dp, say=print)
+
+
+def _start(config: Config, arguments: list[str], hosts: Hosts, *, max_restarts: int) -> None:
+    """Start the ranks of this host, and wait for them."""
     folder = Path(config.job.dump_folder)
     clear_preempted(folder)
+    several = ["--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.endpoint}"]
     start_ranks(
-        [*rendezvous, f"--nnodes={nnodes}"],
+        [*(several if hosts.endpoint else ["--standalone"]), f"--nnodes={hosts.nnodes}"],
         "torchtitan_style.launch.rank",
         arguments,
-        nproc=nproc,
-        on_gpus=gpus > 0,
-        max_restarts=3 if restarts is None else restarts,
+        nproc=hosts.nproc,
+        on_gpus=hosts.gpus > 0,
+        max_restarts=max_restarts,
         shutdown_timeout=config.comm.shutdown_timeout_seconds,
         has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
-        leave_word_in=leave_word_in,
+        leave_word_in=_leave_word_in(config, hosts),
     )
 
 
 def _is_trained(folder: Path, steps: int) -> bool:
     """Whether a run has its last checkpoint."""
     return max(CheckpointFolder(folder / "checkpoint").steps(), default=0) >= steps
-
-
-def _take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
-    """``arguments`` without --max-restarts, and its number; None if it is not given."""
-    rest, text, name = [], os.environ.get("MAX_RESTARTS", ""), "MAX_RESTARTS"
-    given = iter(arguments)
-    for argument in given:
-        if argument.partition("=")[0] != "--max-restarts":
-            rest.append(argument)
-            continue
-        name = "--max-restarts"
-        text = argument.partition("=")[2] if "=" in argument else next(given, "nothing")
-    if not text and name == "MAX_RESTARTS":
-        return rest, None
-    if not text.isdecimal():
-        raise UserError(f'{name}: must be a whole number, 0 or more, not "{text}"')
-    return rest, int(text)
-
-
-def _positive(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f'{name}: must be a whole number of at least 1, not "{text}"')
-    return int(text)

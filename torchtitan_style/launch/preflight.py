@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.checkpoint.saved import find_checkpoint, open_model
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
+from torchtitan_style.common.memory import gpu_memory, host_memory
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import plan_layout
+from torchtitan_style.config.layout import Layout, plan_layout
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.planner.memory import checkpoint_bytes, plan_memory
 from torchtitan_style.train.identity import check_before_start
 
 from .run_lock import check_free
 
-__all__ = ["check_room", "checkpoint_bytes", "preflight"]
+__all__ = ["check_initial_weights", "check_room", "check_torch", "check_writable", "preflight"]
+
+OLDEST_TORCH = (2, 11)
 
 
-def preflight(config: Config, *, world_size: int, say: Callable[[str], None], is_first: bool = True) -> None:
+def preflight(
+    config: Config,
+    *,
+    world_size: int,
+    say: Callable[[str], None],
+    is_first: bool = True,
+    ranks_here: int = 1,
+    on_gpus: bool = False,
+    notes: Sequence[str] = (),
+) -> None:
     """Raise UserError if the dump folder cannot be written, is in use, has no room for the run's checkpoints, or
-    holds those of another run, or if a setting names parameters that the model has not.
+    holds those of another run, if a setting names parameters that the model has not, or if memory is too small.
 
-    is_first: whether this is the host that is to hold the folder.
+    is_first: whether this is the host that is to hold the folder. ranks_here: processes on this host. notes: more
+    warnings to print.
     """
     folder = Path(config.job.dump_folder)
     check_writable(folder)
     if is_first:
         check_free(folder)
     check_patterns(config)
-    check_before_start(config, dp=plan_layout(config.parallelism, world_size).dp)
+    layout = plan_layout(config.parallelism, world_size)
+    check_before_start(config, dp=layout.dp)
+    check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
     check_room(config, say)
+    for note in notes:
+        say(f"warning: {note}")
+
+
+def check_torch() -> None:
+    """Raise UserError if torch is missing or too old, without the seconds that importing it takes."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("torch is not installed here; ./run_train.sh sets everything up") from None
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(f"torch {version} is too old: {oldest} or newer is needed; ./run_train.sh sets everything up")
+
+
+def check_initial_weights(config: Config) -> None:
+    """Raise UserError if the weights that a new run would start from are not there, damaged or another model's."""
+    source = config.initial_weights
+    if source and find_checkpoint(Path(config.job.dump_folder), verify=False) is None:
+        found = open_model(source, verify=True)
+        found.check(model_config(config.model))
 
 
 def check_writable(folder: Path) -> None:
@@ -60,6 +99,40 @@ def check_patterns(config: Config) -> None:
             )
 
 
+def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, ranks_here: int, on_gpus: bool) -> None:
+    """Raise UserError if weights, gradients and optimizer state are more than the memory that the ranks of this host
+    have; warn if they are more than is free, or with activations more than there is."""
+    room = gpu_memory() if on_gpus else host_memory()
+    if room is None:
+        return
+    plan = plan_memory(config, layout)
+    sharing = 1 if on_gpus else ranks_here  # each rank has a GPU of its own; on CPU they share the host's memory
+    state, total = sharing * plan.state, sharing * plan.total
+    place = "a GPU" if on_gpus else "this host"
+    ranks = f"{sharing} processes: " if sharing > 1 else ""
+    parts = {
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimizer state": plan.optimizer,
+        "weights to compute with": plan.copies,
+        "activations": plan.activations,
+    }
+    text = ", ".join(f"{name} {readable_bytes(sharing * size)}" for name, size in parts.items() if size)
+    text = f"training takes at least {readable_bytes(total)} of memory on {place} ({ranks}{text})"
+    if state > room.total:
+        raise UserError(
+            f"{text}, but it has {readable_bytes(room.total)}: choose a smaller model (model.flavor), or share it out "
+            "over more GPUs or hosts (docs/layouts.md)"
+        )
+    if total > room.total:
+        say(
+            f"warning: {text}, but it has {readable_bytes(room.total)}: a smaller training.local_batch_size or "
+            'activation_checkpoint.mode = "full" needs less'
+        )
+    elif total > room.free:
+        say(f"warning: {text}, but only {readable_bytes(room.free)} are free")
+
+
 def check_room(config: Config, say: Callable[[str], None]) -> None:
     """Say how much room the run's checkpoints take; raise UserError if there is less."""
     checkpoint, folder = config.checkpoint, Path(config.job.dump_folder)
@@ -83,15 +156,6 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
             "--job.dump_folder"
         )
     say(f"{text}; {readable_bytes(free)} are free")
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Weights and optimizer state, in fp32; what else is in a checkpoint does not count beside them."""
-    total = 0
-    for name, shape in spec_of(config.model.name).parameter_shapes(model_config(config.model)).items():
-        muon = config.optimizer.name == "muon" and len(shape) == 2 and ".layers." in name
-        total += 4 * math.prod(shape) * (2 if muon else 3)
-    return total
 
 
 def _existing(folder: Path) -> Path:

@@ -1,17 +1,58 @@
-"""One rank of a training run; torchrun starts as many as are wanted.
+"""One rank of a training run, or the only process of one. torchrun starts as many as are wanted:
 
 torchrun --nproc-per-node 4 -m torchtitan_style.launch.rank --config train_configs/qwen3.toml
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
-from torchtitan_style.common.program import begin_run
+if __name__ == "__main__":  # first of all: the imports below take half a second
+    from torchtitan_style.common.program import begin_run
+
+    begin_run(sys.argv[1:])
+
+from torchtitan_style.common.reporting import check_verdict, reported_errors
+from torchtitan_style.train.stopping import ending_at_once, ignore_stops, interruptible, stops_end_at_once
+
+from .advice import advice
+from .arguments import parse_config_arguments
+from .configure import load_config
+from .preflight import check_initial_weights, check_torch, preflight
+from .torchrun import count_gpus
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str], *, usage: str = "") -> None:
+    """Train as one rank, or as the only process, and end the process.
+
+    The status is 2 after a mistake in the configuration or the corpus. usage: what ``--help`` prints.
+    """
+    with ending_at_once(), reported_errors():
+        check_verdict()
+        named = parse_config_arguments(arguments, usage=usage)
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        config = load_config(named.path, named.overrides, world_size=world_size)
+        check_torch()
+        folder = Path(config.job.dump_folder)
+        if "RANK" not in os.environ:  # else the launcher has done it
+            notes = advice(named.chosen, named.overrides, config)
+            preflight(config, world_size=1, say=print, on_gpus=count_gpus() > 0, notes=notes)
+        if world_size == 1:
+            stops_end_at_once(folder)
+            if "RANK" not in os.environ:
+                check_initial_weights(config)
+            import torchtitan_style.launch.run  # noqa: F401  # and torch, whose import no exception may interrupt
+        # Several ranks have the data prepared, and agree on when to stop from the beginning.
+        with interruptible(folder, gracefully=world_size > 1):
+            from .run import train
+
+            train(config, world_size=world_size)
+            ignore_stops()
+
 
 if __name__ == "__main__":
-    begin_run(sys.argv[1:])  # first of all: the imports below take half a second
-
-    from torchtitan_style.commands.train import main
-
     main(sys.argv[1:])

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torchtitan_style.commands.cli import VERDICT
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.program import STOP_SIGNALS
+from torchtitan_style.common.reporting import VERDICT
 from torchtitan_style.train.stopping import end_at_once, ignore_stops, stops_end_at_once
 
 __all__ = ["check_address", "count_gpus", "start_ranks", "wait_for_host"]
@@ -139,8 +139,8 @@ def start_ranks(
 def _have_ranks_start_with_signals_blocked() -> None:
     """Block signals to stop in the main thread: a rank inherits that, and a signal waits until it has its handlers.
 
-    ``program.begin_run`` and ``ending.interruptible`` unblock them. A signal that came earlier would end that rank
-    alone, and the others would wait for it. Here another thread receives them, for the handlers of the main thread.
+    ``begin_run`` and ``interruptible`` unblock them. A signal that came earlier would end that rank alone, and the
+    others would wait for it. Here another thread receives them, for the handlers of the main thread.
     """
     threading.Thread(target=threading.Event().wait, name="signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

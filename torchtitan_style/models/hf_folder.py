@@ -23,7 +23,7 @@ from .spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder", "copy_assets", "disk_shapes", "part_shape"]
+__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder", "copy_assets", "disk_shapes", "part_shape", "special_tokens"]
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -50,6 +50,34 @@ def copy_assets(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Text of each special token that the tokenizer in ``folder`` names, by role, as "eos_token".
+
+    From tokenizer_config.json, and as in Transformers from special_tokens_map.json, unless the former lists the added
+    tokens, which newer tokenizers do. Raises ValueError or OSError if they cannot be read.
+    """
+    settings = _json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _json(folder / "special_tokens_map.json")
+    tokens = {}
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = settings.get(role)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{role} must be text, not {json.dumps(content)}")
+        if content is not None:
+            tokens[role] = content
+    return tokens
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; an empty one if there is no such file."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold a JSON object")
+    return content
 
 
 @dataclass(frozen=True)

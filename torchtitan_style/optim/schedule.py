@@ -17,7 +17,7 @@ def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
     on a rate of zero. Past the end it stays there, however long the warm-up was to be.
     """
     total = config.total_steps or total_steps
-    warmup = config.warmup_steps
+    warmup = config.warmup(total_steps)
     if step > total and config.decay_ratio != 0:
         return config.min_lr_factor
     if step <= warmup:

@@ -12,9 +12,9 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
 from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from torchtitan_style.data.mixture import choose
-from torchtitan_style.data.preparation import prepare_data
+from torchtitan_style.data.preparation import data_of_run, prepare_data
 from torchtitan_style.data.prepare import streamed_corpora
-from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem
+from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
 from torchtitan_style.data.rows import Rows, RowSource
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.metrics.display import Display
@@ -32,7 +32,11 @@ class RunData:
         self.prepared = on_main(lambda: prepare_data(config, dp=world.layout.dp, say=display.say))
         self.mixture = self.prepared.names if config.data.dataset == "mixture" else []
         """Names of the corpora of a mixture."""
-        self.bad_documents = BadDocuments(Path(config.job.dump_folder) / FILE_NAME, limit=config.data.max_bad_documents)
+        self.bad_documents = BadDocuments(
+            Path(config.job.dump_folder) / FILE_NAME,
+            limit=config.data.max_bad_documents,
+            allow_lost=config.data.allow_lost_files,
+        )
         self.source = self._streams() if config.data.streaming else self._prepared_rows()
         self.loader = Loader(
             self.source,
@@ -89,11 +93,11 @@ class RunData:
         mine, self._problems = self._problems, []
         of_ranks: list[list[Problem]] = [[]] * self.world.layout.world_size
         dist.all_gather_object(of_ranks, mine)
-        before = self.bad_documents.count
+        before = self.bad_documents.count, len(self.bad_documents.lost)
         on_main(lambda: self.bad_documents.add(problem for problems in of_ranks for problem in problems))
-        if self.bad_documents.count > before:
+        if (self.bad_documents.count, len(self.bad_documents.lost)) > before:
             self.display.warn(
-                f"{self.bad_documents.count} documents so far cannot be read and are left out; "
+                f"so far, {describe_left_out(self.bad_documents.count, self.bad_documents.lost)}; "
                 f"{self.bad_documents.path} lists them"
             )
 
@@ -115,7 +119,7 @@ class RunData:
         config, global_batch = self.config, self.batch_plan.global_batch_size
         vocab_size = model_config(config.model).vocab_size
         return StreamedSteps(
-            on_main(lambda: streamed_corpora(config.data, self.prepared, vocab_size=vocab_size)),
+            on_main(lambda: streamed_corpora(data_of_run(config), self.prepared, vocab_size=vocab_size)),
             config.data.weights(),
             global_batch=global_batch,
             num_streams=plan_streams(config.data, global_batch, self.world.layout.dp),

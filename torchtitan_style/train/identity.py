@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Identity", "changed_settings", "check_before_start", "check_same_run", "identity"]
+__all__ = ["Identity", "changed_settings", "check_before_start", "check_same_run", "flat", "identity"]
 
 Identity = dict[str, dict[str, Any]]
 
@@ -105,10 +105,10 @@ def check_before_start(config: Config, *, dp: int) -> None:
 def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     """Settings that are not those that ``checkpoint`` was made with, as "optimizer.lr 0.001 → 0.0005"."""
     try:
-        before = _flat(tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8")))
+        before = flat(tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return []
-    now = _flat(config.model_dump(exclude_none=True))
+    now = flat(config.model_dump(exclude_none=True))
     # Dimensions that the flavor decides are written out there, and are part of the run's identity.
     keys = [key for key in now | before if key.partition(".")[0] != "model" or key in now]
     return [
@@ -118,8 +118,9 @@ def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: {"optimizer": {"lr": 0.1}} becomes {"optimizer.lr": 0.1}."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found

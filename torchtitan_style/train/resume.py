@@ -20,9 +20,10 @@ from torchtitan_style.checkpoint.saved import open_model
 from torchtitan_style.checkpoint.weights import load_weights
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config, to_toml
+from torchtitan_style.config.layout import Layout
 from torchtitan_style.distributed.world import on_main
 from torchtitan_style.metrics.display import Display
-from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.registry import model_config
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.guard import StepGuard
 
@@ -86,11 +87,12 @@ class Resume:
         guard: StepGuard,
         *,
         identity: Identity,
+        layout: Layout,
         display: Display,
         observer: Observer,
     ) -> None:
         self.config, self.checkpointer, self.guard = config, checkpointer, guard
-        self.identity, self.display, self.observer = identity, display, observer
+        self.identity, self.layout, self.display, self.observer = identity, layout, display, observer
 
     def start(self) -> TrainState:
         """Restore the checkpoint that the run resumes from, or start a new run. Returns its state.
@@ -151,7 +153,7 @@ class Resume:
             self.display.say(f"going on with other settings than before: {', '.join(changes)}")
         shape = model_config(self.config.model)
         dropout = max(shape.dropout, shape.attention_dropout)
-        if dropout and manifest.get("mesh") != self.checkpointer.about["mesh"]:
+        if dropout and Layout(**manifest.get("mesh", {})) != self.layout:
             self.display.warn("on another layout than before dropout draws other numbers")
 
     def _start_from_weights(self) -> None:
@@ -173,7 +175,3 @@ class Resume:
                 f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
                 "weights have learnt; data.tokenizer names the right one"
             )
-        section = self.config.model
-        flavor = section.flavor
-        if "flavor" in section.model_fields_set and spec_of(section.name).flavors[flavor] != shape:
-            self.display.warn(f'model.flavor = "{flavor}" does not apply: the dimensions are those of {source}')

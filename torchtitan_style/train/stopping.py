@@ -6,8 +6,8 @@
    (``Trainer._stop_early``). The same command resumes the run.
 
 Before training there is nothing to save: a signal ends the process at once, as does a second Ctrl-C; prepared data is
-kept. What arrives before the configuration is read is noted by ``program.begin_run`` and acted on by
-``stops_end_at_once``.
+kept. ``begin_run`` (common/program.py) notes what arrives before the configuration is read, and ``stops_end_at_once``
+acts on it.
 """
 
 from __future__ import annotations

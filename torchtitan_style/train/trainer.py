@@ -85,7 +85,13 @@ class Trainer:
             record_progress=self.watchdog.record_progress,
         )
         self.resume = Resume(
-            config, self.checkpointer, self.guard, identity=self.identity, display=self.display, observer=self.observer
+            config,
+            self.checkpointer,
+            self.guard,
+            identity=self.identity,
+            layout=world.layout,
+            display=self.display,
+            observer=self.observer,
         )
         self.validator = Validator(
             config.validation,

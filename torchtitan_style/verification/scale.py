@@ -73,7 +73,7 @@ def for_verification(
         ),
         # Within the few steps that are compared the rate goes all the way up.
         "lr_scheduler": config.lr_scheduler.model_copy(
-            update={"warmup_steps": min(config.lr_scheduler.warmup_steps, STEPS)}
+            update={"warmup_steps": min(config.lr_scheduler.warmup(config.training.steps), STEPS)}
         ),
         # No corpus is read.
         "data": Data(

@@ -1,0 +1,119 @@
+"""How much memory a run needs: the arithmetic, against the tensors of the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.memory import Room, gpu_memory
+from torchtitan_style.config import Config
+from torchtitan_style.config.files import DEFAULT_CONFIG
+from torchtitan_style.config.layout import Layout
+from torchtitan_style.launch import preflight
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+from torchtitan_style.models.registry import model_config
+from torchtitan_style.planner.memory import plan_memory
+
+ALONE = Layout(dp_replicate=1, dp_shard=1, tp=1)
+
+
+def loaded(*overrides: str, world_size: int = 1) -> Config:
+    return load_config(DEFAULT_CONFIG, overrides, world_size=world_size)
+
+
+@pytest.mark.parametrize("flavor", ["debug", "0.6B", "8B"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_is_that_of_the_parameters(flavor: str, optimizer: str) -> None:
+    config = loaded("--model.flavor", flavor, "--optimizer.name", optimizer)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(model_config(config.model))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    in_muon = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n)
+    plan = plan_memory(config, ALONE)
+    assert plan.weights == plan.gradients == 4 * numbers
+    assert plan.optimizer == 8 * numbers - (4 * in_muon if optimizer == "muon" else 0)
+    assert plan.copies == 2 * numbers  # bf16
+    assert plan_memory(loaded("--training.mixed_precision_param", "float32"), ALONE).copies == 0
+
+
+def test_layouts_share_it_out() -> None:
+    config = loaded("--model.flavor", "0.6B", "--training.local_batch_size", "1")
+    whole = plan_memory(config, ALONE)
+    for dp, tp in ((8, 1), (1, 8), (4, 2)):
+        part = plan_memory(config, Layout(dp_replicate=1, dp_shard=dp, tp=tp))
+        # Norms, which tensor parallelism does not split, are 1e-4 of the weights.
+        assert part.state == pytest.approx(whole.state / 8, rel=1e-3)
+        assert part.activations == pytest.approx(whole.activations / tp, rel=1e-6)
+        assert part.copies < whole.copies / tp
+    assert plan_memory(config, Layout(dp_replicate=8, dp_shard=1, tp=1)).state == whole.state
+
+
+def test_activations_are_no_more_than_autograd_keeps() -> None:
+    config = loaded("--model.flavor", "debug", "--training.mixed_precision_param", "float32")
+    model = Qwen3ForCausalLM(model_config(config.model))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    alive = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    ids = torch.randint(0, 512, (8, config.training.seq_len))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(ids)
+    assert hidden.requires_grad
+    actual = sum(size for pointer, size in kept.items() if pointer not in alive)
+    least = plan_memory(config, ALONE).activations
+    full = plan_memory(config.model_copy(update={"activation_checkpoint": loaded(
+        "--activation_checkpoint.mode", "full").activation_checkpoint}), ALONE).activations  # fmt: skip
+    assert full < least <= actual < 4 * least  # a bound that is of use
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "ranks", "outcome"),
+    [
+        (100e9, 100e9, 1, ""),
+        (100e9, 10e9, 1, "warning: training takes at least"),
+        (12e9, 12e9, 1, "warning: training takes at least"),  # room for the state, not for what comes on top
+        (9e9, 9e9, 1, "refused"),
+        (15e9, 15e9, 2, "refused"),  # replicated twice in the memory of one host
+    ],
+)
+def test_a_run_without_room_is_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, total: float, free: float, ranks: int, outcome: str
+) -> None:
+    monkeypatch.setattr(preflight, "host_memory", lambda: Room(int(total), int(free)))
+    # 0.6 G parameters of 16 bytes: 9.5 GB, and 1.2 GB of copies in bf16.
+    config = loaded("--model.flavor", "0.6B")
+    said: list[str] = []
+    layout = Layout(dp_replicate=ranks, dp_shard=1, tp=1)
+    if outcome == "refused":
+        with pytest.raises(UserError, match=r"at least .* optimizer state .*, but it has .* smaller model"):
+            preflight.check_memory(config, layout, said.append, ranks_here=ranks, on_gpus=False)
+    else:
+        preflight.check_memory(config, layout, said.append, ranks_here=ranks, on_gpus=False)
+    assert len(said) == (outcome.startswith("warning"))
+    assert all(line.startswith(outcome) for line in said)
+
+
+def test_ranks_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "gpu_memory", lambda: Room(80 * 10**9, 80 * 10**9))
+    said: list[str] = []
+    config, layout = loaded("--model.flavor", "4B"), Layout(dp_replicate=8, dp_shard=1, tp=1)
+    preflight.check_memory(config, layout, said.append, ranks_here=8, on_gpus=True)
+    assert said == []
+
+
+def test_memory_of_gpus_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '81559, 80000'\necho '81559, 512'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_memory() == Room(81559 * 2**20, 512 * 2**20)
+    program.write_text("#!/bin/sh\necho '[N/A], [N/A]'\n")
+    assert gpu_memory() is None

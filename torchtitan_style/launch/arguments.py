@@ -1,0 +1,112 @@
+"""What the command line and the environment say of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.config.files import DEFAULT_CONFIG
+
+from .configure import help_of
+
+__all__ = ["ConfigArguments", "Hosts", "parse_config_arguments", "read_environment", "take_restarts"]
+
+
+@dataclass(frozen=True)
+class ConfigArguments:
+    """``--config FILE`` and the overrides beside it."""
+
+    path: str
+    overrides: list[str]
+    chosen: str | None
+    """What --config names; None if it was left out and ``path`` is the default."""
+
+
+def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArguments:
+    """Take ``--config`` out of ``arguments``. ``--help [SECTION]`` prints help and exits."""
+    path = None
+    overrides = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--help", "-h"):
+            print(help_of(rest[0]) if rest and not rest[0].startswith("-") else usage)
+            raise SystemExit(0)
+        if argument == "--config":
+            if not rest or rest[0].startswith("--"):
+                raise UserError("--config needs a file, as in --config train_configs/qwen3.toml")
+            path = rest.pop(0)
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+        else:
+            overrides.append(argument)
+    return ConfigArguments(os.path.relpath(DEFAULT_CONFIG) if path is None else path, overrides, path)
+
+
+def take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
+    """``arguments`` without --max-restarts, and its number; None if it is not given, nor MAX_RESTARTS."""
+    rest, text, name = [], os.environ.get("MAX_RESTARTS", ""), "MAX_RESTARTS"
+    given = iter(arguments)
+    for argument in given:
+        if argument.partition("=")[0] != "--max-restarts":
+            rest.append(argument)
+            continue
+        name = "--max-restarts"
+        text = argument.partition("=")[2] if "=" in argument else next(given, "nothing")
+    if not text and name == "MAX_RESTARTS":
+        return rest, None
+    if not text.isdecimal():
+        raise UserError(f'{name}: must be a whole number, 0 or more, not "{text}"')
+    return rest, int(text)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The processes of a run: how many on each host, and which host this is."""
+
+    gpus: int
+    """Of this host."""
+    nproc: int
+    """Processes on this host."""
+    nnodes: int
+    """Hosts."""
+    node_rank: int
+    endpoint: str
+    """host:port of the first host; empty for a single one."""
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc * self.nnodes
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this host has the dump folder, and prepares the data."""
+        return self.node_rank == 0
+
+
+def read_environment(*, gpus: int, default_nproc: int) -> Hosts:
+    """NPROC (or NGPU), NNODES, NODE_RANK and RDZV_ENDPOINT. Raises UserError if they make no sense."""
+    nproc, nnodes = _positive("NPROC", _positive("NGPU", default_nproc)), _positive("NNODES", 1)
+    if gpus and nproc > gpus:
+        raise UserError(
+            f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}; "
+            "with CUDA_VISIBLE_DEVICES= in front they train on the CPU"
+        )
+    node_rank = os.environ.get("NODE_RANK", "0")
+    if not node_rank.isdecimal() or int(node_rank) >= nnodes:
+        raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
+    endpoint = os.environ.get("RDZV_ENDPOINT", "")
+    if nnodes > 1 and not re.fullmatch(r".+:\d+", endpoint):
+        raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
+    return Hosts(gpus, nproc, nnodes, int(node_rank), endpoint if nnodes > 1 else "")
+
+
+def _positive(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f'{name}: must be a whole number of at least 1, not "{text}"')
+    return int(text)

@@ -1,0 +1,1 @@
+"""What a configuration will take, by arithmetic, before it is run."""
