@@ -141,7 +141,7 @@ def test_a_load_step_goes_back_once(start) -> None:
     run.save(state)
     again = start(load_step=2)  # the same command, after a stop
     assert again.resume.start().step == 5
-    assert again.said == ["the run has gone back to step 2 before: going on from the newest checkpoint since"]
+    assert again.said == ["the run went back to step 2 before; resuming from its newest checkpoint since then"]
 
 
 def test_a_different_run_is_refused_before_anything_is_read(start) -> None:
@@ -192,7 +192,7 @@ def test_a_rewind_restores_the_newest_and_lets_the_data_go_on(start) -> None:
     assert all(values == {4.0} for values in run.values().values())
     assert (run.optimizer.updates, run.guard.losses) == (3, [3.0, 2.0])
     assert run.checkpointer.saved_step is None  # the next save of step 4 is another one
-    assert run.said == ["going back to step 4, and on with the data after step 6"]
+    assert run.said == ["rewinding to step 4; the data continues after step 6"]
 
     state.step = 6  # the same spike again, and only one rewind is allowed
     run.fill(6)

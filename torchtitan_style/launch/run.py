@@ -30,8 +30,11 @@ def train(config: Config, *, world_size: int) -> None:
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(run_lock(folder)))
         if number := _told_to_stop_already(world):  # no need to build the model first, which may take minutes
-            on_main(lambda: leave_preempted(folder, signal=signal.Signals(number).name))
-            Display(is_main=world.is_main).say("stopped before the first step, as told. The same command goes on.")
+            name = signal.Signals(number).name
+            on_main(lambda: leave_preempted(folder, signal=name))
+            Display(is_main=world.is_main).say(
+                f"stopped before the first step by {name}. Run the same command to resume."
+            )
         else:
             Trainer(config, world).run()
     destroy_world()  # not after an error: NCCL would wait for collectives that the others will not join

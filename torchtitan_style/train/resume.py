@@ -138,7 +138,7 @@ class Resume:
         wanted = self.config.checkpoint.load_step
         if wanted > 0 and on_main(lambda: self.checkpointer.folder.newest_state().get("went_back_to")) == wanted:
             self.display.say(
-                f"the run has gone back to step {wanted} before: going on from the newest checkpoint since"
+                f"the run went back to step {wanted} before; resuming from its newest checkpoint since then"
             )
             return -1
         return wanted
@@ -150,11 +150,11 @@ class Resume:
         for difference in check_same_run(saved_identity, self.identity, self.config, path):
             self.display.warn(difference)
         if changes := changed_settings(path, self.config):
-            self.display.say(f"going on with other settings than before: {', '.join(changes)}")
+            self.display.say(f"settings changed since the checkpoint: {', '.join(changes)}")
         shape = model_config(self.config.model)
         dropout = max(shape.dropout, shape.attention_dropout)
         if dropout and Layout(**manifest.get("mesh", {})) != self.layout:
-            self.display.warn("on another layout than before dropout draws other numbers")
+            self.display.warn("the layout changed since the checkpoint, so dropout draws different numbers")
 
     def _start_from_weights(self) -> None:
         """Read the initial weights, if the run starts from any; each rank reads its own part."""

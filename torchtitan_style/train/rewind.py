@@ -28,7 +28,7 @@ def rewind(state: TrainState, policy: StepPolicy, resume: Resume) -> bool:
         policy.cannot_rewind()
         return False
     policy.rewind()
-    warn(f"going back to step {found}, and on with the data after step {state.step}")
+    warn(f"rewinding to step {found}; the data continues after step {state.step}")
     saved, saved_identity = resume.read(found)
     state.rewind_to(saved)
     resume.restore(found, state, saved_identity)

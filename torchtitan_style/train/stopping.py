@@ -83,8 +83,7 @@ def interrupted(step: int, folder: CheckpointFolder) -> str:
     if not steps:
         return f"interrupted at step {step}. There is no checkpoint yet."
     return (
-        f"interrupted at step {step}. The last checkpoint is {folder.path(steps[0])}. "
-        "The same command goes on from there."
+        f"interrupted at step {step}. The last checkpoint is {folder.path(steps[0])}. Run the same command to resume."
     )
 
 

@@ -117,7 +117,7 @@ class Trainer:
         if self._is_done():
             on_main(lambda: clear_preempted(self.dump_folder))  # of a run with more steps: it would be started for ever
             self.display.say(
-                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to go on, or "
+                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to train on, or "
                 "start a new run with another --job.dump_folder"
             )
             return
@@ -282,7 +282,7 @@ class Trainer:
         name = signal.Signals(self.stop_signal).name
         on_main(lambda: write_preempted(self.dump_folder, step=step, checkpoint=saved, signal=name))
         where = f"; the checkpoint is {saved}" if saved else ""
-        self.display.say(f"stopped at step {step}, as told{where}. The same command goes on from there.")
+        self.display.say(f"stopped at step {step} by {name}{where}. Run the same command to resume.")
 
     # Setting up
 
