@@ -41,6 +41,8 @@ from torchtitan_style.models.registry import model_config
 from torchtitan_style.optim.guard import StepGuard
 from torchtitan_style.train import trainer
 from torchtitan_style.train.garbage import GarbageCollector
+from torchtitan_style.train.observer import Observer, observe
+from torchtitan_style.train.policy import StepPolicy
 from torchtitan_style.train.stopping import ending_at_once, interruptible
 
 STEP = "training steps"
@@ -52,10 +54,15 @@ PARTS = {
     "samples of text": ((trainer.Trainer, "_print_sample"),),
     "checkpoints": ((trainer.Trainer, "_save"),),
     "reading the rows": ((Loader, "next"),),
-    "metrics and console": ((TrainingLog, "add"), (TrainingLog, "flush"), (TrainingLog, "validation")),
+    "metrics and console": (
+        (TrainingLog, "add"),
+        (TrainingLog, "flush"),
+        (StepPolicy, "review"),
+        (TrainingLog, "validation"),
+    ),
     "guard": ((StepGuard, "admits"),),
     "garbage collection": ((GarbageCollector, "step"),),
-    "asking whether to stop": ((trainer.Trainer, "_stopping"),),
+    "asking whether to stop": ((trainer.Trainer, "_stop_requested"),),
 }
 """What is timed, by the name in the table."""
 
@@ -85,6 +92,7 @@ class Clock:
         setattr(owner, attribute, timed)
 
     def restart(self) -> None:
+        self._count()
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
     def stop(self) -> None:
@@ -102,16 +110,15 @@ def run(config: Config, world: World) -> dict[str, float]:
     for name, functions in PARTS.items():
         for owner, attribute in functions:
             clock.wrap(owner, attribute, name)
-    after_step = trainer.Trainer._after_step
 
-    def restarting(self: trainer.Trainer, result: Any) -> None:
-        after_step(self, result)
-        if self.state.step == 1:
-            clock.restart()
-        clock.stop()
+    class Restarting(Observer):
+        def before_step(self, step: int) -> None:
+            if step == 2:
+                clock.restart()
 
-    trainer.Trainer._after_step = restarting  # type: ignore[method-assign]
+    observe(Restarting())
     trainer.Trainer(config, world).run()
+    clock.stop()
     return clock.seconds
 
 

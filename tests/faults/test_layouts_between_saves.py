@@ -32,7 +32,7 @@ def test_a_run_goes_on_in_other_layouts(runs: Runs, whole: Path, tmp_path: Path)
     dropout = ["--model.dropout", 0.1, "--training.steps", 17, "--validation.enable", "false"]
     output = runs(folder, *dropout).output
     assert "resuming after step 16" in output
-    assert "on another layout than before dropout draws other numbers" in output
+    assert "the layout changed since the checkpoint, so dropout draws different numbers" in output
 
 
 def test_a_save_in_the_background_is_the_same(runs: Runs, whole_of_two: Path, tmp_path: Path) -> None:
