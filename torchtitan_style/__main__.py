@@ -37,6 +37,7 @@ usage: python -m torchtitan_style COMMAND [...]
   --help            this
   --help SECTION    every key of a section of the configuration, with its default
   COMMAND --help    what a command takes
+  COMMAND --custom-import MODULE   import a module that registers a model family (docs/extending.md)
   --version         which version this is
 
 Sections: {sections}

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.common.hub import fetch
 from torchtitan_style.launch.configure import help_of
 from torchtitan_style.models.hf_folder import HFFolder
@@ -20,6 +21,7 @@ class Arguments(argparse.ArgumentParser):
 
     def __init__(self, usage: str) -> None:
         super().__init__(usage=usage, add_help=False, allow_abbrev=False)
+        self.add_argument("--custom-import", action="append", default=[], metavar="MODULE")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what the command takes")
@@ -30,7 +32,9 @@ class Arguments(argparse.ArgumentParser):
             print(self.usage)
             raise SystemExit(0)
         self._check_names(arguments)
-        return self.parse_args(arguments)
+        options = self.parse_args(arguments)
+        import_modules(options.custom_import, key="--custom-import")
+        return options
 
     def _check_names(self, arguments: list[str]) -> None:
         """Argparse says of a misspelled option that the right one is missing; this says which was meant."""
@@ -54,7 +58,9 @@ class Arguments(argparse.ArgumentParser):
         if {"--help", "-h"} & set(arguments):
             self.parse(arguments)
         self._check_names(arguments)
-        return self.parse_known_args(arguments)
+        options, rest = self.parse_known_args(arguments)
+        import_modules(options.custom_import, key="--custom-import")
+        return options, rest
 
 
 def hf_folder(source: str) -> HFFolder:

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import SOURCES
 
 from .corpus import SourceFile
 from .json_values import json_values
@@ -94,7 +96,7 @@ def read_records(
     A network that fails is tried again where it failed. Raises UserError for a local file that cannot be
     opened, RunError for a remote one that cannot be reached for long.
     """
-    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet}.get(file.format, _read_text)
+    reader = _READERS.get(file.format, _read_source)
     failures = 0
     while True:
         try:
@@ -154,6 +156,8 @@ def _all_lost(file: SourceFile, problem: str, rows: int | None = None) -> Record
 
 def lost_file(file: SourceFile, text_key: str) -> Record | None:
     """The problem of a file that cannot be read at all, as far as its first bytes or its columns tell."""
+    if file.format not in _READERS:
+        return None
     try:
         with _open(file) as (raw, content):
             if file.format == "parquet":
@@ -467,6 +471,34 @@ def _cut(block: bytes) -> int:
     while cut > len(block) - 4 and block[cut - 1] & 0xC0 == 0x80:
         cut -= 1
     return cut - 1 if block[cut - 1] >= 0xC0 else len(block)
+
+
+def _read_source(
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None, share: tuple[int, int]
+) -> Iterator[Record]:
+    """By the reader of a registered source. What it raises is a mistake in it."""
+    index = -1
+    try:
+        for index, text in enumerate(SOURCES.get(file.format).read(Path(file.url))):
+            if index >= start and index % share[1] == share[0]:
+                right, problem = _checked(text, max_bytes) if isinstance(text, str) else ("", _no_text(text))
+                yield Record(index, index, file.size, right, problem, place_name="document")
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f'data.dataset: "{file.format}" cannot read {file.url} after document {index}: {type(error).__name__}: '
+            f"{error} ({where.filename}, line {where.lineno})"
+        ) from None
+
+
+def _no_text(value: object) -> str:
+    return f"the source gives a {type(value).__name__}, not text"
+
+
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "source": _read_text}
+"""By ``SourceFile.format``; another format is the name of a registered source."""
 
 
 def texts_of(files: Sequence[SourceFile], *, text_key: str, max_bytes: int) -> Iterator[str]:

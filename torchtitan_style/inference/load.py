@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.common.device import available_memory, compiler_problem, current_device, fastest_dtype
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.distributed.world import World, on_main
@@ -41,6 +42,7 @@ def load_model(
     compile: bool = False,
     world: World | None = None,
     say: Callable[[str], None] = lambda line: None,
+    custom_import: Sequence[str] = (),
 ) -> TextModel:
     """The model in ``source``: a run folder, a checkpoint, or a model folder in Transformers' format.
 
@@ -49,10 +51,12 @@ def load_model(
     device: None: the GPU if there is one, else the CPU. compile: the steps of decoding, which takes a while before the
     first text, once more before the first of several at once, and makes each of them faster; not with several ranks.
     world: the ranks to split the model over, each of which calls this. say: told of checkpoints that were passed over.
+    custom_import: modules that register the model's family, if it is one of your own.
 
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
 
+    import_modules(custom_import, key="custom_import")
     wanted = _dtype(dtype)
 
     def load(found: HFFolder | SavedModel) -> TextModel:

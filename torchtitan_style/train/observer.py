@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Observer", "observe", "observers"]
+__all__ = ["NO_OBSERVER", "Observer", "observe", "observers"]
 
 
 class Observer:
@@ -55,6 +55,7 @@ class Observer:
         """After the loss spike at ``step`` the run is about to go back to its newest checkpoint."""
 
 
+NO_OBSERVER = Observer()
 MOMENTS = [name for name in vars(Observer) if not name.startswith("_")]
 
 _registered: list[Observer] = []

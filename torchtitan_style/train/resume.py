@@ -29,7 +29,7 @@ from torchtitan_style.optim.guard import StepGuard
 
 from .data import RunData
 from .identity import Identity, changed_settings, check_same_run, identity
-from .observer import Observer
+from .observer import NO_OBSERVER, Observer
 from .state import TrainState
 
 __all__ = ["Resume", "build_checkpointer", "identity_of_run"]
@@ -50,8 +50,8 @@ def build_checkpointer(
     *,
     identity: Identity,
     warn: Callable[[str], None],
-    observer: Observer,
-    record_progress: Callable[[], None],
+    observer: Observer = NO_OBSERVER,
+    record_progress: Callable[[], None] = lambda: None,
 ) -> Checkpointer:
     """For the checkpoints of this run, in its dump folder."""
     return Checkpointer(

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_style.common import device as devices
+from torchtitan_style.common.extensions import LOSSES
 from torchtitan_style.config import Config
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.distributed.custom_loss import custom_loss
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
@@ -30,12 +32,11 @@ from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
 
-from .observer import Observer
+from .observer import NO_OBSERVER, Observer
 
 __all__ = ["DTYPES", "StepResult", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-NO_OBSERVER = Observer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,11 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
         init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
 
     model = build_model(spec, model_config(config.model), device=world.device, lay_out=lay_out, fill=draw)
-    model.lm_head.z_loss = config.training.z_loss  # the one attribute that is set here: see ModelSpec.build
+    # The attributes of the head that training sets: see ModelSpec.build.
+    model.lm_head.z_loss = config.training.z_loss
+    if LOSSES.added(config.training.loss):
+        function = LOSSES.get(config.training.loss)
+        model.lm_head.loss_function = custom_loss(function, world.mesh["tp"].get_group())
     model.train()
     return model
 
