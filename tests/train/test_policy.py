@@ -89,6 +89,7 @@ def test_skipped_steps_before_a_resume_count() -> None:
         steps("n")
     steps = Steps(limit=1, state=TrainState(step=7, skipped=SkippedSteps(4, 2)))
     assert steps("") is CONTINUE  # with no step since, there is nothing to judge
+    assert steps(".") is CONTINUE  # a limit that was lowered is no reason to stop once a step is taken
 
 
 def test_many_spikes_in_a_row_are_rewound_from_and_not_an_end() -> None:

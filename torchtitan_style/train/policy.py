@@ -46,7 +46,7 @@ class StepPolicy:
         if not steps:
             return Decision.CONTINUE
         skipped = self.state.skipped
-        longest, spiked = skipped.in_a_row, False
+        longest, spiked = 0, False
         for step in steps:
             skipped.count(taken=step.taken)
             longest = max(longest, skipped.in_a_row)
