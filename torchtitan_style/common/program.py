@@ -1,7 +1,7 @@
 """What each program of this package does first: output can no longer end it, and no signal is lost or a traceback.
 
 Imports little, so that it runs within milliseconds of the interpreter's start. Children that a program starts with
-``torchtitan_style.signals.shielding_children`` or torchrun inherit standard streams that are open.
+``torchtitan_style.common.signals.shielding_children`` or torchrun inherit standard streams that are open.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import json
 import lzma
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -36,7 +36,6 @@ __all__ = [
     "lost_file",
     "parquet_groups",
     "read_records",
-    "texts_of",
 ]
 
 EMPTY = "empty"
@@ -481,10 +480,10 @@ def _read_source(
     try:
         for index, text in enumerate(SOURCES.get(file.format).read(Path(file.url))):
             if index >= start and index % share[1] == share[0]:
-                right, problem = _checked(text, max_bytes) if isinstance(text, str) else ("", _no_text(text))
+                right, problem = "", f"the source gives a {type(text).__name__}, not text"
+                if isinstance(text, str):
+                    right, problem = _checked(text, max_bytes)
                 yield Record(index, index, file.size, right, problem, place_name="document")
-    except GeneratorExit:
-        raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
@@ -493,17 +492,5 @@ def _read_source(
         ) from None
 
 
-def _no_text(value: object) -> str:
-    return f"the source gives a {type(value).__name__}, not text"
-
-
 _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "source": _read_text}
 """By ``SourceFile.format``; another format is the name of a registered source."""
-
-
-def texts_of(files: Sequence[SourceFile], *, text_key: str, max_bytes: int) -> Iterator[str]:
-    """The texts of all documents that can be read."""
-    for file in files:
-        for record in read_records(file, text_key=text_key, max_bytes=max_bytes):
-            if not record.problem:
-                yield record.text
