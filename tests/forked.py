@@ -26,7 +26,7 @@ _IMPORTED = [
         f"torchtitan_style.commands.{name}"
         for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "train", "verify")
     ),
-    "torchtitan_style.data.preparation",
+    "torchtitan_style.data.store",
     "torchtitan_style.launch.torchrun",
     "torchtitan_style.train.trainer",
     "torchtitan_style.inference.load",

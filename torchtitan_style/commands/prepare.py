@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         if config.data.streaming:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
-        from torchtitan_style.data.preparation import prepare_data
+        from torchtitan_style.data.store import CorpusStore
 
         begin = time.monotonic()
         folder = Path(config.job.dump_folder)
@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> None:
         # A folder for several runs has a lock of its own, at which others wait.
         lock = contextlib.nullcontext() if config.data.prepared_folder else run_lock(folder)
         with lock, tokenizing_bar() as (progress, say):
-            prepared = prepare_data(config, say=say, progress=progress, processes=options.processes, for_run=False)
+            store = CorpusStore.of(config, for_run=False)
+            prepared = store.get(say=say, progress=progress, processes=options.processes)
         tokens = prepared.tokens("train") + prepared.tokens("validation")
         print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")

@@ -98,13 +98,13 @@ def _leave_word_in(config: Config, hosts: Hosts) -> Path | None:
 
 def _prepare(config: Config, hosts: Hosts) -> None:
     """Prepare the data. The ranks take the folder over when this is done."""
-    from torchtitan_style.data.preparation import prepare_data
+    from torchtitan_style.data.store import CorpusStore
 
     if hosts.endpoint:
         check_address(hosts.endpoint)
     folder = Path(config.job.dump_folder)
     with interruptible(folder), run_lock(folder):
-        prepare_data(config, dp=plan_layout(config.parallelism, hosts.world_size).dp, say=print)
+        CorpusStore.of(config, dp=plan_layout(config.parallelism, hosts.world_size).dp).get(say=print)
 
 
 def _start(config: Config, arguments: list[str], hosts: Hosts, *, max_restarts: int) -> None:

@@ -12,15 +12,11 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
 from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from torchtitan_style.data.mixture import choose
-from torchtitan_style.data.preparation import data_of_run, prepare_data
-from torchtitan_style.data.prepare import streamed_corpora
 from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
 from torchtitan_style.data.rows import Rows, RowSource
+from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.metrics.display import Display
-from torchtitan_style.models.registry import model_config
-
-__all__ = ["RunData"]
 
 
 class RunData:
@@ -29,7 +25,8 @@ class RunData:
     def __init__(self, config: Config, world: World, display: Display) -> None:
         self.config, self.world, self.display = config, world, display
         self.batch_plan = plan_batch(config.training, world.layout.dp)
-        self.prepared = on_main(lambda: prepare_data(config, dp=world.layout.dp, say=display.say))
+        self.store = CorpusStore.of(config, dp=world.layout.dp)
+        self.prepared = on_main(lambda: self.store.get(say=display.say))
         self.mixture = self.prepared.names if config.data.dataset == "mixture" else []
         """Names of the corpora of a mixture."""
         self.bad_documents = BadDocuments(
@@ -117,9 +114,8 @@ class RunData:
 
     def _streams(self) -> StreamedSteps:
         config, global_batch = self.config, self.batch_plan.global_batch_size
-        vocab_size = model_config(config.model).vocab_size
         return StreamedSteps(
-            on_main(lambda: streamed_corpora(data_of_run(config), self.prepared, vocab_size=vocab_size)),
+            on_main(lambda: self.store.streamed(self.prepared)),
             config.data.weights(),
             global_batch=global_batch,
             num_streams=plan_streams(config.data, global_batch, self.world.layout.dp),
