@@ -8,8 +8,6 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Room", "gpu_memory", "host_memory"]
-
 
 @dataclass(frozen=True)
 class Room:
@@ -49,3 +47,13 @@ def gpu_memory() -> Room | None:
     except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return None  # no nvidia-smi, or "[N/A]" on devices that share the host's memory
     return Room(min(r.total for r in rooms), min(r.free for r in rooms)) if rooms else None
+
+
+def oom_kills() -> int:
+    """How many processes the kernel of this machine has killed because memory ran out; 0 if it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return 0

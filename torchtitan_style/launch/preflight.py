@@ -22,6 +22,7 @@ from torchtitan_style.planner.memory import checkpoint_bytes, plan_memory
 from torchtitan_style.train.identity import check_before_start
 
 from .run_lock import check_free
+from .wandb_login import check_wandb
 
 __all__ = ["check_initial_weights", "check_room", "check_torch", "check_writable", "preflight"]
 
@@ -48,6 +49,8 @@ def preflight(
     check_writable(folder)
     if is_first:
         check_free(folder)
+        if config.metrics.enable_wandb:  # by the first rank, which is here
+            check_wandb()
     check_patterns(config)
     layout = plan_layout(config.parallelism, world_size)
     check_before_start(config, dp=layout.dp)
