@@ -12,8 +12,6 @@ from torchtitan_style.common.hub import fetch
 from torchtitan_style.launch.configure import help_of
 from torchtitan_style.models.hf_folder import HFFolder
 
-__all__ = ["Arguments", "hf_folder"]
-
 
 class Arguments(argparse.ArgumentParser):
     """A command's own options. A mistake in them is a UserError, and ``--help`` prints ``usage`` as it stands."""

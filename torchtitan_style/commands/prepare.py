@@ -21,8 +21,6 @@ from torchtitan_style.train.stopping import interruptible
 from .cli import Arguments
 from .progress import tokenizing_bar
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--section.key VALUE ...]
 

@@ -11,8 +11,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from torchtitan_style.data.tokenize import lines_of_progress
 
-__all__ = ["progress_bar", "tokenizing_bar"]
-
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:

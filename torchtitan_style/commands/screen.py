@@ -7,8 +7,6 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["Screen"]
-
 _STEERING = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 

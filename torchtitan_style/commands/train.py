@@ -9,8 +9,6 @@ import os
 
 from torchtitan_style.launch import launcher, rank
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str]) -> None:
     """Run the command and end the process."""

@@ -15,20 +15,6 @@ import torch
 
 from .memory import host_memory
 
-__all__ = [
-    "available_memory",
-    "backend",
-    "compiler_problem",
-    "current_device",
-    "fastest_dtype",
-    "is_fast",
-    "name",
-    "peak_flops",
-    "peak_memory_gib",
-    "synchronize",
-    "use_deterministic_algorithms",
-]
-
 # Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
 _PEAK_BF16 = {
     "B200": 2250e12,

@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "begin", "begin_command", "begin_run", "delivering_output", "received"]
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what torchrun, Kubernetes and SLURM send; what SLURM can be told to send ahead of the time limit."""
 

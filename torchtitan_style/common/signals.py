@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 from .program import STOP_SIGNALS
 
-__all__ = ["STOP_SIGNALS", "holding_interrupts", "shielding_children"]
-
 
 @contextlib.contextmanager
 def shielding_children() -> Iterator[None]:

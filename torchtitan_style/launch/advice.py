@@ -14,8 +14,6 @@ from torchtitan_style.config.load import read_settings
 from torchtitan_style.config.schema import Config, LRScheduler
 from torchtitan_style.models.registry import model_config, spec_of
 
-__all__ = ["advice"]
-
 _OF_THE_MODEL = (
     "optimizer.lr",
     "data.dataset",

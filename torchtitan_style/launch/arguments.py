@@ -11,8 +11,6 @@ from torchtitan_style.config.files import DEFAULT_CONFIG
 
 from .configure import help_of
 
-__all__ = ["ConfigArguments", "Hosts", "parse_config_arguments", "read_environment", "take_restarts"]
-
 
 @dataclass(frozen=True)
 class ConfigArguments:

@@ -25,8 +25,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["help_of", "load_config"]
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
     """Read ``path``, apply ``overrides`` (as on the command line), check it all.

@@ -26,8 +26,6 @@ from .preflight import check_initial_weights, check_torch, preflight
 from .run_lock import run_lock
 from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: {program} [--config FILE] [--section.key VALUE ...]
 

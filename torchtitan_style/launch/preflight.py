@@ -13,7 +13,7 @@ from pathlib import Path
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.checkpoint.saved import find_checkpoint, open_model
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import readable_bytes
+from torchtitan_style.common.files import nearest_existing, readable_bytes
 from torchtitan_style.common.memory import gpu_memory, host_memory
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_layout
@@ -23,8 +23,6 @@ from torchtitan_style.train.identity import check_before_start
 
 from .run_lock import check_free
 from .wandb_login import check_wandb
-
-__all__ = ["check_initial_weights", "check_room", "check_torch", "check_writable", "preflight"]
 
 OLDEST_TORCH = (2, 11)
 
@@ -81,11 +79,8 @@ def check_initial_weights(config: Config) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError if ``folder``, which need not exist, cannot be made or written to."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             pass
     except OSError as error:
         raise UserError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
@@ -150,7 +145,7 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
     kept += bool(checkpoint.keep_latest_k)  # an older one is deleted after a newer one is written
     have = len(CheckpointFolder(folder / "checkpoint").steps())
     needed = max(0, kept - have) * size
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     text = f"checkpoints take about {readable_bytes(size)} each, at most {readable_bytes(kept * size)} at once"
     if needed > free:
         fewer = "lower checkpoint.keep_latest_k" if checkpoint.keep_latest_k else "set checkpoint.keep_latest_k"
@@ -159,10 +154,3 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
             "--job.dump_folder"
         )
     say(f"{text}; {readable_bytes(free)} are free")
-
-
-def _existing(folder: Path) -> Path:
-    """``folder``, or the nearest of its parents that exists."""
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder

@@ -16,8 +16,6 @@ from typing import Any
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import first_missing, remove_empty
 
-__all__ = ["check_free", "run_lock"]
-
 NAME = "run.lock"
 _DYING = 1.0
 """Seconds that a process which was just killed may take to let go."""
