@@ -1,4 +1,4 @@
-"""The ``checkpoint`` command: which checkpoints there are, what is in them, and whether they are whole.
+"""``checkpoint``: list the checkpoints of a run, show what one holds, and verify them.
 
 python -m torchtitan_style checkpoint list outputs/qwen3
 """

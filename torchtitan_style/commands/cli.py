@@ -45,7 +45,7 @@ class Arguments(argparse.ArgumentParser):
                 raise UserError(f"there is no option {name}; {hint}")
 
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """As ``parse``, with what is not the command's own beside it: overrides of the configuration."""
+        """As ``parse``; also returns the arguments that are not the command's own: overrides of the configuration."""
         if "--help" in arguments and (section := arguments[arguments.index("--help") + 1 :]):
             print(help_of(section[0]))
             raise SystemExit(0)
@@ -56,7 +56,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def hf_folder(source: str) -> HFFolder:
-    """The model in Transformers' format that ``--hf`` names, its weights at hand and checked."""
+    """The model in Transformers' format that ``--hf`` names, downloaded if needed, and checked."""
     if isinstance(open_model(source, verify=False), SavedModel):
         raise UserError(
             f"--hf: {source} is a checkpoint, not a model in Transformers' format; export-hf makes one of it"

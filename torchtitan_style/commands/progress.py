@@ -1,4 +1,4 @@
-"""Progress bars over bytes, for what takes long."""
+"""Progress bars that count bytes."""
 
 from __future__ import annotations
 

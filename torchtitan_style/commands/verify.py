@@ -1,4 +1,4 @@
-"""``verify``: show that the numbers are right, of a model or of a training layout.
+"""``verify``: compare a model with Transformers, or a training layout with one process.
 
 python -m torchtitan_style verify --hf Qwen/Qwen3-0.6B
 python -m torchtitan_style verify --config train_configs/qwen3.toml --parallelism.tensor_parallel_degree 2

@@ -1,7 +1,4 @@
-"""The device this process computes on, and what differs between CPU and CUDA.
-
-Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
-"""
+"""The device that this process computes on, and everything that differs between CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ def backend(device: torch.device) -> str:
 
 
 def name(device: torch.device) -> str:
-    """What to call the device when talking to a person."""
+    """A readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -56,7 +53,7 @@ def name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -119,7 +116,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def use_deterministic_algorithms() -> None:
-    """Have every operation give the same bits each time, or raise."""
+    """Make every operation bitwise reproducible, or raise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of memory: in all, and not in use now."""
+    """Bytes of memory: total, and currently free."""
 
     total: int
     free: int
 
 
 def host_memory() -> Room | None:
-    """The machine's memory, or what this process's control group may use of it. None if it cannot be found out."""
+    """The machine's memory, or the limit of this process's control group. None if unknown."""
     found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -36,7 +36,7 @@ def host_memory() -> Room | None:
 
 
 def gpu_memory() -> Room | None:
-    """Memory of the smallest GPU that this process can use, by nvidia-smi. None if it cannot be found out."""
+    """Memory of the smallest GPU that this process can use, from nvidia-smi. None if unknown."""
     command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     if visible:

@@ -1,4 +1,4 @@
-"""What is allowed but probably not meant: warnings before a run starts."""
+"""Warnings, before a run starts, about settings that are valid but probably unintended."""
 
 from __future__ import annotations
 

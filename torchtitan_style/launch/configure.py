@@ -1,4 +1,4 @@
-"""Put the configuration of a run together, and check it whole. Needs no torch."""
+"""Read the configuration of a run, complete it, and check it as a whole. Needs no torch."""
 
 from __future__ import annotations
 

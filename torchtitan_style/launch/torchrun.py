@@ -22,7 +22,7 @@ from .agent import install_agent
 
 
 def count_gpus() -> int:
-    """GPUs that a process here can use, without the seconds that importing torch takes."""
+    """Number of GPUs that a process here can use, without importing torch, which takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
@@ -34,7 +34,7 @@ def count_gpus() -> int:
 
 
 def check_address(endpoint: str) -> None:
-    """Raise UserError if there is no host of the name in ``endpoint``, host:port, before torchrun tries for minutes."""
+    """Raise UserError if the host in ``endpoint`` (host:port) is unknown; torchrun would retry for minutes."""
     try:
         socket.getaddrinfo(endpoint.rpartition(":")[0], None)
     except OSError as error:
@@ -42,7 +42,7 @@ def check_address(endpoint: str) -> None:
 
 
 def wait_for_host(endpoint: str) -> None:
-    """Return once something listens at ``endpoint``, host:port. torchrun gives up after a minute, and the first host
+    """Return once something listens at ``endpoint`` (host:port). torchrun gives up after a minute, but the first host
     may take hours to prepare the data."""
     host, _, port = endpoint.rpartition(":")
     said = ""
@@ -127,7 +127,7 @@ def start_ranks(
             if agent.has_started:
                 print("error: another host has ended the run; its output says why", file=sys.stderr)
                 raise SystemExit(1) from None
-            print(f"error: this host cannot join the others: {error}; RDZV_ENDPOINT is an address of the first host "
+            print(f"error: this host cannot join the others: {error}; check that RDZV_ENDPOINT names the first host "
                   "and a port that is free there", file=sys.stderr)  # fmt: skip
             raise SystemExit(2) from None
         except ChildFailedError:
