@@ -26,7 +26,7 @@ def shielding_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding_interrupts() -> Iterator[None]:
-    """Defer Ctrl-C to the end of this context: for code that calls back into Python and drops exceptions raised there."""
+    """Defer Ctrl-C to the end of this context: for code whose callbacks into Python drop exceptions."""
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         yield
         return
