@@ -146,6 +146,7 @@ def test_the_package_offers_the_model() -> None:
     assert torchtitan_style.Qwen3ForCausalLM is model.Qwen3ForCausalLM
     assert torchtitan_style.Qwen3Model is model.Qwen3Model
     assert torchtitan_style.load_model is load_model
+    assert torchtitan_style.load_config("qwen3", ["--training.steps", "7"]).training.steps == 7
     with pytest.raises(AttributeError, match="no attribute 'Qwen4'"):
         _ = torchtitan_style.Qwen4
 

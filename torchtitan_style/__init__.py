@@ -1,9 +1,13 @@
 """Native torch.distributed training of Qwen3 language models.
 
-What was trained writes text, and the model's classes can be used by themselves, as in a notebook:
+A trained model generates text, a configuration is read and checked as the commands do it, and the model classes work
+by themselves, as in a notebook:
 
     from torchtitan_style import load_model
     print(load_model("outputs/qwen3").generate("def main("))
+
+    from torchtitan_style import load_config
+    config = load_config("qwen3", ["--training.steps", "100"])
 
     from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
     model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))

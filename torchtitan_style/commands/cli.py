@@ -13,8 +13,6 @@ from torchtitan_style.common.hub import fetch
 from torchtitan_style.launch.configure import help_of
 from torchtitan_style.models.hf_folder import HFFolder
 
-__all__ = ["Arguments", "hf_folder"]
-
 
 class Arguments(argparse.ArgumentParser):
     """A command's own options. A mistake in them is a UserError, and ``--help`` prints ``usage`` as it stands."""
@@ -51,7 +49,7 @@ class Arguments(argparse.ArgumentParser):
                 raise UserError(f"there is no option {name}; {hint}")
 
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """As ``parse``, with what is not the command's own beside it: overrides of the configuration."""
+        """As ``parse``; also returns the arguments that are not the command's own: overrides of the configuration."""
         if "--help" in arguments and (section := arguments[arguments.index("--help") + 1 :]):
             print(help_of(section[0]))
             raise SystemExit(0)
@@ -64,7 +62,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def hf_folder(source: str) -> HFFolder:
-    """The model in Transformers' format that ``--hf`` names, its weights at hand and checked."""
+    """The model in Transformers' format that ``--hf`` names, downloaded if needed, and checked."""
     if isinstance(open_model(source, verify=False), SavedModel):
         raise UserError(
             f"--hf: {source} is a checkpoint, not a model in Transformers' format; export-hf makes one of it"

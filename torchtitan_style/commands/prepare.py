@@ -1,4 +1,4 @@
-"""The ``prepare`` command: tokenize the corpus of a configuration, once, for all runs that use it.
+"""``prepare``: tokenize the corpus of a configuration once, for all runs that use it.
 
 python -m torchtitan_style prepare --config train_configs/qwen3.toml
 """
@@ -21,13 +21,11 @@ from torchtitan_style.train.stopping import interruptible
 from .cli import Arguments
 from .progress import tokenizing_bar
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--section.key VALUE ...]
 
 Tokenizes the corpus into memory-mapped shards, in the dump folder or in data.prepared_folder, where runs of
-the same configuration find them. Killed half-way, it goes on where it was.
+the same configuration find them. If it is interrupted, the same command resumes.
 
   --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --processes N         processes that tokenize; one per CPU if left out

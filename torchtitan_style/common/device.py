@@ -1,7 +1,4 @@
-"""The device this process computes on, and what differs between CPU and CUDA.
-
-Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
-"""
+"""The device that this process computes on, and everything that differs between CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -21,22 +18,7 @@ import torch
 
 from .memory import host_memory
 
-__all__ = [
-    "available_memory",
-    "backend",
-    "compiler_problem",
-    "current_device",
-    "fastest_dtype",
-    "is_fast",
-    "name",
-    "peak_by_name",
-    "peak_flops",
-    "peak_memory_gib",
-    "synchronize",
-    "use_deterministic_algorithms",
-    "without_cudnn_attention",
-]
-
+# Dense bf16 FLOP/s from the vendors' data sheets, by the device's whole name.
 _PEAK_BF16 = {
     "B300": 2250e12,
     "B200": 2250e12,  # also as GB200
@@ -88,7 +70,7 @@ def backend(device: torch.device) -> str:
 
 
 def name(device: torch.device) -> str:
-    """What to call the device when talking to a person."""
+    """A readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -96,7 +78,7 @@ def name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -181,7 +163,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def use_deterministic_algorithms() -> None:
-    """Have every operation give the same bits each time, or raise."""
+    """Make every operation bitwise reproducible, or raise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
 

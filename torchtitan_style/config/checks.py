@@ -14,8 +14,6 @@ from torchtitan_style.common.hub import FILE_ENDINGS
 from .layout import plan_batch, plan_layout, plan_streams
 from .schema import Config, Corpus, Data, Muon, Validation
 
-__all__ = ["Problem", "cross_checks"]
-
 _TAKEN_NAMES = ("tokenizer", "manifest", "plan", "data_errors")
 """What else is in a prepared folder, beside a folder for each corpus."""
 

@@ -30,8 +30,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Draft", "read_settings", "to_toml"]
-
 
 class Draft:
     """A configuration while it is put together: the settings as they are written, and what is wrong so far."""

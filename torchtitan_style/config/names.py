@@ -11,8 +11,6 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel
 
-__all__ = ["Sections", "all_keys", "did_you_mean", "nearest_section"]
-
 Sections = Mapping[str, type[BaseModel]]
 """The schema: each section by its name in TOML."""
 

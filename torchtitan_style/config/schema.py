@@ -13,8 +13,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Config", "Section", "sections_of"]
-
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -227,7 +227,6 @@ class Loader:
             except RuntimeError as error:
                 part = RunError(f"a data worker has died: {str(error).partition(chr(10))[0]}")
             if isinstance(part, UserError | RunError):
-                part.everywhere = False
                 raise part
             parts.append(part)
             self._reached |= part.state

@@ -1,4 +1,4 @@
-"""Put the configuration of a run together, and check it whole. Needs no torch."""
+"""Read the configuration of a run, complete it, and check it as a whole. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-__all__ = ["help_of", "load_config"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:

@@ -23,8 +23,6 @@ from .configure import load_config
 from .preflight import check_initial_weights, check_torch, preflight
 from .torchrun import count_gpus
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str], *, usage: str = "") -> None:
     """Train as one rank, or as the only process, and end the process.
