@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.data.corpora import words, write_jsonl
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.data.preparation import prepare_data
@@ -26,12 +26,7 @@ FP32 = ["--training.mixed_precision_param", "float32"]
 def config(tmp_path_factory) -> Path:
     """A tiny model on a made-up corpus of 200 documents."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
-    draw = random.Random(0)
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(200):
-            text = " ".join(draw.choice(words) for _ in range(draw.randint(20, 200)))
-            file.write(json.dumps({"text": text}) + "\n")
+    write_jsonl(folder / "corpus.jsonl", words(200, lengths=(20, 200)))
     path = folder / "config.toml"
     path.write_text(f"""
 [model]
@@ -136,7 +131,9 @@ def test_the_resolved_config_starts_the_same_run(launch, one_process, tmp_path) 
     ]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE_LAYOUTS)])
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE_LAYOUTS)]
+)
 def test_every_layout_has_the_same_curve_and_batches(launch, config, one_process, tmp_path, layout: str) -> None:
     nproc, options = (LAYOUTS | MORE_LAYOUTS)[layout]
     line = ["--config", config, "--job.dump_folder", tmp_path / "run", *FP32, *options]
@@ -342,15 +339,19 @@ def test_a_mistake_is_one_message(config, tmp_path, monkeypatch, mistake: str, n
     message = message.replace("2 processes", f"{nproc} processes")
     overrides = {"--job.dump_folder": "out/run"} | dict(zip(options[::2], options[1::2], strict=True))
     words = [word for pair in overrides.items() for word in pair]
-    with pytest.raises(UserError) as raised:
+
+    def start() -> None:
         found = load_config(config, words, world_size=nproc)
         preflight(found, world_size=nproc, say=print)
         prepare_data(found, dp=nproc, say=print)
+
+    with pytest.raises(UserError) as raised:
+        start()
     assert message in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
-# One is found in reading the configuration, the other in preparing the data: the first and the last of a launch's steps.
+# One is found in reading the configuration, the other in preparing the data: first and last before ranks start.
 @pytest.mark.parametrize(("mistake", "nproc"), [("typo", 1), ("no tokenizer", 1), ("no tokenizer", 2)])
 def test_a_mistake_ends_a_launch_and_nothing_is_written(launch, config, tmp_path, mistake: str, nproc: int) -> None:
     options, message = MISTAKES[mistake]
