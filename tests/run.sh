@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in the environment that run_train.sh makes. Arguments go to pytest.
 #
+#   tests/run.sh -m nightly       the tests that are left out otherwise
 #   TORCH=2.14.1 tests/run.sh     the tests with another torch, in an environment of its own: .venv-torch-2.14.1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,5 +17,5 @@ if [[ -z "${TORCH:-}" ]]; then # lint and types do not depend on it
     "$python" -m ruff format --check .
     "$python" -m mypy
 fi
-# Two workers: the files that start several ranks have a CPU each.
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# Two workers: the files that start several ranks have a CPU each. conftest.py puts the files that take longest first.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

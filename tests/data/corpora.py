@@ -30,6 +30,13 @@ def texts(count: int, *, seed: int, longest: int = 60) -> list[str]:
     return [f"{seed}/{number} {line}" for number, line in enumerate(lines)]
 
 
+def words(count: int, *, lengths: tuple[int, int]) -> list[str]:
+    """Documents of few different words, each as long as ``lengths`` say: a tiny model learns them within some steps."""
+    known = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
+    draw = random.Random(0)
+    return [" ".join(draw.choice(known) for _ in range(draw.randint(*lengths))) for _ in range(count)]
+
+
 def write_jsonl(path: Path, documents: list[str]) -> Path:
     content = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
