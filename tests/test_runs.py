@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.data.corpora import words, write_jsonl
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.data.preparation import prepare_data
+from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import preflight
 
@@ -343,7 +343,7 @@ def test_a_mistake_is_one_message(config, tmp_path, monkeypatch, mistake: str, n
     def start() -> None:
         found = load_config(config, words, world_size=nproc)
         preflight(found, world_size=nproc, say=print)
-        prepare_data(found, dp=nproc, say=print)
+        CorpusStore.of(found, dp=nproc).get(say=print)
 
     with pytest.raises(UserError) as raised:
         start()
