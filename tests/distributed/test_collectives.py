@@ -12,9 +12,9 @@ BLOCKS, MICROBATCHES = 2, 2
 UNITS = BLOCKS + 1  # that FSDP gathers and reduces at once: the blocks, and what is outside of them
 NORMS = 4 * BLOCKS + 1
 
-# FSDP: a block is gathered forward and backward, the rest once; the gradients are summed after the last microbatch.
+# FSDP: a block is gathered forward and backward, the rest once; the gradients are summed after each microbatch.
 # The step: the number of tokens; the loss with the gradient's norm.
-FSDP = {"all-gather": MICROBATCHES * (BLOCKS + UNITS), "reduce-scatter": UNITS}
+FSDP = {"all-gather": MICROBATCHES * (BLOCKS + UNITS), "reduce-scatter": MICROBATCHES * UNITS}
 STEP = {"all-reduce": 2}
 # Tensor parallelism: attention, MLP and the head or the embedding gather and scatter, forward and backward; the loss
 # has a maximum and sums. The norms' gradients are summed once.
@@ -26,7 +26,8 @@ TP = {
 COUNTS = {
     "dp2": Counter(FSDP) + Counter(STEP),
     "tp2": Counter(TP) + Counter(STEP),
-    "dp2 × tp2": Counter(FSDP) + Counter(TP) + Counter(STEP),
+    # The norms' are summed when FSDP sums, which is after each microbatch.
+    "dp2 × tp2": Counter(FSDP) + Counter(TP) + Counter(STEP) + Counter({"all-reduce": (MICROBATCHES - 1) * NORMS}),
 }
 DEGREES = {"dp2": (2, 1), "tp2": (1, 2), "dp2 × tp2": (2, 2)}
 

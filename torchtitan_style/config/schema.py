@@ -281,6 +281,10 @@ class Parallelism(Section):
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"
     """always: gathered parameters are freed after a block's forward and gathered again for its
     backward. never: kept, for more memory and less communication."""
+    fsdp_reduce_gradients: Literal["each_microbatch", "last_microbatch"] = "each_microbatch"
+    """When a step has several microbatches. each_microbatch: gradients are summed over the ranks, and only this rank's
+    shard is kept. last_microbatch: each rank keeps whole gradients until the last, for less communication and
+    4 bytes of memory a parameter."""
 
 
 class ActivationCheckpoint(Section):

@@ -21,7 +21,7 @@ class MemoryPlan:
     weights: int
     """fp32 master weights."""
     gradients: int
-    """Of the weights, in fp32."""
+    """Of the weights, in fp32: sharded, or whole while a step's microbatches accumulate."""
     optimizer: int
     """AdamW's two moments, or Muon's one."""
     copies: int
@@ -51,11 +51,19 @@ def plan_memory(config: Config, layout: Layout) -> MemoryPlan:
         optimizer += size * (1 if muon else 2)
     return MemoryPlan(
         weights=weights,
-        gradients=weights,
+        gradients=_gradients(config, layout, sharded=weights),
         optimizer=optimizer,
         copies=_copies(config, layout),
         activations=_activations(config, layout),
     )
+
+
+def _gradients(config: Config, layout: Layout, *, sharded: int) -> int:
+    """FSDP keeps whole gradients beside the shards until it may reduce them."""
+    accumulates = plan_batch(config.training, layout.dp).accumulation_steps > 1
+    if layout.fsdp == 1 or not accumulates or config.parallelism.fsdp_reduce_gradients == "each_microbatch":
+        return sharded
+    return sharded * (layout.fsdp + 1)
 
 
 def _copies(config: Config, layout: Layout) -> int:

@@ -71,6 +71,9 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
         warn(f"compile.enable: {problem}; training without compilation, which is slower")
         compile = compile.model_copy(update={"enable": False})
 
+    if config.data.document_mask:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn_attention
+
     def lay_out(model: Any) -> None:
         spec.parallelize(
             model,
@@ -128,7 +131,8 @@ def train_step(
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.batch_group)
-    loss = forward_backward(model, batch.microbatches, tokens)
+    reduce_each = config.parallelism.fsdp_reduce_gradients == "each_microbatch" and world.layout.fsdp > 1
+    loss = forward_backward(model, batch.microbatches, tokens, reduce_each=reduce_each)
     loss *= world.counts
     observer.after_backward(step, model, loss)
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
@@ -148,16 +152,21 @@ def train_step(
     )
 
 
-def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], tokens: Tensor) -> Tensor:
+def forward_backward(
+    model: nn.Module, microbatches: Sequence[Microbatch], tokens: Tensor, *, reduce_each: bool = False
+) -> Tensor:
     """Add the gradients of this rank's share of the loss to those that are there.
 
-    tokens: how many labels the whole step has; a 0-dim integer. Returns the share, 0-dim fp64: the loss is the sum
-    of the shares of all ranks that hold different tokens.
+    tokens: how many labels the whole step has; a 0-dim integer. reduce_each: sum sharded gradients over the ranks after
+    each microbatch, so that none is held whole; replicas are summed after the last in any case. Returns the share,
+    0-dim fp64: the loss is the sum of the shares of all ranks that hold different tokens.
     """
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
     for i, microbatch in enumerate(microbatches, start=1):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == len(microbatches))
+            last = i == len(microbatches)
+            model.set_requires_gradient_sync(last or reduce_each)
+            model.set_requires_all_reduce(last)
         loss_sum, _ = model(*microbatch)
         share = loss_sum / tokens
         share.backward()
@@ -170,7 +179,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, no gradients, and no compiled graphs: other shapes would be compiled anew."""
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), devices.without_cudnn_attention():
             yield
     finally:
         model.train()
