@@ -138,22 +138,25 @@ def import_modules(names: Sequence[str], *, key: str = "job.custom_import") -> N
     folder = os.getcwd()
     if names and folder not in sys.path:
         sys.path.insert(0, folder)
+    importlib.invalidate_caches()  # a file may be younger than Python's listing of its folder
     for name in names:
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+            hint = f'; write "{name[:-3].replace("/", ".")}"' if name.endswith(".py") else ""
+            raise UserError(f'{key}: "{name}" is not the name of a module, as my_module or my_package.my_module{hint}')
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-                raise UserError(_failed(name, error, key)) from None
-            raise UserError(f'{key}: there is no module "{name}"{_nearest(name)}') from None
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:  # it is a program
+        except BaseException as error:  # SystemExit too: a script must not end the run without a word
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is not None and f"{name}.".startswith(f"{missing}."):
+                raise UserError(f'{key}: there is no module "{name}"{_nearest(name)}') from None
             raise UserError(_failed(name, error, key)) from None
     imported = [*os.environ.get(_IMPORTED, "").split(","), *names]
     os.environ[_IMPORTED] = ",".join(dict.fromkeys(module for module in imported if module))
 
 
-def _failed(name: str, error: Exception, key: str) -> str:
+def _failed(name: str, error: BaseException, key: str) -> str:
     if isinstance(error, SyntaxError):
         return f'{key}: "{name}" cannot be imported: {error.filename}, line {error.lineno}: {error.msg}'
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
@@ -164,8 +167,6 @@ def _failed(name: str, error: Exception, key: str) -> str:
 def _nearest(name: str) -> str:
     """Where it was looked for, and what there is instead."""
     parts = name.split(".")
-    if Path(name).is_file() and name.endswith(".py"):
-        return f'; name the module without its ending: "{name.removesuffix(".py").replace("/", ".")}"'
     folder = Path(*parts[:-1]) if len(parts) > 1 else Path()
     here = [path.stem for path in folder.glob("*") if path.suffix == ".py" or (path / "__init__.py").is_file()]
     near = difflib.get_close_matches(parts[-1], here, n=1)
