@@ -1,4 +1,4 @@
-"""The ``checkpoint/`` folder of a run: which checkpoints there are, whole ones only.
+"""The ``checkpoint/`` folder of a run: which checkpoints there are, which are sound, and which are kept.
 
     checkpoint/step-500/           shards written by torch.distributed.checkpoint
     checkpoint/step-500/train_state.json

@@ -1,4 +1,4 @@
-"""The setting that a wrong name was meant to be.
+"""Which setting a mistyped or foreign name was meant to be.
 
 People bring names from torchtitan, Transformers' TrainingArguments, LitGPT, nanochat and Axolotl. Those are looked
 up; other names are compared with all that there are.

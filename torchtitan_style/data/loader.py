@@ -1,7 +1,7 @@
 """The batches of one rank, read ahead by worker processes if so wished.
 
-Nothing here decides what comes next: a ``StepSource`` says so, from a state that belongs to the run as a whole.
-Ranks and workers only share out the rows of each step.
+A ``StepSource`` says which rows make up a step, from a state that belongs to the run as a whole. The ``Loader`` shares
+them out among ranks and workers, and decides nothing else.
 """
 
 from __future__ import annotations

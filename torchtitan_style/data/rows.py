@@ -1,4 +1,4 @@
-"""Rows of a prepared corpus, and which of them make up a step: a function of the seed and the step alone.
+"""Rows of a prepared corpus, in an order that depends on the seed and on how many rows were taken before.
 
 Rows are numbered on without end: global row g is in epoch g // R, and each epoch visits the R rows in another
 order. A step takes the next global_batch_size rows. How many ranks there are decides only who computes what.

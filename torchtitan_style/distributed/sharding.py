@@ -1,8 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the data-parallel ranks.
 
 Zhao et al. 2023, "PyTorch FSDP". Each wrapped module gathers its parameters in the compute type
-before it runs, and sums its gradients over ranks afterwards. On a single process there is nothing
-to gather or to sum: there ``compute_in`` makes the change of type alone, which costs less.
+before it runs, and sums its gradients over ranks afterwards. A single process that does not recompute blocks has
+nothing to gather or to sum: there ``compute_in`` makes the change of type alone, which costs less.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def shard(
 ) -> None:
     """Shard ``blocks`` one by one, and what is left of ``model`` as a last group, in place.
 
-    mesh: axes (dp_replicate, fsdp). Gradients come out as plain sums over the ranks, in fp32:
-    the loss is divided by the global number of tokens beforehand, so FSDP must not average.
+    mesh: axes (dp_replicate, fsdp). Gradients are summed in ``reduce_dtype`` and kept in fp32. They are plain sums over
+    the ranks: the loss is divided by the global number of tokens beforehand, so FSDP must not average.
     """
     replicate = mesh.size(0)
     fsdp_mesh = mesh if replicate > 1 else mesh["fsdp"]

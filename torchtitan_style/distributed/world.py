@@ -1,8 +1,8 @@
 """The process group and the device mesh.
 
 Axes, outermost first: ``pp`` × ``dp_replicate`` × ``dp_shard`` × ``cp`` × ``tp``. Tensor parallelism
-communicates most, so its ranks are neighbours. All axes exist in every run, most of them with size 1: one
-process takes the same path through the code as a thousand.
+communicates most, so its ranks are neighbours. All axes exist in every run, most of them with size 1, so that code
+that uses the mesh need not ask which there are.
 
 The same ranks are seen in two ways. Parameters are laid out over (pp, dp_replicate, fsdp, tp), where fsdp is
 dp_shard × cp. Tokens are laid out over (dp, cp), where dp is dp_replicate × dp_shard.

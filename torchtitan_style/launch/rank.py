@@ -14,7 +14,7 @@ if __name__ == "__main__":  # first of all: the imports below take half a second
 
     begin_run(sys.argv[1:])
 
-from torchtitan_style.common.reporting import check_verdict, reported_errors
+from torchtitan_style.common.reporting import VERDICT, check_verdict, reported_errors
 from torchtitan_style.train.stopping import ending_at_once, ignore_stops, interruptible, stops_end_at_once
 
 from .advice import advice
@@ -36,15 +36,23 @@ def main(arguments: list[str], *, usage: str = "") -> None:
         config = load_config(named.path, named.overrides, world_size=world_size)
         check_torch()
         folder = Path(config.job.dump_folder)
-        if "RANK" not in os.environ:  # else the launcher has done it
-            notes = advice(named.chosen, named.overrides, config)
-            preflight(config, world_size=1, say=print, on_gpus=count_gpus() > 0, notes=notes)
+        checks = VERDICT not in os.environ and os.environ.get("RANK", "0") == "0"  # else the launcher has done it
+        if checks:
+            preflight(
+                config,
+                world_size=world_size,
+                say=print,
+                ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+                on_gpus=count_gpus() > 0,
+                notes=advice(named.chosen, named.overrides, config),
+            )
         if world_size == 1:
             stops_end_at_once(folder)
-            if "RANK" not in os.environ:
+            if checks:
                 check_initial_weights(config)
             import torchtitan_style.launch.run  # noqa: F401  # and torch, whose import no exception may interrupt
-        # Several ranks have the data prepared, and agree on when to stop from the beginning.
+        # One process may be ended at once while it prepares its data. Several ranks only note a signal from the start:
+        # they must agree on the step to stop at.
         with interruptible(folder, gracefully=world_size > 1):
             from .run import train
 

@@ -31,6 +31,8 @@ class ModelConfig(Protocol):
     @property
     def hidden_size(self) -> int: ...
     @property
+    def intermediate_size(self) -> int: ...
+    @property
     def num_hidden_layers(self) -> int: ...
     @property
     def num_attention_heads(self) -> int: ...
@@ -42,6 +44,10 @@ class ModelConfig(Protocol):
     def max_position_embeddings(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
 
     @property
     def windows(self) -> list[int | None]:
@@ -109,9 +115,10 @@ class ModelSpec:
     """What ``parallelism.tensor_parallel_degree`` must divide."""
 
     build: Callable[[Any], Any]
-    """Config → the model: a module that maps (token ids, labels, documents) to (sum of token losses, right guesses),
-    and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and ``lm_head``,
-    whose attribute ``z_loss`` training sets to ``training.z_loss``."""
+    """Config → the model: a module that maps (token ids, labels, documents, positions) to (sum of token losses, right
+    guesses), and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and
+    ``lm_head``, of which training sets two attributes: ``z_loss``, to ``training.z_loss``, and ``loss_function``, if
+    ``training.loss`` names one of one's own."""
     parallelize: Callable[..., None]
     """Lays a model out over a mesh for training, in place; see ``qwen3/parallelize.py``."""
 

@@ -1,4 +1,7 @@
-"""The learning rate as a function of the step: warm-up, stable, decay."""
+"""The share of the full learning rate that each update has: warm-up, stable, decay.
+
+``Optimizers`` multiplies it with the rates of its groups. Steps that are skipped are no updates.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from torchtitan_style.config.schema import LRScheduler
 __all__ = ["lr_factor"]
 
 
-def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
-    """Share of the full learning rate at ``step`` (from 1).
+def lr_factor(update: int, config: LRScheduler, *, total_steps: int) -> float:
+    """Share of the full learning rate at ``update`` (from 1).
 
     Rises linearly over ``warmup_steps``, stays at 1, and falls over the last ``decay_ratio`` of all
     steps to ``min_lr_factor``. It would reach that one step past the end, so that no step is wasted
@@ -20,16 +23,16 @@ def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
     """
     total = config.total_steps or total_steps
     warmup = config.warmup(total_steps)
-    if step > total and config.decay_ratio != 0:
+    if update > total and config.decay_ratio != 0:
         return config.min_lr_factor
-    if step <= warmup:
-        return step / (warmup + 1)
+    if update <= warmup:
+        return update / (warmup + 1)
     decay = total - warmup if config.decay_ratio is None else round(total * config.decay_ratio)
     decay = min(decay, total - warmup)
     start = total - decay
-    if step <= start or decay <= 0:
+    if update <= start or decay <= 0:
         return 1.0
-    progress = (step - start) / (decay + 1)  # in (0, 1)
+    progress = (update - start) / (decay + 1)  # in (0, 1)
     shape = _SHAPES.get(config.decay_type) or SCHEDULES.get(config.decay_type)
     return config.min_lr_factor + (1.0 - config.min_lr_factor) * shape(progress)
 

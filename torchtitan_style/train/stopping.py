@@ -1,5 +1,7 @@
 """What happens on SIGTERM, SIGUSR1 and Ctrl-C, and how a rank ends.
 
+A launcher passes the signal on to all ranks, and ends with status 0 if they saved (launch/torchrun.py). In each rank:
+
 1. A signal is noted in a list and does not interrupt the step under way (``stop_gracefully``, ``told_to_stop``).
 2. Between two steps the ranks exchange what they were told (``agreement.py``), so that all stop after the same step.
 3. The trainer saves a checkpoint, writes ``preempted.json`` (``preempted.py``) and exits with status 0

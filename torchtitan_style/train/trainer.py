@@ -115,7 +115,7 @@ class Trainer:
         state = self.state = self.resume.start()
         self.policy = StepPolicy(self.config.training, state, warn=self.display.warn)
         if self._is_done():
-            on_main(lambda: clear_preempted(self.dump_folder))  # of a run with more steps: it would be started for ever
+            on_main(lambda: clear_preempted(self.dump_folder))  # a scheduler would restart a finished run for ever
             self.display.say(
                 f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to train on, or "
                 "start a new run with another --job.dump_folder"

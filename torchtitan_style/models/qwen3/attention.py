@@ -28,8 +28,9 @@ def attention_mask(
 ) -> Tensor | BlockMask | None:
     """Where attention is allowed: to positions before, of the same document, and not further back than ``window``.
 
-    documents: [B, T], or None for rows that are one document. flex: as blocks for FlexAttention, which skips those
-    that are not allowed at all; else as booleans that broadcast to [B, H, T, T]. None if causality is all there is.
+    documents: [B, T], or None for rows that are one document. flex: with documents, as blocks for FlexAttention,
+    which skips those that are not allowed at all; else as booleans that broadcast to [B, H, T, T]. None if causality is
+    all there is. A cache builds its own (``KVCache``), as queries and keys have different positions there.
     """
     if window is not None and window >= t:
         window = None

@@ -1,4 +1,4 @@
-"""Qwen3 on a mesh: tensor parallelism, recomputation, compilation and sharding, in that order."""
+"""Qwen3 on a mesh: tensor parallelism, recomputation, compilation and sharding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parallelize_qwen3(
     """Lay ``model`` (best on the meta device) out over ``mesh``, in place.
 
     mesh: axes ("dp_replicate", "fsdp", "tp"). The order below matters: each step wraps what the
-    one before has made.
+    one before has made. Recomputing single operations comes before compilation, whole blocks after it.
     """
     # 1. Tensor parallelism first: it replaces parameters, which breaks the tie of embedding and head.
     if mesh["tp"].size() > 1:
