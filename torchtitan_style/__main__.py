@@ -50,6 +50,7 @@ COMMANDS = {
     "generate": ("--checkpoint DIR --prompt TEXT", "write text that continues the prompt"),
     "chat": ("--checkpoint DIR", "talk to a model"),
     "eval": ("--checkpoint DIR --data FILE ...", "loss, perplexity and bits per byte on text of your own"),
+    "report": ("RUN [RUN ...]", "how runs went, as one HTML file"),
     "checkpoint": ("list|verify|show DIR", "list the checkpoints of a run, and verify them"),
     "import-hf": ("--hf DIR_OR_REPO --output DIR", "a model in Transformers' format → a checkpoint"),
     "export-hf": ("--checkpoint DIR --output DIR", "a checkpoint → a model in Transformers' format"),

@@ -19,6 +19,7 @@ from torchtitan_style.data.problems import Problem
 from torchtitan_style.distributed.world import World
 
 from .display import Display
+from .events import add_event
 from .recorder import Recorder
 from .throughput import Meter
 
@@ -102,6 +103,8 @@ class TrainingLog:
             if world.is_main
             else None
         )
+        self._folder = dump_folder
+        self.event("start", first_step, layout=str(world.layout), processes=world.layout.world_size)
         display.start(first_step, last_step)
         meter.restart()
 
@@ -114,6 +117,11 @@ class TrainingLog:
         if self._is_first or step == self.last_step or step % self.config.log_freq == 0:
             self.flush()
         self._is_first = False
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Record what happened to the run (events.py)."""
+        if self.world.is_main:
+            add_event(self._folder, event, step, **fields)
 
     def flush(self) -> None:
         """Read the figures of the steps since the last time from the device, record and print them.

@@ -228,6 +228,7 @@ class Trainer:
                 "(training.max_skipped_steps); a lower optimizer.lr or training.max_norm may help"
             )
         self.display.warn(f"going back to step {found}, and on with the data after step {state.step}")
+        self.log.event("rewind", state.step, to=found)
         saved, saved_identity = self._read_state(found)
         state.go_back_to(saved)
         self._restore(found, saved_identity)
@@ -290,7 +291,9 @@ class Trainer:
                 device=self.world.device,
                 advance=self.watchdog.beat,
             )
-        self.display.sample(text, self.tokenizer.decode(prompt + ids)[len(text) :])
+        continuation = self.tokenizer.decode(prompt + ids)[len(text) :]
+        self.display.sample(text, continuation)
+        self.log.event("sample", self.state.step, prompt=text, text=continuation)
 
     # Setting up
 
@@ -402,6 +405,7 @@ class Trainer:
             figures["val_loss"] = self.log.last_validation.get("val_loss")  # none after a rewind
         train_state = {"state": dataclasses.asdict(self.state), "identity": self.identity}
         self.checkpointer.save(self.state.step, train_state, figures=figures, best=best)
+        self.log.event("checkpoint", self.state.step)
 
     # Reporting
 
