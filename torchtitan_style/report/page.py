@@ -46,6 +46,7 @@ def page(runs: Sequence[Run]) -> str:
         raise UserError('the plotly package is missing; pip install plotly (the "report" extra) installs it') from None
 
     panels = [panel for panel in (_panel(runs, *figures) for figures in _panels(runs)) if panel["curves"]]
+    differing, same = _settings(runs)
     data = {
         "runs": [{"name": run.name, "axes": _axes(run)} for run in runs],
         "panels": panels,
@@ -53,8 +54,8 @@ def page(runs: Sequence[Run]) -> str:
     }
     fields = {
         "TITLE": escape(", ".join(run.name for run in runs)),
-        "SUMMARY": _rows(["", *(run.name for run in runs)], _summary(runs)),
-        "SETTINGS": _settings(runs),
+        "SUMMARY": _rows(["", *(run.name for run in runs)], [*differing, *_summary(runs)]),
+        "SETTINGS": _rows(["", "value"], same),
         "SAMPLES": "".join(_samples(run) for run in runs),
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         "PLOTLY": get_plotlyjs().replace("</script", "<\\/script"),
@@ -72,7 +73,7 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 def _panel(runs: Sequence[Run], title: str, figures: str, scale: str) -> dict[str, Any]:
     curves = []
     for number, run in enumerate(runs):
-        for name, (steps, values) in run.curves.items():
+        for name, (steps, values) in sorted(run.curves.items()):
             if not re.fullmatch(figures, name):
                 continue
             curves.append(_curve(number, name, steps, values, raw=name == "loss"))
@@ -139,15 +140,11 @@ def _summary(runs: Sequence[Run]) -> list[list[str]]:
     return [[name, *cells] for name, cells in rows.items() if set(cells) != {"-"}]
 
 
-def _settings(runs: Sequence[Run]) -> str:
-    names = sorted({name for run in runs for name in run.settings})
+def _settings(runs: Sequence[Run]) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of the settings that differ, with each run's value, and of those that do not, with theirs."""
+    names = sorted({name for run in runs for name in run.settings} - {"job.dump_folder"})
     rows = [[name, *(run.settings.get(name, "-") for run in runs)] for name in names]
-    head = ["", *(run.name for run in runs)]
-    differing = [row for row in rows if len(set(row[1:])) > 1]
-    same = [row[:2] for row in rows if len(set(row[1:])) == 1]
-    shown = f"<h2>Settings that differ</h2>{_rows(head, differing)}" if differing else ""
-    title = "Settings that are the same" if len(runs) > 1 else "Settings"
-    return f"{shown}<details><summary>{title}</summary>{_rows(['', 'value'], same)}</details>"
+    return [row for row in rows if len(set(row[1:])) > 1], [row[:2] for row in rows if len(set(row[1:])) == 1]
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
