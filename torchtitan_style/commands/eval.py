@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -33,9 +34,11 @@ __all__ = ["main"]
 
 USAGE = """\
 usage: python -m torchtitan_style eval --checkpoint DIR --data FILE ... [...]
+       python -m torchtitan_style eval --checkpoint DIR --tasks NAME ... [...]
        torchrun --nproc-per-node N -m torchtitan_style eval [...]      on N devices
 
-Print loss, perplexity, bits per byte and token accuracy of a model, for each file and all together.
+Print loss, perplexity, bits per byte and token accuracy of a model, for each file and all together, or how well it
+does on tasks of the lm-evaluation-harness (the "eval" extra).
 
   --checkpoint DIR         a run (its newest verified checkpoint), one checkpoint, or a model folder
   --data FILE ...          text, JSON lines or parquet, also compressed; patterns and URLs as in data.paths
@@ -48,6 +51,14 @@ Print loss, perplexity, bits per byte and token accuracy of a model, for each fi
   --dtype TYPE             bfloat16 or float32; left out: bfloat16 where the hardware computes in it
   --device DEVICE          cpu, cuda, cuda:1; left out: a GPU if there is one
   --tensor-parallel N      under torchrun: split the model over N processes; 1 if left out: each has a copy
+
+Of tasks, --seq-len cuts what is longer on the left; left out: the positions of the model.
+
+  --tasks NAME ...         tasks, groups of them, or patterns, as in --tasks hellaswag "arc_*"
+  --include-path DIR       a folder with tasks of your own
+  --num-fewshot N          examples before each question; left out: as the task has it
+  --limit N                the first N questions of each task only; below 1: a share of them
+  --chat-template          put questions as a conversation, with the model's chat template
 """
 
 _UNKNOWN_LENGTH = 4096
@@ -58,9 +69,13 @@ def main(arguments: list[str]) -> None:
     with ending_at_once() if ranks > 1 else contextlib.nullcontext(), reported_errors():
         options = _parse(arguments, ranks)
         check_torch()
-        files = _files(options)
+        files = _files(options) if options.data else []
+        run = None if options.data else _harness()
         world = _join(options, ranks) if ranks > 1 else None
         model = load(options, world=world)
+        if run is not None:
+            _run_tasks(run, model, options, world)
+            return
         seq_len, stride = _window(options, model)
         sums, documents = _evaluate(model, files, options, world, seq_len=seq_len, stride=stride)
         if world is None or world.is_main:
@@ -90,13 +105,17 @@ def _parse(arguments: list[str], ranks: int) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--device")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--tasks", nargs="+", action="extend", default=[])
+    parser.add_argument("--include-path")
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument("--limit", type=float)
+    parser.add_argument("--chat-template", action="store_true")
     parser.set_defaults(compile=False)
     options = parser.parse(arguments)
     for name in ("seq_len", "stride", "batch_size", "tensor_parallel"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {value}")
-    if not options.data:
-        raise UserError("--data: name the files to evaluate on, as in --data held_out.txt")
+    _check_what(options)
     if ranks > 1 and options.device:
         raise UserError("--device: does not apply under torchrun, where each process has a device of its own")
     if ranks % options.tensor_parallel:
@@ -104,6 +123,24 @@ def _parse(arguments: list[str], ranks: int) -> argparse.Namespace:
     if options.per_document and not options.per_document.absolute().parent.is_dir():
         raise UserError(f"--per-document {options.per_document}: there is no folder {options.per_document.parent}")
     return options
+
+
+def _check_what(options: argparse.Namespace) -> None:
+    """Raise UserError unless there are either files or tasks, and the options that go with them."""
+    if not options.data and not options.tasks:
+        raise UserError("--data: name the files to evaluate on, as in --data held_out.txt, or --tasks")
+    if options.data and options.tasks:
+        raise UserError("--data and --tasks: give one of them")
+    others = ("stride", "per_document") if options.tasks else ("include_path", "num_fewshot", "limit", "chat_template")
+    for name in others:
+        if getattr(options, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')}: goes with {'--data' if options.tasks else '--tasks'} only")
+    if options.include_path and not Path(options.include_path).is_dir():
+        raise UserError(f"--include-path {options.include_path}: there is no such folder")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot: must be at least 0, not {options.num_fewshot}")
+    if options.limit is not None and not options.limit > 0:
+        raise UserError(f"--limit: must be above 0, not {options.limit}")
 
 
 def _files(options: argparse.Namespace) -> list[SourceFile]:
@@ -131,7 +168,52 @@ def _join(options: argparse.Namespace, ranks: int) -> World:
     from torchtitan_style.distributed.world import init_world
 
     tp = options.tensor_parallel
-    return init_world(Layout(dp_replicate=ranks // tp, tp=tp), timeout_seconds=600)
+    # Ranks wait for the slowest at the end of a task.
+    return init_world(Layout(dp_replicate=ranks // tp, tp=tp), timeout_seconds=12 * 3600 if options.tasks else 600)
+
+
+def _harness() -> Any:
+    """``run_tasks``. Raises UserError if the lm-evaluation-harness is not installed."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        from torchtitan_style.evaluation.harness import run_tasks
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'--tasks: needs the lm-evaluation-harness ({error.name} is missing); pip install lm-eval (the "eval" '
+            "extra) installs it"
+        ) from None
+    return run_tasks
+
+
+def _run_tasks(run: Any, model: TextModel, options: argparse.Namespace, world: World | None) -> None:
+    positions = model.config.max_position_embeddings
+    if (options.seq_len or 1) > positions:
+        raise UserError(f"--seq-len: {options.seq_len:,} is more than the {positions:,} positions of the model")
+    with contextlib.redirect_stdout(sys.stderr):  # tasks print what they like
+        found = run(
+            model,
+            options.tasks,
+            include_path=options.include_path,
+            world=world,
+            max_length=options.seq_len or positions,
+            batch_size=options.batch_size,
+            chat_template=options.chat_template,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+        )
+    if world is None or world.is_main:
+        from lm_eval.utils import make_table
+
+        if options.json:
+            print(json.dumps({key: found[key] for key in ("results", "n-shot", "versions")}, default=str))
+        else:
+            print(make_table(found), *([make_table(found, "groups")] if found.get("groups") else []), sep="\n")
+    if world is not None:
+        from torchtitan_style.distributed.world import destroy_world
+
+        destroy_world()
 
 
 def _window(options: argparse.Namespace, model: TextModel) -> tuple[int, int]:

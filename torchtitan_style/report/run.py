@@ -122,7 +122,7 @@ def _marks(events: list[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Keys as on the command line, values as JSON."""
-    found = {}
+    found: dict[str, str] = {}
     for key, value in settings.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
     return found
