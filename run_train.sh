@@ -8,10 +8,11 @@
 #   ./run_train.sh --setup-only [EXTRA]                 only set up (EXTRA: dev, wandb); prints the Python to use
 #
 # Uses the active Python environment if everything is installed there; otherwise makes .venv beside
-# this file, once, with uv if there is one and pip if not.
+# this file, once, with uv if there is one and pip if not. RUN_TRAIN_VENV=FOLDER uses that environment in any case.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-venv="$root/.venv"
+venv="${RUN_TRAIN_VENV:-$root/.venv}"
+constraints="${RUN_TRAIN_CONSTRAINTS:-$root/constraints.txt}"
 
 extra=""
 if [[ "${1:-}" == "--setup-only" ]]; then
@@ -44,10 +45,10 @@ set_up() {
         # uv does not read pip's settings; wheels that pip was told of are offered to it too.
         export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
         [[ -x "$venv/bin/python" ]] || uv venv --python "$system_python" "$venv" >&2
-        uv pip install --python "$venv/bin/python" --constraint "$root/constraints.txt" --editable "$spec" >&2
+        uv pip install --python "$venv/bin/python" --constraint "$constraints" --editable "$spec" >&2
     else
         [[ -x "$venv/bin/python" ]] || "$system_python" -m venv "$venv" >&2
-        "$venv/bin/python" -m pip install --constraint "$root/constraints.txt" --editable "$spec" >&2
+        "$venv/bin/python" -m pip install --constraint "$constraints" --editable "$spec" >&2
     fi
     echo "$wanted" | tee "$stamp" >"$venv/installed" # with an extra, what goes without is there too
 }
@@ -57,12 +58,12 @@ if [[ -z "$system_python" ]] || ! "$system_python" -c 'import sys; sys.exit(sys.
     echo "error: Python 3.10 or newer is needed, and python3 is ${system_python:-not on the path}" >&2
     exit 2
 fi
-if has_everything "$system_python" "$extra"; then
+if [[ -z "${RUN_TRAIN_VENV:-}" ]] && has_everything "$system_python" "$extra"; then
     python="$system_python"
 else
     python="$venv/bin/python"
     stamp="$venv/installed${extra:+-$extra}"
-    wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+    wanted="$(cat "$root/pyproject.toml" "$constraints" | cksum)"
     if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
         set_up
     fi

@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Racer", "Turns", "machine", "parser_of", "race", "serve", "start", "table", "write"]
-
 
 class Turns:
     """A contender's side of the pipe. Made before the model is, as memory counts from there."""

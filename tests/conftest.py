@@ -27,10 +27,33 @@ ENVIRONMENT = os.environ | {
 }
 
 
+# Files that take longest, longest first: the last worker to finish has short ones left.
+LONGEST = (
+    "distributed/test_gradients.py",
+    "test_start_from_weights.py",
+    "faults/test_kills.py",
+    "test_data_runs.py",
+    "test_runs.py",
+)
+
+
 def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr == "not nightly":
+        terminalreporter.write_line("not run: tests marked nightly; -m nightly runs them")
 
 
 Python = Callable[..., subprocess.CompletedProcess[str]]

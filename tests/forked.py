@@ -26,7 +26,7 @@ _IMPORTED = [
         f"torchtitan_style.commands.{name}"
         for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "train", "verify")
     ),
-    "torchtitan_style.data.preparation",
+    "torchtitan_style.data.store",
     "torchtitan_style.launch.torchrun",
     "torchtitan_style.train.trainer",
     "torchtitan_style.inference.load",
@@ -151,7 +151,8 @@ def _be_a_fork(path: str, arguments: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # as a rank does once it has handlers
     status = fork.wait()
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status != signal.SIGKILL:  # which has no handler
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 

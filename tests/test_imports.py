@@ -80,7 +80,7 @@ def test_every_module_and_every_layer_is_looked_at() -> None:
     assert "common.errors" in imports_of_ours("config.load")  # by its full name
     assert "config.schema" in imports_of_ours("config.load")  # by a relative one
     assert "common.device" in imports_of_ours("train.step")  # a module out of its package
-    assert "data.preparation" in imports_of_ours("launch.launcher")  # inside of a function
+    assert "data.store" in imports_of_ours("launch.launcher")  # inside of a function
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -126,7 +126,7 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
         (f"{PACKAGE}.launch", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.launch.launcher", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.launch.configure", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
-        (f"{PACKAGE}.data.preparation", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),
+        (f"{PACKAGE}.data.store", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),
         (f"{PACKAGE}.inference.settings", {"torch", "transformers", "numpy"}),
         (f"{PACKAGE}.inference.load", {"transformers", "jinja2"}),
     ],
@@ -146,6 +146,7 @@ def test_the_package_offers_the_model() -> None:
     assert torchtitan_style.Qwen3ForCausalLM is model.Qwen3ForCausalLM
     assert torchtitan_style.Qwen3Model is model.Qwen3Model
     assert torchtitan_style.load_model is load_model
+    assert torchtitan_style.load_config("qwen3", ["--training.steps", "7"]).training.steps == 7
     with pytest.raises(AttributeError, match="no attribute 'Qwen4'"):
         _ = torchtitan_style.Qwen4
 

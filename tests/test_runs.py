@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +12,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.data.corpora import words, write_jsonl
 from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.launch.preflight import preflight
 
 FP32 = ["--training.mixed_precision_param", "float32"]
 
@@ -22,12 +26,7 @@ FP32 = ["--training.mixed_precision_param", "float32"]
 def config(tmp_path_factory) -> Path:
     """A tiny model on a made-up corpus of 200 documents."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
-    draw = random.Random(0)
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(200):
-            text = " ".join(draw.choice(words) for _ in range(draw.randint(20, 200)))
-            file.write(json.dumps({"text": text}) + "\n")
+    write_jsonl(folder / "corpus.jsonl", words(200, lengths=(20, 200)))
     path = folder / "config.toml"
     path.write_text(f"""
 [model]
@@ -77,11 +76,14 @@ def succeed(process: subprocess.CompletedProcess[str]) -> str:
 
 LAYOUTS = {
     "dp2 × tp2": (4, ["--parallelism.tensor_parallel_degree", "2"]),
+    "dp2, 2 microbatches": (2, ["--training.local_batch_size", "2"]),
+    "dp_replicate2 × dp2": (4, ["--parallelism.data_parallel_replicate_degree", "2"]),
+}
+# What these consist of is in the ones above, and their gradients are compared in tests/distributed/test_gradients.py.
+MORE_LAYOUTS = {
     "dp4": (4, []),
     "tp4": (4, ["--parallelism.tensor_parallel_degree", "4"]),
-    "dp2, 2 microbatches": (2, ["--training.local_batch_size", "2"]),
     "1 process, 4 microbatches": (1, ["--training.local_batch_size", "2"]),
-    "dp_replicate2 × dp2": (4, ["--parallelism.data_parallel_replicate_degree", "2"]),
     "tp2, full recomputation": (
         2,
         ["--parallelism.tensor_parallel_degree", "2", "--activation_checkpoint.mode", "full"],
@@ -129,16 +131,21 @@ def test_the_resolved_config_starts_the_same_run(launch, one_process, tmp_path) 
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE_LAYOUTS)]
+)
 def test_every_layout_has_the_same_curve_and_batches(launch, config, one_process, tmp_path, layout: str) -> None:
-    nproc, options = LAYOUTS[layout]
+    nproc, options = (LAYOUTS | MORE_LAYOUTS)[layout]
     line = ["--config", config, "--job.dump_folder", tmp_path / "run", *FP32, *options]
+    # The first half of the run, to the second validation.
+    line += ["--training.steps", 15, "--lr_scheduler.total_steps", 30]
     # One of them by the interpreters that a user would start.
-    succeed(launch(*line, nproc=nproc, forked=layout != "dp2 × tp2"))
+    succeed(launch(*line, nproc=nproc, forked=layout != "dp2, 2 microbatches"))
     expected, found = steps(one_process), steps(tmp_path / "run")
-    assert [r["batch_hash"] for r in found.values()] == [r["batch_hash"] for r in expected.values()]
+    assert sorted(found) == list(range(1, 16))
     assert found[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-6)
-    for step in expected:
+    for step in found:
+        assert found[step]["batch_hash"] == expected[step]["batch_hash"], step
         # Differences of 1e-7 in the gradients grow over the steps.
         assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), step
         assert found[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-4), step
@@ -149,8 +156,9 @@ def test_every_layout_has_the_same_curve_and_batches(launch, config, one_process
 
 
 def test_bf16_means_the_same_on_one_process_and_on_several(launch, config, tmp_path) -> None:
+    options = ["--training.steps", 15, "--validation.enable", "false", "--generation.enable", "false"]
     for nproc in (1, 2):
-        succeed(launch("--config", config, "--job.dump_folder", tmp_path / str(nproc), nproc=nproc))
+        succeed(launch("--config", config, "--job.dump_folder", tmp_path / str(nproc), *options, nproc=nproc))
     one, two = steps(tmp_path / "1"), steps(tmp_path / "2")
     # bf16 rounds to 2⁻⁸; over the 512 tokens of a step that averages out, and does not build up over the steps.
     for step in one:
@@ -173,18 +181,18 @@ def test_traces_and_tensorboard_events_are_written(launch, config, tmp_path) -> 
     assert by_step == pytest.approx({step: record["loss"] for step, record in steps(tmp_path).items()})
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputation_does_not_change_a_bit_in_bf16(launch, config, tmp_path, mode: str) -> None:
+def test_recomputation_does_not_change_a_bit_in_bf16(launch, config, tmp_path) -> None:
     # On one process: with recomputation the bf16 copies of the weights are FSDP2's, without it our own.
     options = ["--training.steps", "5", "--validation.enable", "false", "--generation.enable", "false"]
-    for run in ("none", mode):
+    for run in ("none", "full", "selective"):
         succeed(
             launch(
                 "--config", config, "--job.dump_folder", tmp_path / run, "--activation_checkpoint.mode", run, *options
             )
         )
-    one, other = steps(tmp_path / "none"), steps(tmp_path / mode)
-    assert [(r["loss"], r["grad_norm"]) for r in one.values()] == [(r["loss"], r["grad_norm"]) for r in other.values()]
+    one = [(r["loss"], r["grad_norm"]) for r in steps(tmp_path / "none").values()]
+    for mode in ("full", "selective"):
+        assert [(r["loss"], r["grad_norm"]) for r in steps(tmp_path / mode).values()] == one, mode
 
 
 # Resuming
@@ -194,18 +202,18 @@ def test_recomputation_does_not_change_a_bit_in_bf16(launch, config, tmp_path, m
     ("nproc", "options"), [(1, []), (4, ["--parallelism.tensor_parallel_degree", "2"])], ids=["1 process", "dp2 × tp2"]
 )
 def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(launch, config, tmp_path, nproc, options) -> None:
-    common = ["--config", config, "--lr_scheduler.total_steps", "20", "--model.dropout", "0.1", *options]
-    succeed(launch(*common, "--job.dump_folder", tmp_path / "whole", "--training.steps", "20", nproc=nproc))
+    common = ["--config", config, "--lr_scheduler.total_steps", "12", "--model.dropout", "0.1", *options]
+    succeed(launch(*common, "--job.dump_folder", tmp_path / "whole", "--training.steps", "12", nproc=nproc))
     parted = ["--job.dump_folder", tmp_path / "parted"]
-    succeed(launch(*common, *parted, "--training.steps", "10", nproc=nproc))
-    output = succeed(launch(*common, *parted, "--training.steps", "20", nproc=nproc))
-    assert "resuming after step 10" in output
+    succeed(launch(*common, *parted, "--training.steps", "6", nproc=nproc))
+    output = succeed(launch(*common, *parted, "--training.steps", "12", nproc=nproc))
+    assert "resuming after step 6" in output
 
     whole, parted_steps = steps(tmp_path / "whole"), steps(tmp_path / "parted")
     for key in ("loss", "grad_norm", "lr", "batch_hash", "tokens_seen"):
         assert [r[key] for r in parted_steps.values()] == [r[key] for r in whole.values()], key
-    expected = weights(tmp_path / "whole" / "checkpoint" / "step-20", tmp_path)
-    found = weights(tmp_path / "parted" / "checkpoint" / "step-20", tmp_path)
+    expected = weights(tmp_path / "whole" / "checkpoint" / "step-12", tmp_path)
+    found = weights(tmp_path / "parted" / "checkpoint" / "step-12", tmp_path)
     assert found.keys() == expected.keys()
     assert any(name.startswith("optimizer.") for name in found)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -324,9 +332,29 @@ MISTAKES = {
 
 @pytest.mark.parametrize("nproc", [1, 2])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message_and_nothing_is_written(launch, config, tmp_path, mistake: str, nproc: int) -> None:
+def test_a_mistake_is_one_message(config, tmp_path, monkeypatch, mistake: str, nproc: int) -> None:
+    """Found by what a launch does before any rank starts."""
+    monkeypatch.chdir(tmp_path)
     options, message = MISTAKES[mistake]
     message = message.replace("2 processes", f"{nproc} processes")
+    overrides = {"--job.dump_folder": "out/run"} | dict(zip(options[::2], options[1::2], strict=True))
+    words = [word for pair in overrides.items() for word in pair]
+
+    def start() -> None:
+        found = load_config(config, words, world_size=nproc)
+        preflight(found, world_size=nproc, say=print)
+        CorpusStore.of(found, dp=nproc).get(say=print)
+
+    with pytest.raises(UserError) as raised:
+        start()
+    assert message in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# One is found in reading the configuration, the other in preparing the data: first and last before ranks start.
+@pytest.mark.parametrize(("mistake", "nproc"), [("typo", 1), ("no tokenizer", 1), ("no tokenizer", 2)])
+def test_a_mistake_ends_a_launch_and_nothing_is_written(launch, config, tmp_path, mistake: str, nproc: int) -> None:
+    options, message = MISTAKES[mistake]
     process = launch("--config", config, "--job.dump_folder", "out/run", *options, nproc=nproc, cwd=tmp_path)
     assert process.returncode == 2, process.stdout + process.stderr
     assert message in process.stderr

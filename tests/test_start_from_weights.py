@@ -4,7 +4,6 @@ layout, and what they end with is a model that Transformers computes the same wi
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_hf import hf_model, write_tokenizer
 
+from tests.data.corpora import words, write_jsonl
 from torchtitan_style import Qwen3ForCausalLM
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.hf_import import import_hf
@@ -35,12 +35,7 @@ SEQ_LEN, ROWS, STEPS = 32, 8, 3
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The settings of a short run in fp32 on a made-up corpus. They say nothing of the model."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
-    draw = random.Random(0)
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(100):
-            text = " ".join(draw.choice(words) for _ in range(draw.randint(10, 60)))
-            file.write(json.dumps({"text": text}) + "\n")
+    write_jsonl(folder / "corpus.jsonl", words(100, lengths=(10, 60)))
     path = folder / "config.toml"
     path.write_text(f"""
 [data]
@@ -127,21 +122,37 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
+# Its shards are smaller than those of tp2, and nothing else.
+NIGHTLY = {"tp4"}
+
+
+def layouts(*, but: str = "") -> list[Any]:
+    marks = {name: [pytest.mark.nightly] for name in NIGHTLY}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in LAYOUTS if name != but]
+
+
+class Runs(dict[str, Path]):
+    """A run from the folder for each layout that is asked for."""
+
+    def __init__(self, start: Callable[[str], Path]) -> None:
+        self._start = start
+
+    def __missing__(self, layout: str) -> Path:
+        self[layout] = self._start(layout)
+        return self[layout]
+
+
 @pytest.fixture(scope="module")
 def runs(launch: Launch, config: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run from the folder for each layout."""
-    root = tmp_path_factory.mktemp("runs")
-    made = {}
-    for i, (layout, (nproc, options)) in enumerate(LAYOUTS.items()):
-        made[layout] = root / str(i)
-        output = succeed(
-            launch(
-                "--config", config, "--model.hf_assets_path", folder, "--job.dump_folder", made[layout], *options,
-                nproc=nproc,
-            )
-        )  # fmt: skip
+    def start(layout: str) -> Path:
+        nproc, options = LAYOUTS[layout]
+        run = tmp_path_factory.mktemp("run") / "run"
+        arguments = ["--config", config, "--model.hf_assets_path", folder, "--job.dump_folder", run, *options]
+        output = succeed(launch(*arguments, nproc=nproc))
         assert f"starting from the weights of {folder}" in output.replace("\n", " ")
-    return made
+        return run
+
+    return Runs(start)
 
 
 def test_the_first_losses_are_those_of_transformers(runs: dict[str, Path], folder: Path) -> None:
@@ -157,7 +168,7 @@ def test_the_first_losses_are_those_of_transformers(runs: dict[str, Path], folde
     assert records(run, "loss")[1] == pytest.approx(loss_in_transformers(folder, batch), rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1 process"])
+@pytest.mark.parametrize("layout", layouts(but="1 process"))
 def test_every_layout_starts_from_the_same_weights(runs: dict[str, Path], layout: str) -> None:
     one, other = runs["1 process"], runs[layout]
     assert records(other, "val_loss")[0] == pytest.approx(records(one, "val_loss")[0], rel=1e-6)
@@ -181,7 +192,7 @@ def test_it_is_not_a_random_start(launch: Launch, config: Path, runs: dict[str, 
     assert abs(start - random_start) > 0.1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts())
 def test_the_tokenizer_is_the_folders(runs: dict[str, Path], folder: Path, layout: str) -> None:
     run = runs[layout]
     for tokenizer in (run / "tokenizer", run / "checkpoint" / f"step-{STEPS}" / "tokenizer"):
@@ -283,8 +294,11 @@ def first(launch: Launch, config: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-@pytest.mark.parametrize("named", [".", "checkpoint", f"checkpoint/step-{STEPS}"], ids=["run", "folder", "checkpoint"])
+@pytest.mark.parametrize(
+    ("named", "nproc"),
+    [(".", 1), ("checkpoint", 2), (f"checkpoint/step-{STEPS}", 1)],
+    ids=["run", "folder", "checkpoint"],
+)
 def test_a_run_goes_on_where_another_ended(
     launch: Launch, config: Path, first: Path, tmp_path: Path, named: str, nproc: int
 ) -> None:

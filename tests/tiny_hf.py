@@ -10,8 +10,6 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-__all__ = ["DIMENSIONS", "hf_config", "hf_model", "write_tokenizer"]
-
 DIMENSIONS: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,

@@ -37,15 +37,16 @@ usage: python -m torchtitan_style COMMAND [...]
   --help            this
   --help SECTION    every key of a section of the configuration, with its default
   COMMAND --help    what a command takes
+  COMMAND --custom-import MODULE   import a module that registers a model family (docs/extending.md)
   --version         which version this is
 
 Sections: {sections}
 
-In a checkout, ./run_train.sh is train with one process per GPU, and sets up the environment first.
+In a checkout, ./run_train.sh sets up the environment, then trains with one process per GPU.
 """
 
 COMMANDS = {
-    "train": ("[--config FILE] [--section.key VALUE ...]", "train on one device (NPROC=4: on four)"),
+    "train": ("[--config FILE] [--section.key VALUE ...]", "train in this process, on one device (NPROC=4: on four)"),
     "prepare": ("[--config FILE] [--section.key VALUE ...]", "tokenize a corpus once, for all runs on it"),
     "generate": ("--checkpoint DIR --prompt TEXT", "write text that continues the prompt"),
     "chat": ("--checkpoint DIR", "talk to a model"),
@@ -62,7 +63,7 @@ COMMANDS = {
 """Each command: what it takes, and what it does."""
 
 WRITERS = ("prepare", "import-hf", "export-hf")
-"""Commands that are there for the files they write: output that is lost does not end them."""
+"""Commands whose result is files: they go on when their output cannot be written."""
 
 
 def usage() -> str:
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> None:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
             raise UserError(f'there is no command "{name}"; {hint}')
-    # Only now: each imports what it needs, and help is to be there at once.
+    # Imported here so that --help and --version are immediate: commands import torch.
     _imported(f".commands.{name.replace('-', '_')}").main(rest)
 
 

@@ -9,7 +9,7 @@ import pytest
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import new_folder
 from torchtitan_style.config.schema import Data
-from torchtitan_style.data.prepare import prepare
+from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.launch.run_lock import run_lock
 
 
@@ -36,16 +36,13 @@ def fail_to_prepare(folder: Path) -> None:
     text = folder.parent.parent / "text.txt"
     text.write_text("too short")
 
-    def refuse(*_: object) -> None:
-        raise UserError("wrong")
-
     config = Data(dataset="files", paths=[str(text)])
-    prepare(config, folder, vocab_size=300, say=say, complete=refuse)
+    CorpusStore(config, folder, vocab_size=300, seq_len=1000).get(say=say)
 
 
 @pytest.mark.parametrize("fail", [fail_in_a_lock, fail_in_a_new_folder, fail_to_prepare])
 def test_what_others_have_put_beside_it_stays(fail, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wrong"):
+    with pytest.raises(UserError, match=r"wrong|has only .* tokens"):
         fail(tmp_path / "outputs" / "mine")
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["other"]
     assert (tmp_path / "outputs" / "other" / "file").exists()

@@ -117,7 +117,7 @@ def test_this_cpu_is_asked_once_and_says_nothing(monkeypatch: pytest.MonkeyPatch
     """In a process of its own, as torch warns only once."""
     source = (
         "import torch, warnings; warnings.simplefilter('error')\n"
-        "from torchtitan_style.distributed import half_precision as h\n"
+        "from torchtitan_style.cpu import half_precision as h\n"
         "h.is_fast = lambda dtype, device: False\n"
         "assert all(h.multiply_in_fp32(torch.bfloat16, torch.device('cpu')) for _ in range(2))\n"
         "a = torch.ones(8, 8).bfloat16(); assert torch.equal(a @ a, 8 * a)\n"

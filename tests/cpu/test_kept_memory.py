@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import ctypes, resource
 import torch
-from torchtitan_style.common.device import keep_freed_memory, keep_tensors_apart
+from torchtitan_style.cpu.memory import keep_freed_memory, keep_tensors_apart
 
 class Mallinfo2(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

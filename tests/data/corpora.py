@@ -6,9 +6,15 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from torchtitan_style.config.schema import Data
+from torchtitan_style.data.prepared import Prepared
+from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.streams import StreamedCorpus
 
 _WORDS = (
     "the of and to in is that was import def return class self None lambda yield αρχή λόγος слово начало мир 漢字 文書 "
@@ -24,6 +30,13 @@ def texts(count: int, *, seed: int, longest: int = 60) -> list[str]:
     return [f"{seed}/{number} {line}" for number, line in enumerate(lines)]
 
 
+def words(count: int, *, lengths: tuple[int, int]) -> list[str]:
+    """Documents of few different words, each as long as ``lengths`` say: a tiny model learns them within some steps."""
+    known = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
+    draw = random.Random(0)
+    return [" ".join(draw.choice(known) for _ in range(draw.randint(*lengths))) for _ in range(count)]
+
+
 def write_jsonl(path: Path, documents: list[str]) -> Path:
     content = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
@@ -33,3 +46,20 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 def write_parquet(path: Path, documents: list[str], *, group: int = 100) -> Path:
     pq.write_table(pa.table({"text": documents}), path, row_group_size=group)
     return path
+
+
+def store(data: Data, dump_folder: Path, *, vocab_size: int, **options: Any) -> CorpusStore:
+    """Where the corpora of ``data`` are prepared; rows are as short as they can be, so that no corpus is too small."""
+    validates = data.validation_fraction > 0
+    held_out = int(validates and data.streaming)
+    options |= {"vocab_size": vocab_size, "seq_len": 1, "validates": validates, "held_out_rows": held_out}
+    return CorpusStore(data, dump_folder, **options)
+
+
+def prepare(data: Data, dump_folder: Path, *, vocab_size: int, say: Any, **options: Any) -> Prepared:
+    call = {key: options.pop(key) for key in ("progress", "processes") if key in options}
+    return store(data, dump_folder, vocab_size=vocab_size, **options).get(say=say, **call)
+
+
+def streamed_corpora(data: Data, prepared: Prepared, *, vocab_size: int) -> list[StreamedCorpus]:
+    return store(data, prepared.folder.parent, vocab_size=vocab_size).streamed(prepared)

@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.corpora import prepare, streamed_corpora
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus, Data
 from torchtitan_style.data import documents
 from torchtitan_style.data.corpus import SourceFile, source_files
 from torchtitan_style.data.documents import Record, lost_file, read_records
-from torchtitan_style.data.preparation import prepare_data
-from torchtitan_style.data.prepare import prepare, streamed_corpora
 from torchtitan_style.data.prepared import Prepared
 from torchtitan_style.data.problems import LostFiles
+from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
@@ -280,10 +280,40 @@ def test_with_validation_off_everything_is_trained_on(shared: bool) -> None:
     def prepared(enable: str) -> Prepared:
         overrides = ["--job.dump_folder", "run", "--validation.enable", enable, "--model.vocab_size", "320"]
         overrides += ["--data.prepared_folder", "shared"] if shared else []
-        return prepare_data(load_config("c.toml", overrides, world_size=None), say=lambda _: None)
+        return CorpusStore.of(load_config("c.toml", overrides, world_size=None)).get(say=lambda _: None)
 
     assert prepared("false").manifest["corpora"][""]["documents"] == {"train": 200, "validation": 0}
     assert prepared("false").tokens("validation") == 1  # the end-of-text that each part begins with
     Path("run/checkpoint/step-00000001").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"data\.validation_fraction, which is 0 with validation\.enable = false"):
+    with pytest.raises(UserError, match=r"validation\.enable \(no documents were held out while it was false\)"):
         prepared("true")
+
+
+@pytest.mark.parametrize("kind", ["own", "shared", "streamed"])
+def test_a_run_keeps_its_data_when_validation_is_switched_off(kind: str) -> None:
+    Path("a.jsonl").write_bytes(lines(GOOD))
+    Path("c.toml").write_text(
+        '[job]\ndump_folder = "run"\n[model]\nvocab_size = 320\n[data]\ndataset = "files"\npaths = ["a.jsonl"]\n'
+        f"{'streaming = true' if kind == 'streamed' else ''}\n[training]\nseq_len = 16\n[validation]\nsteps = 1\n"
+    )
+    shared = ["--data.prepared_folder", "shared"] if kind == "shared" else []
+
+    def store(enable: str) -> CorpusStore:
+        return CorpusStore.of(load_config("c.toml", ["--validation.enable", enable, *shared], world_size=None))
+
+    before = store("true").get(say=lambda _: None)
+    Path("run/checkpoint/step-00000001").mkdir(parents=True)
+    said: list[str] = []
+    for enable in ("false", "true"):
+        after = store(enable).get(say=said.append)
+        assert after == before
+        assert [corpus.recipe for corpus in store(enable).streamed(after)] == [
+            corpus.recipe for corpus in store("true").streamed(before)
+        ]
+    assert said == []  # nothing is prepared again
+    Path("run/checkpoint/step-00000001").rmdir()
+    if kind == "shared":  # a new run trains on everything, which this folder cannot give
+        with pytest.raises(UserError, match=r"validation\.enable \(documents were held out while it was true\)"):
+            store("false").get(say=said.append)
+    else:
+        assert store("false").get(say=said.append).manifest["settings"]["validation_fraction"] == 0

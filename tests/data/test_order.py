@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from tests.data.corpora import texts, write_jsonl, write_parquet
+from tests.data.corpora import prepare, streamed_corpora, texts, write_jsonl, write_parquet
 from torchtitan_style.config.layout import plan_streams
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data.loader import PreparedSteps, StreamedSteps
-from torchtitan_style.data.prepare import prepare, streamed_corpora
 from torchtitan_style.data.rows import NO_LABEL, Rows, row_order
 from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenize import is_held_out

@@ -26,13 +26,13 @@ import tokenizers
 import transformers
 
 from tests.conftest import ENVIRONMENT
+from tests.data.corpora import prepare
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data import tokenize
-from torchtitan_style.data.preparation import prepare_data
-from torchtitan_style.data.prepare import prepare, streamed_corpora
 from torchtitan_style.data.prepared import Prepared
 from torchtitan_style.data.rows import Rows
+from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
@@ -371,7 +371,8 @@ def test_a_streamed_corpus_has_a_row_held_out_however_small_its_share(tmp_path: 
         steps = 1
         """)
     options = ["--job.dump_folder", str(tmp_path / "run"), "--model.vocab_size", "400"]
-    prepared = prepare_data(load_config(tmp_path / "config.toml", options, world_size=1), say=lambda _: None)
+    config = load_config(tmp_path / "config.toml", options, world_size=1)
+    prepared = CorpusStore.of(config).get(say=lambda _: None)
     rows = {name: prepared.rows(name, "validation", seq_len=256, packing="concat").num_rows for name in prepared.names}
     assert rows["little"] >= 1
     assert rows["much"] >= 4
@@ -449,9 +450,10 @@ def test_best_fit_divides_documents_at_an_end_of_text_too(tmp_path: Path, stream
         """)
     options = ["--job.dump_folder", str(tmp_path / "run"), "--model.vocab_size", "400"]
     config = load_config(tmp_path / "config.toml", options, world_size=1)
-    prepared = prepare_data(config, say=lambda _: None)
+    store = CorpusStore.of(config)
+    prepared = store.get(say=lambda _: None)
     if streaming:
-        (corpus,) = streamed_corpora(config.data, prepared, vocab_size=400)
+        (corpus,) = store.streamed(prepared)
         stream = Stream(0, [corpus], [1.0], None, num_streams=1, tokenizer=Tokenizer(prepared.tokenizer),
                         packing="best_fit", seq_len=64, seed=0)  # fmt: skip
         rows = Rows.join([stream.row()[0] for _ in range(20)])

@@ -1,7 +1,7 @@
 """Run by test_gradients.py as the ranks of one layout: loss and gradients against the plain model.
 
-Arguments: dp_replicate dp_shard tp output.json. For every combination of options the file gets the
-relative difference of the loss and of each parameter's gradient.
+Arguments: dp_replicate dp_shard tp output.json combination ... For every combination of options, as in
+eager/tied/none, the file gets the relative difference of the loss and of each parameter's gradient.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
     """(compile, embeddings, recomputation) for a layout.
 
     The embeddings are outside the blocks: graphs of blocks are the same with either kind, and each kind is compiled
-    somewhere. FSDP2 and copies are outside of all graphs, and of the degree of tensor parallelism graphs know only the
-    sizes: layouts of both or of more ranks compile once.
+    somewhere.
     """
     eager = list(itertools.product(("eager",), ("tied", "untied"), [kind for kind in RECOMPUTE if kind != "budget"]))
     if dp_replicate * dp_shard * tp > 2:
@@ -51,6 +50,17 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
     if tp > 1:
         return [*eager, *blocks]
     return [*eager, *blocks, ("block", "untied", "budget")]
+
+
+def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recompute: str) -> bool:
+    """Whether the graphs are those of another combination, or differ in sizes alone.
+
+    FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2, and with both
+    kinds of parallelism, one combination shows that blocks are wrapped after they are compiled.
+    """
+    if compile == "eager" or dp_replicate * dp_shard == 1:
+        return compile != "eager" and tp > 2
+    return dp_replicate > 1 or recompute != "op"
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,10 +129,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    *degrees, output = sys.argv[1:]
-    dp_replicate, dp_shard, tp = map(int, degrees)
+    dp_replicate, dp_shard, tp = map(int, sys.argv[1:4])
+    output, *names = sys.argv[4:]
     world = init_world(Layout(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp), timeout_seconds=300)
-    results = {"/".join(c): compare(world, *c) for c in combinations(dp_replicate, dp_shard, tp)}
+    results = {name: compare(world, *name.split("/")) for name in names}
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     destroy_world()

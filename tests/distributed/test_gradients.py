@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from gradients_of_layouts import combinations
+from gradients_of_layouts import combinations, is_nightly
 
 LAYOUTS = {
     "1 process": (1, 1, 1),
@@ -21,27 +21,38 @@ LAYOUTS = {
 }
 
 
+CASES = [
+    pytest.param(layout, "/".join(c), marks=[pytest.mark.nightly] if is_nightly(*degrees, c[0], c[2]) else [])
+    for layout, degrees in LAYOUTS.items()
+    for c in combinations(*degrees)
+]
+
+
 @pytest.fixture(scope="module")
-def differences(run_ranks, tmp_path_factory):
-    """Differences of a layout, computed when first asked for: one start of processes per layout."""
+def differences(request, run_ranks, tmp_path_factory):
+    """Differences of a layout, computed when first asked for: one start of processes per layout, for all the
+    combinations that are asked for."""
     cache: dict[str, dict[str, dict[str, float]]] = {}
+    chosen = [
+        (item.callspec.params["layout"], item.callspec.params["combination"])
+        for item in request.session.items
+        if item.path == request.path
+    ]
 
     def get(layout: str) -> dict[str, dict[str, float]]:
         if layout not in cache:
             degrees = LAYOUTS[layout]
             output = tmp_path_factory.mktemp("gradients") / "differences.json"
+            names = [name for where, name in chosen if where == layout]
             world_size = degrees[0] * degrees[1] * degrees[2]
-            run_ranks(Path(__file__).parent / "gradients_of_layouts.py", world_size, *degrees, output)
+            run_ranks(Path(__file__).parent / "gradients_of_layouts.py", world_size, *degrees, output, *names)
             cache[layout] = json.loads(output.read_text())
         return cache[layout]
 
     return get
 
 
-@pytest.mark.parametrize(
-    ("layout", "combination"),
-    [(name, "/".join(c)) for name, degrees in LAYOUTS.items() for c in combinations(*degrees)],
-)
+@pytest.mark.parametrize(("layout", "combination"), CASES)
 def test_loss_and_gradients_equal_those_of_the_plain_model(differences, layout: str, combination: str) -> None:
     found = dict(differences(layout)[combination])
     assert found.pop("right guesses") == 0

@@ -13,21 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-now = 0
-"""The step under way."""
+from torchtitan_style.train.observer import Observer, observe
 
 
 def inject(faults: list[dict[str, Any]]) -> None:
-    import torchtitan_style.train.trainer as trainer
-
-    real = trainer.train_step
-
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        global now
-        now = kwargs["step"]
-        return real(*args, **kwargs)
-
-    trainer.train_step = train_step
     for fault in faults:
         if fault.pop("rank", rank()) == rank():
             globals()[fault.pop("kind")](**fault)
@@ -37,23 +26,29 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def at(moment: str, action: Callable[..., None]) -> None:
+    """Call ``action`` at a moment of the run: a method of ``Observer``, with its arguments."""
+    observer = Observer()
+    assert hasattr(observer, moment)
+    setattr(observer, moment, action)
+    observe(observer)
+
+
 def in_the_step(steps: Sequence[int] | None, action: Callable[..., None]) -> None:
-    """Call ``action(gradients, loss)`` after the backward pass of these steps (None: all), before clipping."""
-    import torchtitan_style.train.step as step
+    """Call ``action(model, loss)`` after the backward pass of these steps (None: all), before clipping."""
 
-    real = step.clip_grad_norm_
+    def after_backward(step: int, model: Any, loss: Any) -> None:
+        if steps is None or step in steps:
+            action(model, loss)
 
-    def clip(parameters: Any, max_norm: float, *, beside: Any) -> Any:
-        parameters = list(parameters)
-        if steps is None or now in steps:
-            action([p.grad for p in parameters], beside)
-        return real(parameters, max_norm, beside=beside)
-
-    step.clip_grad_norm_ = clip
+    at("after_backward", after_backward)
 
 
 def nan_gradient(steps: list[int] | None = None) -> None:
-    in_the_step(steps, lambda gradients, _: local(gradients[0]).view(-1)[:1].fill_(float("nan")))
+    def spoil(model: Any, _: Any) -> None:
+        local(next(model.parameters()).grad).view(-1)[:1].fill_(float("nan"))
+
+    in_the_step(steps, spoil)
 
 
 def local(tensor: Any) -> Any:
@@ -74,15 +69,7 @@ def high_loss(steps: list[int], factor: float, times: int | None = None) -> None
 
 def stop_in_rewind() -> None:
     """SIGTERM as the run goes back after a spike."""
-    from torchtitan_style.train.trainer import Trainer
-
-    real = Trainer._rewind
-
-    def rewind(trainer: Trainer) -> bool:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(trainer)
-
-    Trainer._rewind = rewind  # type: ignore[method-assign]
+    at("before_rewind", lambda step: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def die(steps: list[int], once: str) -> None:
@@ -133,74 +120,26 @@ def hold_step(step: int, mark: str, stubborn: bool = False) -> None:
 
 def hold_validation(step: int, mark: str) -> None:
     """Before its first batch goes through the model."""
-    import torchtitan_style.train.trainer as trainer
-
-    real = trainer.validate
-
-    def validate(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
-        def slow_model(*inputs: Any) -> Any:
-            if now == step:
-                held(mark)
-            return model(*inputs)
-
-        return real(slow_model, batches, *args, **kwargs)
-
-    trainer.validate = validate
+    at("before_validation_batch", lambda now: held(mark) if now == step else None)
 
 
 def hold_save(step: int, mark: str, stubborn: bool = False) -> None:
     """Before the first file is written. From a thread, if the save is asynchronous."""
-    import torchtitan_style.checkpoint.writer as writer
-
-    real = writer.HashingWriter.write_data
-
-    def write_data(self: Any, *args: Any) -> Any:
-        if Path(self.path).name == f"tmp-step-{step}":
-            held(mark, stubborn)
-        return real(self, *args)
-
-    writer.HashingWriter.write_data = write_data  # type: ignore[method-assign]
+    at("before_save", lambda now: held(mark, stubborn) if now == step else None)
 
 
 def mark_save(step: int, mark: str) -> None:
     """Leave "mark" with the rank behind it when the save of ``step`` has ended, whichever way."""
-    from torchtitan_style.checkpoint.checkpointer import Checkpointer
-
-    real = Checkpointer._write
-
-    def write(self: Any, of: int, *args: Any) -> None:
-        try:
-            real(self, of, *args)
-        finally:
-            if of == step:
-                Path(f"{mark}.{rank()}").touch()
-
-    Checkpointer._write = write  # type: ignore[method-assign]
+    at("after_save", lambda now: Path(f"{mark}.{rank()}").touch() if now == step else None)
 
 
 def hold_start(mark: str) -> None:
     """When the loader's workers are on their way."""
-    import torchtitan_style.data.loader as loader
-
-    real = loader.Loader.start
-
-    def start(self: Any, state: Any) -> None:
-        real(self, state)
-        held(mark)
-
-    loader.Loader.start = start  # type: ignore[method-assign]
+    at("after_start", lambda: held(mark))
 
 
 def save_what_was_loaded(folder: str) -> None:
     """Write once more all that a resume has read."""
     import torch.distributed.checkpoint as dcp
 
-    from torchtitan_style.checkpoint.checkpointer import Checkpointer
-
-    real = Checkpointer.load
-
-    def load(self: Any, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        dcp.save(self._tensors(), checkpoint_id=folder)
-
-    Checkpointer.load = load  # type: ignore[method-assign]
+    at("after_load", lambda step, tensors: dcp.save(tensors, checkpoint_id=folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.conftest import ENVIRONMENT, ROOT
+from tests.data.corpora import words, write_jsonl
 
 CURVE = ("loss", "grad_norm", "lr", "batch_hash", "tokens_seen")
 PATIENCE = 200.0
@@ -198,12 +198,7 @@ class Runs:
 
 
 def write_corpus(folder: Path) -> None:
-    words = ["loss", "gradient", "token", "rank", "mesh", "shard", "step", "weight", "naïve", "学习", "🙂"]
-    draw = random.Random(0)
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(120):
-            text = " ".join(draw.choice(words) for _ in range(draw.randint(20, 120)))
-            file.write(json.dumps({"text": text}) + "\n")
+    write_jsonl(folder / "corpus.jsonl", words(120, lengths=(20, 120)))
     (folder / "config.toml").write_text(f"""
 [model]
 flavor = "debug"

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ENVIRONMENT
 from tests.faults.runs import PATIENCE, Runs, curve, is_alive, same_tensors, steps
 from torchtitan_style.checkpoint.folder import CheckpointFolder
@@ -33,17 +35,22 @@ def test_a_rank_killed_in_a_step_is_restarted(runs: Runs, whole_of_two: Path, tm
     assert not run.ranks()
 
 
-def test_twenty_kills_at_random_do_not_change_the_run(runs: Runs, tmp_path: Path) -> None:
-    options = ["--training.steps", 60, "--lr_scheduler.total_steps", 60, "--checkpoint.interval", 2]
+@pytest.mark.parametrize(
+    ("last", "in_steps", "early"), [(20, 4, 2), pytest.param(60, 14, 6, marks=pytest.mark.nightly)], ids=["6", "20"]
+)
+def test_kills_at_random_do_not_change_the_run(
+    runs: Runs, tmp_path: Path, last: int, in_steps: int, early: int
+) -> None:
+    """Kills during each file operation of a save are in test_save_kills.py."""
+    options = ["--training.steps", last, "--lr_scheduler.total_steps", last, "--checkpoint.interval", 2]
     options += ["--checkpoint.async_mode", "async", "--validation.freq", 10]
     whole = runs("undisturbed", *options).folder
     draw = random.Random(20)
     # At these steps, a moment later; but now and then soon after the start, whatever it is doing then.
-    targets = sorted(draw.sample(range(1, 58), 14))
+    targets = sorted(draw.sample(range(1, last - 2), in_steps))
     kills: list[tuple[int, float]] = [(step, draw.uniform(0, 0.1)) for step in targets]
-    for _ in range(6):
+    for _ in range(early):
         kills.insert(draw.randrange(len(kills)), (0, draw.uniform(0, 1.5)))
-    assert len(kills) == 20
     folder = runs.folder("killed")
     slow = [{"kind": "slow_steps", "seconds": 0.03}]
     for step, delay in kills:
@@ -56,9 +63,9 @@ def test_twenty_kills_at_random_do_not_change_the_run(runs: Runs, tmp_path: Path
         assert run.wait() == -signal.SIGKILL
     runs(folder, *options)
     assert curve(folder) == curve(whole)
-    same_tensors(folder / "checkpoint/step-60", whole / "checkpoint/step-60", tmp_path)
+    same_tensors(folder / f"checkpoint/step-{last}", whole / f"checkpoint/step-{last}", tmp_path)
     left = {path.name for path in (folder / "checkpoint").iterdir()}
-    assert {"best", "step-60", "step-58", "step-56"} <= left
+    assert {"best", f"step-{last}", f"step-{last - 2}", f"step-{last - 4}"} <= left
     assert not [name for name in left if name.startswith(("tmp-", "set-aside"))]
 
 

@@ -105,13 +105,13 @@ def test_a_lock_file_with_nonsense_is_taken_over(tmp_path: Path) -> None:
 def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def prepare_data(*_: object, **__: object) -> None:
+    def get(*_: object, **__: object) -> None:
         with pytest.raises(UserError, match=f"in use by another run, process {os.getpid()} on"):
             check_free(tmp_path / "run")
         seen.append("prepared")
 
     monkeypatch.setenv("NPROC", "2")
-    monkeypatch.setattr("torchtitan_style.data.preparation.prepare_data", prepare_data)
+    monkeypatch.setattr("torchtitan_style.data.store.CorpusStore.get", get)
     monkeypatch.setattr("torchtitan_style.launch.launcher.start_ranks", lambda *_, **__: seen.append("started"))
     launch.main(["--job.dump_folder", str(tmp_path / "run")])
     assert seen == ["prepared", "started"]

@@ -71,7 +71,7 @@ def test_a_spike_is_gone_back_from(runs: Runs, whole: Path, tmp_path: Path) -> N
     options = [*SPIKE, "--training.spike_action", "rewind"]
     fault = {"kind": "high_loss", "steps": [10], "factor": 50}
     run = runs("run", *options, "--training.steps", 14, nproc=1, faults=[fault | {"times": 1}])
-    assert "going back to step 8, and on with the data after step 10" in run.output
+    assert "rewinding to step 8; the data continues after step 10" in run.output
     assert "resuming after step 14" in runs(run.folder, *options, "--training.steps", 18).output
     hashes, usual = records(run.folder, "batch_hash"), records(whole, "batch_hash")
     assert [hashes[step] for step in range(1, 9)] == [usual[step] for step in range(1, 9)]
@@ -98,7 +98,7 @@ def test_a_stop_right_after_going_back_keeps_that_it_went_back(runs: Runs, whole
     options = [*SPIKE, "--training.spike_action", "rewind"]
     faults = [{"kind": "high_loss", "steps": [10], "factor": 50, "times": 1}, {"kind": "stop_in_rewind"}]
     run = runs("run", *options, "--training.steps", 14, faults=faults)
-    assert "stopped at step 8, as told" in run.output
+    assert "stopped at step 8 by SIGTERM" in run.output
     runs(run.folder, *options, "--training.steps", 14)
     hashes, usual = records(run.folder, "batch_hash"), records(whole, "batch_hash")
     assert [hashes[step] for step in range(9, 15)] == [usual[step + 2] for step in range(9, 15)]

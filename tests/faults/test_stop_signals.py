@@ -80,7 +80,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(
         if word["step"]:
             assert word["checkpoint"] == str(folder / f"checkpoint/step-{word['step']}")
             assert CheckpointFolder(folder / "checkpoint").problem(word["step"]) is None
-        assert f"stopped at step {word['step']}, as told" in run.output
+        assert f"stopped at step {word['step']} by {word['signal']}" in run.output
         if whom in (None, 0):
             assert word["signal"] in (number.name, "SIGTERM")  # torchrun hands on any as SIGTERM
         assert max(steps(folder), default=0) == word["step"]

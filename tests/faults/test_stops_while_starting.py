@@ -65,8 +65,8 @@ def start(folder: Path, number: signal.Signals, at: str, *options: object, nproc
             for nproc, at in (
                 (1, "pydantic"),  # the configuration is not read yet
                 (1, "torch._utils"),  # in the middle of importing torch, which an exception would abort
-                (1, "torchtitan_style.data.preparation"),
-                (2, "torchtitan_style.data.prepare"),
+                (1, "torchtitan_style.data.store"),
+                (2, "torchtitan_style.data.build"),
                 (2, "torch.distributed.run"),
             )
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -94,7 +94,7 @@ def test_all_ranks_stop_if_one_is_told_to_while_it_starts(tmp_path: Path, at: st
     """Before it has handlers too: the launcher has ranks start with the signals blocked."""
     done = start(tmp_path / "here", signal.SIGUSR1, at, nproc=2, rank=1)
     assert done.returncode == 0, done.stderr
-    assert "stopped before the first step, as told" in done.stdout
+    assert "stopped before the first step by SIGUSR1" in done.stdout
     found = json.loads((tmp_path / "here/run/preempted.json").read_text())
     assert (found["step"], found["checkpoint"], found["signal"]) == (0, None, "SIGUSR1")
 

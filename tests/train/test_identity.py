@@ -12,11 +12,10 @@ from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
 from torchtitan_style.launch.launcher import main
-from torchtitan_style.metrics.log import SkippedSteps
 from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.models.section import schema_of
 from torchtitan_style.train.identity import changed_settings, check_before_start, check_same_run, identity
-from torchtitan_style.train.state import TrainState
+from torchtitan_style.train.state import SkippedSteps, TrainState
 
 HERE = Path("run/checkpoint/step-5")
 
@@ -45,21 +44,22 @@ def test_the_same_run_may_go_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training__seed": 7}, "training.seed was 7, is 0; put it back, or start"),
+        ({"training__seed": 7}, "training.seed was 7, is 0; restore the setting, or start"),
         ({"model__hidden_size": 32, "training__seq_len": 9},
-         "model.hidden_size was 32, is 64; training.seq_len was 9, is 512; put it back, or start"),
-        ({"optimizer__name": "muon"}, "was muon, is adamw; put it back, allow it with --checkpoint.switch_optimizer"),
+         "model.hidden_size was 32, is 64; training.seq_len was 9, is 512; restore the setting, or start"),
+        ({"optimizer__name": "muon"}, "was muon, is adamw; restore the setting, allow it with "
+         "--checkpoint.switch_optimizer"),
         ({"data__tokenizer": "z"},
-         "data.tokenizer was z, is a; put it back, go on at the same place of the new data with "
+         "data.tokenizer was z, is a; restore the setting, continue at the same position in the new data with "
          "--checkpoint.allow_changed_data, or start"),
-        ({"data__packing": "best_fit"}, "data.packing was best_fit, is concat; put it back, or start"),
-        ({"data__tokenizer": "z", "optimizer__name": "muon"}, "is a; put it back, or start"),
+        ({"data__packing": "best_fit"}, "data.packing was best_fit, is concat; restore the setting, or start"),
+        ({"data__tokenizer": "z", "optimizer__name": "muon"}, "is a; restore the setting, or start"),
     ],
 )  # fmt: skip
 def test_another_run_is_refused_with_all_that_differs(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check_same_run(saved(**changes), saved(), config(), HERE)
-    assert str(caught.value).startswith(f"{HERE} is of another run: ")
+    assert str(caught.value).startswith(f"{HERE} belongs to a different run: ")
     assert message in str(caught.value)
     assert str(caught.value).endswith("start a new run with another --job.dump_folder")
 
@@ -69,9 +69,9 @@ def test_what_is_allowed_is_said() -> None:
     before = saved(optimizer__name="muon", data__content=["z"])
     assert check_same_run(before, saved(), settings, HERE) == [
         "the optimizer was muon; adamw starts afresh",
-        "content of the data changed; going on at the same place of the new",
+        "content of the data changed; continuing at the same position in the new data",
     ]
-    with pytest.raises(UserError, match=r"another run: training.seed was 7, is 0; put it back, or start"):
+    with pytest.raises(UserError, match=r"different run: training.seed was 7, is 0; restore the setting, or start"):
         check_same_run(saved(training__seed=7, optimizer__name="muon"), saved(), settings, HERE)
 
 
@@ -108,7 +108,7 @@ def test_before_the_start_the_newest_that_can_be_read_counts(tmp_path: Path) -> 
         check(2)
     for damaged in (b"", b"[]", b"\xff", b'{"identity": 3}'):
         (folder.path(3) / "train_state.json").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"step-2 is of another run"):
+        with pytest.raises(UserError, match=r"step-2 belongs to a different run"):
             check(-1)
 
 

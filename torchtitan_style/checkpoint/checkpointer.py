@@ -40,7 +40,8 @@ class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks.
 
     settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint. about: what else
-    their manifests say. advance: called as saving and reading get on, from any thread.
+    their manifests say. advance: called as saving and reading get on, from any thread. before_write, after_write:
+    called with the step of each save, by the thread that writes it.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Checkpointer:
         about: Mapping[str, Any],
         say: Callable[[str], None],
         advance: Callable[[], None] = lambda: None,
+        before_write: Callable[[int], None] = lambda step: None,
+        after_write: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.folder = CheckpointFolder(folder, advance=advance)
@@ -64,6 +67,7 @@ class Checkpointer:
         self.tokenizer = tokenizer
         self.about = about
         self.say, self.advance = say, advance
+        self.before_write, self.after_write = before_write, after_write
         self.saved_step: int | None = None
         """The last step whose checkpoint is in its place."""
         # A save in the background must not get its messages mixed up with those of training.
@@ -106,9 +110,9 @@ class Checkpointer:
         """Whether this rank still writes, or has yet to hear how it went."""
         return self.under_way is not None and not self.under_way.done()
 
-    def settle(self, *, busy: bool) -> None:
-        """Finish the save that the ranks spoke of if none was ``busy`` with it. Their answers come one question late
-        (``Agreement``), and a save may have begun since: that one is the next question's."""
+    def finish_when_idle(self, *, busy: bool) -> None:
+        """Finish the save in the background if no rank is ``busy`` with it. Called by all ranks with the maximum over
+        ranks of ``is_busy``, one call late (``Agreement``): a save that began since then waits for the next call."""
         if not busy and self._asked_about is self.under_way:
             self.finish()
         self._asked_about = self.under_way
@@ -157,7 +161,23 @@ class Checkpointer:
         about: dict[str, Any],
     ) -> None:
         """Write one checkpoint, from ``copies`` if given. In the background it must not touch ``tensors``' values."""
+        try:
+            self._write_files(step, tensors, copies, train_state, about)
+        finally:
+            self.after_write(step)
+        if copies is not None:
+            self._retain()
+
+    def _write_files(
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        copies: dict[str, Any] | None,
+        train_state: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:
         temporary = Path(on_main(lambda: str(self.folder.begin(step)), self._group))
+        self.before_write(step)
         writer = HashingWriter(temporary, advance=self.advance)
         planner = StagedPlanner(copies) if copies is not None else None
         with without_warnings():
@@ -175,8 +195,6 @@ class Checkpointer:
 
         on_main(complete, self._group)
         self.saved_step = step
-        if copies is not None:
-            self._retain()
 
     def _retain(self) -> None:
         """Delete checkpoints that are not to be kept. Rank 0 does it."""
@@ -237,8 +255,8 @@ class Checkpointer:
             )
         return None
 
-    def load(self, step: int, *, optimizer: bool = True) -> None:
-        """Read weights and, if so wanted, optimizer state of ``step`` in place."""
+    def load(self, step: int, *, optimizer: bool = True) -> dict[str, Any]:
+        """Read weights and, if so wanted, optimizer state of ``step`` in place. Returns them by name."""
         tensors = self._tensors()
         if not optimizer:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
@@ -249,6 +267,7 @@ class Checkpointer:
         except CheckpointException as error:
             raise UserError(f"{self.folder.path(step)} cannot be loaded: {_reason(error)}") from None
         self.saved_step = step
+        return tensors
 
     def _tensors(self) -> dict[str, Any]:
         """Weights and optimizer state by parameter name. DCP writes from them and reads into them."""

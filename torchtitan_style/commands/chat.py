@@ -27,8 +27,6 @@ from .text_options import TEXT_OPTIONS, add_text_options, check_text_options, co
 if TYPE_CHECKING:
     from torchtitan_style.inference.conversation import Conversation
 
-__all__ = ["main"]
-
 USAGE = f"""\
 usage: python -m torchtitan_style chat --checkpoint DIR [...]
 

@@ -1,4 +1,4 @@
-"""The ``checkpoint`` command: which checkpoints there are, what is in them, and whether they are whole.
+"""``checkpoint``: list the checkpoints of a run, show what one holds, and verify them.
 
 python -m torchtitan_style checkpoint list outputs/qwen3
 """
@@ -23,12 +23,10 @@ from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config import Config
 from torchtitan_style.config.files import read_toml
 from torchtitan_style.config.layout import Layout
-from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.registry import model_names, spec_of
 from torchtitan_style.train.identity import flat
 
 from .cli import Arguments
-
-__all__ = ["main"]
 
 USAGE = """\
 usage: python -m torchtitan_style checkpoint list|verify|show DIR [--quick] [--json]
@@ -188,7 +186,8 @@ def _changed(path: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     defaults = flat(Config().model_dump())
-    shape = FLAVORS.get(str(settings.get("model.flavor", Config().model.flavor)))
+    name, flavor = (str(settings.get(f"model.{key}", getattr(Config().model, key))) for key in ("name", "flavor"))
+    shape = spec_of(name).flavors.get(flavor) if name in model_names() else None
     if shape is not None:
         defaults |= flat({"model": dataclasses.asdict(shape)})
     return [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value != defaults.get(key)]

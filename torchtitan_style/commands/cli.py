@@ -8,11 +8,10 @@ from typing import NoReturn
 
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.common.hub import fetch
 from torchtitan_style.launch.configure import help_of
 from torchtitan_style.models.hf_folder import HFFolder
-
-__all__ = ["Arguments", "hf_folder"]
 
 
 class Arguments(argparse.ArgumentParser):
@@ -20,6 +19,7 @@ class Arguments(argparse.ArgumentParser):
 
     def __init__(self, usage: str) -> None:
         super().__init__(usage=usage, add_help=False, allow_abbrev=False)
+        self.add_argument("--custom-import", action="append", default=[], metavar="MODULE")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what the command takes")
@@ -30,7 +30,9 @@ class Arguments(argparse.ArgumentParser):
             print(self.usage)
             raise SystemExit(0)
         self._check_names(arguments)
-        return self.parse_args(arguments)
+        options = self.parse_args(arguments)
+        import_modules(options.custom_import, key="--custom-import")
+        return options
 
     def _check_names(self, arguments: list[str]) -> None:
         """Argparse says of a misspelled option that the right one is missing; this says which was meant."""
@@ -47,18 +49,20 @@ class Arguments(argparse.ArgumentParser):
                 raise UserError(f"there is no option {name}; {hint}")
 
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """As ``parse``, with what is not the command's own beside it: overrides of the configuration."""
+        """As ``parse``; also returns the arguments that are not the command's own: overrides of the configuration."""
         if "--help" in arguments and (section := arguments[arguments.index("--help") + 1 :]):
             print(help_of(section[0]))
             raise SystemExit(0)
         if {"--help", "-h"} & set(arguments):
             self.parse(arguments)
         self._check_names(arguments)
-        return self.parse_known_args(arguments)
+        options, rest = self.parse_known_args(arguments)
+        import_modules(options.custom_import, key="--custom-import")
+        return options, rest
 
 
 def hf_folder(source: str) -> HFFolder:
-    """The model in Transformers' format that ``--hf`` names, its weights at hand and checked."""
+    """The model in Transformers' format that ``--hf`` names, downloaded if needed, and checked."""
     if isinstance(open_model(source, verify=False), SavedModel):
         raise UserError(
             f"--hf: {source} is a checkpoint, not a model in Transformers' format; export-hf makes one of it"

@@ -17,8 +17,6 @@ from torchtitan_style.models.hf_folder import HFFolder
 
 from .cli import Arguments
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style export-hf --checkpoint DIR --output DIR [--dtype TYPE] [--max-shard-size SIZE]
 

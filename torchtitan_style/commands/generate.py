@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torchtitan_style.distributed.world import World
     from torchtitan_style.inference.generate import Speed, TextModel
 
-__all__ = ["main"]
-
 USAGE = f"""\
 usage: python -m torchtitan_style generate --checkpoint DIR --prompt TEXT [...]
        torchrun --nproc-per-node N -m torchtitan_style generate [...]      a model split over N devices

@@ -12,8 +12,6 @@ from torchtitan_style.launch.preflight import check_torch
 
 from .cli import Arguments, hf_folder
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style import-hf --hf DIR_OR_REPO --output DIR
 

@@ -1,4 +1,4 @@
-"""The ``prepare`` command: tokenize the corpus of a configuration, once, for all runs that use it.
+"""``prepare``: tokenize the corpus of a configuration once, for all runs that use it.
 
 python -m torchtitan_style prepare --config train_configs/qwen3.toml
 """
@@ -21,13 +21,11 @@ from torchtitan_style.train.stopping import interruptible
 from .cli import Arguments
 from .progress import tokenizing_bar
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--section.key VALUE ...]
 
 Tokenizes the corpus into memory-mapped shards, in the dump folder or in data.prepared_folder, where runs of
-the same configuration find them. Killed half-way, it goes on where it was.
+the same configuration find them. If it is interrupted, the same command resumes.
 
   --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --processes N         processes that tokenize; one per CPU if left out
@@ -50,7 +48,7 @@ def main(arguments: list[str]) -> None:
         if config.data.streaming:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
-        from torchtitan_style.data.preparation import prepare_data
+        from torchtitan_style.data.store import CorpusStore
 
         begin = time.monotonic()
         folder = Path(config.job.dump_folder)
@@ -59,6 +57,7 @@ def main(arguments: list[str]) -> None:
         # A folder for several runs has a lock of its own, at which others wait.
         lock = contextlib.nullcontext() if config.data.prepared_folder else run_lock(folder)
         with lock, tokenizing_bar() as (progress, say):
-            prepared = prepare_data(config, say=say, progress=progress, processes=options.processes, for_run=False)
+            store = CorpusStore.of(config, for_run=False)
+            prepared = store.get(say=say, progress=progress, processes=options.processes)
         tokens = prepared.tokens("train") + prepared.tokens("validation")
         print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")

@@ -1,4 +1,4 @@
-"""Progress bars over bytes, for what takes long."""
+"""Progress bars that count bytes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from torchtitan_style.data.tokenize import lines_of_progress
-
-__all__ = ["progress_bar", "tokenizing_bar"]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Where text goes: a model's to standard output, what is said about it to standard error."""
+"""Output of a text command: the model's text goes to standard output, messages to standard error."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["Screen"]
-
 _STEERING = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Screen:
-    """Both streams; with styles where they are terminals."""
+    """Both streams, styled where they are terminals."""
 
     def __init__(self) -> None:
         self._out = Console(highlight=False, soft_wrap=True)
         self._about = Console(highlight=False, soft_wrap=True, stderr=True)
 
     def write(self, text: str, style: str = "") -> None:
-        """Text as it is and at once; on a terminal without the characters that steer it, as a model may write any."""
+        """Write text unchanged and flush; on a terminal without control characters, as a model may write any."""
         if not text:
             return
         if self._out.is_terminal:
@@ -30,5 +28,5 @@ class Screen:
         sys.stdout.flush()
 
     def say(self, text: str, style: str = "dim") -> None:
-        """A line about it."""
+        """Print a message."""
         self._about.print(Text(text, style=style))

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torchtitan_style.distributed.world import World
     from torchtitan_style.inference.generate import TextModel
 
-__all__ = ["TEXT_OPTIONS", "add_text_options", "check_text_options", "compile_steps", "load", "sampling_of"]
-
 TEXT_OPTIONS = """\
   --temperature T          logits are divided by it; 0: always the likeliest token
   --top-k K                draw from the k likeliest tokens; 0: all

@@ -1,4 +1,4 @@
-"""``train``: train in this process, on one device, or on as many as NPROC and NNODES say.
+"""``train``: train in this process, on one device, or in as many processes as NPROC and NNODES ask for.
 
 python -m torchtitan_style train --config train_configs/qwen3.toml --training.steps 100
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 
 from torchtitan_style.launch import launcher, rank
-
-__all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:

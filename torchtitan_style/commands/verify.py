@@ -1,4 +1,4 @@
-"""``verify``: show that the numbers are right, of a model or of a training layout.
+"""``verify``: compare a model with Transformers, or a training layout with one process.
 
 python -m torchtitan_style verify --hf Qwen/Qwen3-0.6B
 python -m torchtitan_style verify --config train_configs/qwen3.toml --parallelism.tensor_parallel_degree 2
@@ -6,24 +6,19 @@ python -m torchtitan_style verify --config train_configs/qwen3.toml --parallelis
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
-from torchtitan_style.config import Config, to_toml
-from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
+from torchtitan_style.config import Config
+from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.launch.torchrun import count_gpus, start_ranks
 from torchtitan_style.models.hf_folder import HFFolder
-from torchtitan_style.models.registry import model_config
 
 from .cli import Arguments, hf_folder
-
-__all__ = ["main"]
 
 USAGE = """\
 usage: python -m torchtitan_style verify --hf DIR_OR_REPO [--dtype TYPE]
@@ -41,9 +36,6 @@ Print a table of what was compared and the largest differences. Exits with 1 if 
 
   --tolerance X         largest relative difference, instead of the defaults (docs/numerics.md)
 """
-
-_SECONDS = 100
-"""Time that computing may take, at this machine's best rate; larger models are verified on a copy."""
 
 
 def main(arguments: list[str]) -> None:
@@ -82,8 +74,6 @@ def _verify_hf(folder: HFFolder, dtype: str, tolerance: float | None) -> bool:
 
 def _load(path: str | None, overrides: list[str], world_size: int | None) -> tuple[Config, int]:
     """The configuration, and how many processes it is verified on."""
-    from torchtitan_style.config.files import DEFAULT_CONFIG
-
     file = path or DEFAULT_CONFIG
     if world_size is None:
         degrees = load_config(file, overrides, world_size=None).parallelism
@@ -96,42 +86,19 @@ def _load(path: str | None, overrides: list[str], world_size: int | None) -> tup
 
 
 def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> bool:
-    import torch
+    from torchtitan_style.verification.report import print_checks
+    from torchtitan_style.verification.run import compare_layout
 
-    from torchtitan_style.common.device import available_memory, name, peak_flops
-    from torchtitan_style.verification.layout import reference
-    from torchtitan_style.verification.report import Check, print_checks
-    from torchtitan_style.verification.scale import for_verification
-
-    layout: Layout = plan_layout(config.parallelism, world_size)
     on_gpus = count_gpus() >= world_size
-    device = torch.device("cuda" if on_gpus else "cpu")
-    flops = _SECONDS * (peak_flops(device, torch.float32) or 1e13)
-    alone = int(0.7 * available_memory(device))  # the reference is on one GPU
-    memory = alone * world_size if on_gpus else alone
-    small, notes = for_verification(config, layout, memory=memory, alone=alone, flops=flops)
-    plan = plan_batch(small.training, layout.dp)
-    shape = model_config(small.model)
-    print(
-        f"{world_size} process{'es' if world_size > 1 else ''} ({layout}) on {name(device)}, against one in fp32: "
-        f"{shape.num_parameters / 1e6:,.1f} M parameters, {plan.global_batch_size} rows of {small.training.seq_len} "
-        f"tokens" + (f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""),
-        *notes,
-        sep="\n  ",
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "config.toml").write_text(to_toml(small), encoding="utf-8")
-        reference(small, folder, device=device, rows=plan.global_batch_size)
-        if on_gpus:
-            torch.cuda.empty_cache()  # the ranks need it
-        else:
+
+    def start(folder: Path) -> None:
+        if not on_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        arguments = [str(folder), *([] if tolerance is None else [str(tolerance)])]
         module = "torchtitan_style.commands.verify_rank"
-        arguments = [temporary, *([] if tolerance is None else [str(tolerance)])]
         start_ranks(["--standalone"], module, arguments, nproc=world_size, on_gpus=on_gpus)
-        found = json.loads((folder / "checks.json").read_text(encoding="utf-8"))
+
     right = True
-    for precision, checks in found.items():
-        right = print_checks(f"\ncomputing in {precision}", [Check(**check) for check in checks]) and right
+    for precision, checks in compare_layout(config, world_size, on_gpus=on_gpus, start=start, say=print).items():
+        right = print_checks(f"\ncomputing in {precision}", checks) and right
     return right

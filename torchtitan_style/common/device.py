@@ -1,68 +1,76 @@
-"""The device this process computes on, and what differs between CPU and CUDA.
-
-Everything that would otherwise be an ``if device == "cuda"`` elsewhere is here.
-"""
+"""The device that this process computes on, and everything that differs between CPU and CUDA."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import re
 import resource
 import shutil
 import sys
+import sysconfig
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from .memory import host_memory
 
-__all__ = [
-    "available_memory",
-    "backend",
-    "compiler_problem",
-    "current_device",
-    "fastest_dtype",
-    "is_fast",
-    "name",
-    "peak_flops",
-    "peak_memory_gib",
-    "synchronize",
-    "use_deterministic_algorithms",
-]
-
-# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
+# Dense bf16 FLOP/s from the vendors' data sheets, by the device's whole name.
 _PEAK_BF16 = {
-    "B200": 2250e12,
+    "B300": 2250e12,
+    "B200": 2250e12,  # also as GB200
     "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
-    "H100": 989e12,
     "GH200": 989e12,
+    "GB200": 2500e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
-    "A10G": 70e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 5090": 210e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+"""Dense bf16 FLOP/s with fp32 accumulation, from the vendors' data sheets, by words of the name. Of several
+names that fit, the longest counts."""
 
 
 def current_device() -> torch.device:
     """This process's GPU (by LOCAL_RANK) if there are GPUs, else the CPU."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # Launchers that show each rank one GPU alone, as SLURM's --gpus-per-task does, still count LOCAL_RANK up.
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
 
 
 def backend(device: torch.device) -> str:
-    """Name of the process-group backend for ``device``."""
-    return "nccl" if device.type == "cuda" else "gloo"
+    """Name of the process-group backend for ``device``.
+
+    With both, torch sends objects over gloo. Over NCCL they would be copied to the GPU, and a rank that waits for one
+    would hear neither signals nor that its peer has died.
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def name(device: torch.device) -> str:
-    """What to call the device when talking to a person."""
+    """A readable name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -70,7 +78,7 @@ def name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -85,8 +93,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     a moment, and the sum of such moments is more than the core can do.
     """
     if device.type == "cuda":
-        known = (peak for part, peak in _PEAK_BF16.items() if part in torch.cuda.get_device_name(device))
-        return next(known, None) if dtype == torch.bfloat16 else None
+        return peak_by_name(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
     if not is_fast(dtype, device):
         dtype = torch.float32
     size, products = 1024, 5
@@ -96,6 +103,29 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     for _ in range(products):
         a @ a
     return 2 * size**3 * products / (time.perf_counter() - start)
+
+
+def peak_by_name(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU called ``name``, or None if it is not in the table."""
+    words = re.split(r"[\s-]+", name)
+    runs = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    return _PEAK_BF16.get(max(runs & _PEAK_BF16.keys(), key=len, default=""))
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Attention by torch's other kernels meanwhile; no effect on CPU.
+
+    cuDNN's is torch's first choice on Hopper. It gives NaN in the gradient of q with a mask tensor when T mod 128 = 64
+    (pytorch issue 196678), and wrong results with fewer than 8 key/value heads in decoding (193893); and it makes a
+    plan for every new shape, which in decoding is every token.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -133,7 +163,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def use_deterministic_algorithms() -> None:
-    """Have every operation give the same bits each time, or raise."""
+    """Make every operation bitwise reproducible, or raise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
 
@@ -141,12 +171,20 @@ def use_deterministic_algorithms() -> None:
 def compiler_problem(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None if it can."""
     if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "the triton package is missing"
-        return None
+        return _triton_problem()
     compiler = os.environ.get("CXX")
     if not any(shutil.which(c) for c in ([compiler] if compiler else ["g++", "clang++", "c++"])):
         return "there is no C++ compiler (g++ or clang++) on this machine"
+    return None
+
+
+def _triton_problem() -> str | None:
+    """Triton compiles a small C file against Python.h when it first runs."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is missing"
+    compiler = os.environ.get("CC")
+    if not any(shutil.which(c) for c in ([compiler] if compiler else ["gcc", "clang", "cc"])):
+        return "triton needs a C compiler (gcc or clang), and there is none on this machine"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "triton needs Python.h, and this Python has none (python3-dev has it)"
     return None

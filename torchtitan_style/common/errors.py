@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["RunError", "UserError"]
-
 
 class UserError(Exception):
-    """A mistake that a person can put right: what was wrong, where, and what to do, in words for them.
+    """A mistake that a person can correct: the message says what was found, where, and what to do.
 
     Commands print it without a traceback and exit with status 2.
     """
 
-    everywhere = True
-    """Whether all ranks raise it, so that one is enough to print it."""
-
 
 class RunError(Exception):
-    """A run that could not go on, though nobody made a mistake: exit status 1, no traceback."""
-
-    everywhere = True
-    """As for UserError."""
+    """A run that cannot continue, though nobody made a mistake: exit status 1, no traceback."""

@@ -1,9 +1,8 @@
-"""Folders that are complete or not there, and what is in a file."""
+"""Files and folders that are written whole or not at all, locks, and checksums."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,41 +12,28 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = [
-    "copy_folder",
-    "first_missing",
-    "fsync",
-    "locked",
-    "new_folder",
-    "readable_bytes",
-    "remove_empty",
-    "sha256",
-    "write_in_one_go",
-]
-
 
 @contextlib.contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One process of this machine at a time; the others wait. ``folder`` need not exist."""
+    from filelock import FileLock, Timeout
+
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"torchtitan_style-{name}.lock"
+    lock = FileLock(path, mode=0o666)  # for the processes of all users
     try:
-        file = os.open(path, os.O_RDONLY)  # another user's, who alone may write to it
-    except FileNotFoundError:
-        file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"waiting for another process that uses {folder}")
+        lock.acquire(poll_interval=0.2)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that works on {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(file)
+        lock.release()
 
 
 def fsync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on disk."""
+    """Flush a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,7 +42,7 @@ def fsync(path: Path) -> None:
 
 
 def write_in_one_go(path: Path, text: str) -> None:
-    """Give a file, new or not, the content ``text``, or leave it as it is: it never has a part of it."""
+    """Write ``text`` to a file atomically: it has the old content or the new one, never a part."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
@@ -72,17 +58,20 @@ def readable_bytes(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
+def nearest_existing(path: Path) -> Path:
+    """``path``, or the nearest of its parents that exists."""
+    return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+
+
 def first_missing(folder: Path) -> Path | None:
     """The outermost of ``folder`` and its parents that does not exist yet."""
-    missing = None
-    while not folder.exists():
-        missing, folder = folder, folder.parent
-    return missing
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    return missing[-1] if missing else None
 
 
 def remove_empty(folder: Path, *, up_to: Path | None) -> None:
-    """Remove ``folder`` and its parents as far as ``up_to``, the outermost that was made, each if nothing is in it:
-    others may have put theirs there meanwhile. None: nothing was made."""
+    """Remove ``folder`` and its parents up to ``up_to``, the outermost one that was created, as long as they are empty:
+    other processes may have created files there. None: none was created."""
     for each in (folder, *folder.parents) if up_to else ():
         try:
             each.rmdir()
@@ -96,9 +85,9 @@ def remove_empty(folder: Path, *, up_to: Path | None) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` to write into. The caller renames it; otherwise nothing stays behind.
+    """A temporary folder next to ``output`` to write into. The caller renames it; otherwise it is removed.
 
-    Raises UserError if ``output`` holds something already, or cannot be written.
+    Raises UserError if ``output`` exists and is not empty, or cannot be written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; name a new folder, or delete it first")
@@ -117,7 +106,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Put a copy of ``source`` in the place of ``target``."""
+    """Replace ``target`` by a copy of ``source``."""
     temporary = target.parent / f"{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["FILE_ENDINGS", "fetch", "looks_like_path", "similar_folder"]
-
 _SMALL = ["*.json", "*.txt", "*.jinja"]
 """Configuration and tokenizer. In safetensors, weights are all that is large."""
 

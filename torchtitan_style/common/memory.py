@@ -8,19 +8,17 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Room", "gpu_memory", "host_memory"]
-
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of memory: in all, and not in use now."""
+    """Bytes of memory: total, and currently free."""
 
     total: int
     free: int
 
 
 def host_memory() -> Room | None:
-    """The machine's memory, or what this process's control group may use of it. None if it cannot be found out."""
+    """The machine's memory, or the limit of this process's control group. None if unknown."""
     found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -38,7 +36,7 @@ def host_memory() -> Room | None:
 
 
 def gpu_memory() -> Room | None:
-    """Memory of the smallest GPU that this process can use, by nvidia-smi. None if it cannot be found out."""
+    """Memory of the smallest GPU that this process can use, from nvidia-smi. None if unknown."""
     command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
     if visible:
@@ -49,3 +47,13 @@ def gpu_memory() -> Room | None:
     except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return None  # no nvidia-smi, or "[N/A]" on devices that share the host's memory
     return Room(min(r.total for r in rooms), min(r.free for r in rooms)) if rooms else None
+
+
+def oom_kills() -> int:
+    """How many processes the kernel of this machine has killed because memory ran out; 0 if it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return 0

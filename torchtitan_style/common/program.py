@@ -1,7 +1,7 @@
-"""What each program of this package does first: output can no longer end it, and no signal is lost or a traceback.
+"""The first thing that each program of this package does: make standard streams safe, and handle signals.
 
-Imports little, so that it runs within milliseconds of the interpreter's start. Children that a program starts with
-``torchtitan_style.signals.shielding_children`` or torchrun inherit standard streams that are open.
+It imports little, so that it runs within milliseconds of the interpreter's start. Child processes inherit standard
+streams that are open.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "begin", "begin_command", "begin_run", "delivering_output", "received"]
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what torchrun, Kubernetes and SLURM send; what SLURM can be told to send ahead of the time limit."""
 
 received: list[tuple[int, float]] = []
-"""Signals to stop that this process has taken note of, and when (``time.monotonic``)."""
+"""Signals to stop that this process has received, and when (``time.monotonic``)."""
 
 
 # Streams
 
 
 class _Output(io.FileIO):
-    """Standard output or error. What cannot be written is dropped."""
+    """Standard output or error. Drops what cannot be written."""
 
     matters = False
-    """Whether the program is there for this output: then it ends if the output is lost."""
+    """Whether this output is the program's result: then the program ends if it cannot be written."""
     _lost = False
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
@@ -115,7 +113,7 @@ def delivering_output() -> Iterator[None]:
 
 
 def begin_command() -> None:
-    """Begin a program that is there for its output. Ctrl-C never ends it with a traceback."""
+    """Begin a program whose result is its output. Ctrl-C never ends it with a traceback."""
     begin(output_matters=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
         signal.signal(signal.SIGINT, _interrupt)
@@ -129,7 +127,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def begin_run(arguments: list[str]) -> None:
-    """Begin a program that trains. Signals to stop are noted until ``ending`` knows where to leave word of them.
+    """Begin a program that trains. Signals to stop are recorded until ``train/stopping.py`` can act on them.
 
     Ctrl-C ends the process at once, as there is nothing to save yet, unless it is one of several ranks: these agree
     on when to stop, and a rank that ended by itself would look like a failure.

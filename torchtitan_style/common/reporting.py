@@ -1,4 +1,4 @@
-"""How a program reports an error that it expects: one message and an exit status, no traceback."""
+"""How a program reports an error: one message and an exit status, however many ranks have the error."""
 
 from __future__ import annotations
 
@@ -7,64 +7,91 @@ import errno
 import os
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import RunError, UserError
 from .program import STOP_SIGNALS
 
-__all__ = ["VERDICT", "check_verdict", "reported_errors"]
-
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-"""What is wrong with a disk, and not with the program."""
+"""Faults of a disk, not of the program."""
 
 VERDICT = "TORCHTITAN_STYLE_VERDICT"
-"""Environment variable with the name of a file, in which a rank leaves the status that it has ended with after an
-error that another attempt would not cure. Ranks that are started again after that end with it at once."""
+"""Environment variable with the name of a file. The first rank of a host that ends with an expected error creates it
+and writes its exit status there. The error is then reported, and another attempt would only repeat it."""
 
-_PATIENCE = 10
-"""Seconds that the other ranks stay for the first to say what is wrong. Launchers end all once one has ended."""
+
+def verdict_status() -> int | None:
+    """The exit status that a rank of this launch has left in the verdict file; None if there is none."""
+    verdict = os.environ.get(VERDICT)
+    if not verdict or not os.path.exists(verdict):
+        return None
+    return int(Path(verdict).read_text(encoding="utf-8") or 1)
 
 
 def check_verdict() -> None:
-    """Exit if an earlier attempt of this launch has ended with an error that another one would not cure."""
-    verdict = os.environ.get(VERDICT)
-    if verdict and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(verdict):
-        raise SystemExit(int(Path(verdict).read_text(encoding="utf-8") or 1))
+    """Exit if an earlier attempt of this launch ended with an error that another attempt would only repeat."""
+    status = verdict_status()
+    if status is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise SystemExit(status)
 
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
-    """Print expected errors as a message and exit: with status 2 if a person can put it right, else 1.
+    """Report expected errors as a message, and exit: with status 2 after a UserError, else with 1.
 
-    With several ranks mostly all have the same error, and the first prints it, before any of them has ended.
+    Of several ranks on a host, the first that fails reports the error and the others exit silently. So it is with the
+    traceback of an unexpected exception; in a single process that propagates.
     """
     try:
         yield
     except (UserError, RunError) as error:
-        status = 2 if isinstance(error, UserError) else 1
-        if verdict := os.environ.get(VERDICT):
-            Path(verdict).write_text(str(status), encoding="utf-8")
-        if os.environ.get("RANK", "0") != "0" and error.everywhere:
-            _wait_for_the_end(status)  # and if none comes, this rank alone has the error
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(status) from None
-    except KeyboardInterrupt:  # before training, which has a way of its own
+        _report(str(error), 2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:  # before training, which handles it itself
         raise SystemExit(130) from None
-    except OSError as error:
-        if error.errno not in _DISK:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            _report(str(error), 1)
+        if "RANK" not in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first("exception", 1):
+            print(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
-def _wait_for_the_end(status: int) -> None:
-    """Exit with ``status`` when the launcher says that another rank has ended; return if it does not."""
+def _report(message: str, status: int) -> NoReturn:
+    if _is_first("error", status):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
 
-    def end(_number: int, _frame: object) -> None:
-        raise SystemExit(status)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, end)
-    time.sleep(_PATIENCE)
+def _is_first(kind: str, status: int) -> bool:
+    """Whether no other rank of this host and attempt has failed in this way before this one."""
+    marker = _marker(kind)
+    if marker is None:
+        return True
+    for number in STOP_SIGNALS:  # the launcher stops all ranks when one ends, maybe before this one has spoken
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        descriptor = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    with os.fdopen(descriptor, "w") as file:
+        file.write(str(status))
+    return True
+
+
+def _marker(kind: str) -> Path | None:
+    """The file that the first rank to fail creates: None if the ranks of this host have no folder in common."""
+    if "RANK" not in os.environ:
+        return None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if verdict := os.environ.get(VERDICT):
+        return Path(verdict) if kind == "error" else Path(f"{verdict}.{kind}-{attempt}")
+    if files := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of a bare torchrun: ATTEMPT/RANK/error.json
+        return Path(files).parents[1] / kind
+    return None

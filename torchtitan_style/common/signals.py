@@ -9,12 +9,10 @@ from collections.abc import Iterator
 
 from .program import STOP_SIGNALS
 
-__all__ = ["STOP_SIGNALS", "holding_interrupts", "shielding_children"]
-
 
 @contextlib.contextmanager
 def shielding_children() -> Iterator[None]:
-    """Processes that this thread starts meanwhile never get a signal to stop; this process still does.
+    """Child processes that this thread starts in this context never receive a signal to stop; this process does.
 
     Terminals and launchers signal a rank's children along with it. Without this the compiler, or the
     loader's workers, are taken away from a rank that has yet to finish its step and to save.
@@ -28,7 +26,7 @@ def shielding_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding_interrupts() -> Iterator[None]:
-    """A Ctrl-C meanwhile is heard at the end: for code that calls back to Python and drops what is raised there."""
+    """Defer Ctrl-C to the end of this context: for code whose callbacks into Python drop exceptions."""
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         yield
         return

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchtitan_style.common.extensions import LOSSES, OPTIMIZERS, SCHEDULES, SOURCES
 from torchtitan_style.common.hub import FILE_ENDINGS
 
 from .layout import plan_batch, plan_layout, plan_streams
 from .schema import Config, Corpus, Data, Muon, Validation
-
-__all__ = ["Problem", "cross_checks"]
 
 _TAKEN_NAMES = ("tokenizer", "manifest", "plan", "data_errors")
 """What else is in a prepared folder, beside a folder for each corpus."""
@@ -55,7 +54,22 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
             yield Problem(("data.num_streams", "training.global_batch_size", *degrees), str(error))
 
 
+def _names(config: Config) -> Iterator[Problem]:
+    """Names of what can be registered (docs/extending.md) that were not."""
+    for registry, key, name in (
+        (LOSSES, "training.loss", config.training.loss),
+        (OPTIMIZERS, "optimizer.name", config.optimizer.name),
+        (SCHEDULES, "lr_scheduler.decay_type", config.lr_scheduler.decay_type),
+        (SCHEDULES, "optimizer.muon.decay_type", config.optimizer.muon.decay_type),
+    ):
+        if name is not None and (text := registry.problem(name)):
+            yield Problem((key,), text)
+    if config.training.z_loss and config.training.loss != "cross_entropy":
+        yield Problem(("training.z_loss", "training.loss"), 'is only added to loss = "cross_entropy"')
+
+
 def _rest(config: Config) -> Iterator[Problem]:
+    yield from _names(config)
     tp, seq_len = config.parallelism.tensor_parallel_degree, config.training.seq_len
     if seq_len % tp:
         yield Problem(
@@ -152,17 +166,17 @@ def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
             (f"{prefix}paths", f"{prefix}dataset"),
             'dataset = "files" needs the files: paths = ["my/*.txt", "more.jsonl"]',
         )
-    if name != "files" and corpus.paths:
+    if name != "files" and corpus.paths and not SOURCES.added(name):
         yield Problem(
             (f"{prefix}dataset", f"{prefix}paths"), f'paths is only read with dataset = "files", not with "{name}"'
         )
-    if name not in ("stdlib", "files", "mixture") and _is_file(name):
+    if name not in SOURCES.names() and _is_file(name):
         yield Problem(
             (f"{prefix}dataset",),
             f'"{name}" is a file, not a dataset of the Hub: set dataset = "files" and paths = ["{name}"]',
         )
-    elif name not in ("stdlib", "files", "mixture") and "/" not in name and not os.path.isdir(name):
-        near = difflib.get_close_matches(name, ("stdlib", "files", "mixture"), n=1)
+    elif name not in SOURCES.names() and "/" not in name and not os.path.isdir(name):
+        near = difflib.get_close_matches(name, SOURCES.names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield Problem(
             (f"{prefix}dataset",),
@@ -170,7 +184,7 @@ def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
         )
     if name == "mixture" and corpus.text_key != type(corpus).model_fields["text_key"].default:
         yield Problem((f"{prefix}text_key", f"{prefix}dataset"), "each corpus of a mixture has a text_key of its own")
-    if name in ("stdlib", "files", "mixture"):
+    if name in SOURCES.names() and not SOURCES.added(name):
         for key, default in (("subset", ""), ("split", "train")):
             if getattr(corpus, key) != default:
                 yield Problem(

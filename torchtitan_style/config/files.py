@@ -15,8 +15,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["CONFIG_FOLDER", "DEFAULT_CONFIG", "find_config", "read_toml"]
-
 _PLACES = (
     Path(__file__).parents[1] / "train_configs",  # in a wheel: setup.py copies them into the package
     Path(__file__).parents[2] / "train_configs",  # in a checkout

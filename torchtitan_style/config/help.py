@@ -12,8 +12,6 @@ from torchtitan_style.common.errors import UserError
 from .names import nearest_section
 from .schema import Config, sections_of
 
-__all__ = ["section_help"]
-
 
 def section_help(name: str, schema: type[Config]) -> str:
     """All keys of section ``name`` (or the one key of ``section.key``). Raises UserError if there is none."""

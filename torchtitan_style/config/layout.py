@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from .schema import Data, Parallelism, Training
 
-__all__ = ["BatchPlan", "Layout", "plan_batch", "plan_layout", "plan_streams"]
-
 _MOST_STREAMS = 64
 """A stream keeps a file open."""
 

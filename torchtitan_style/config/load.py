@@ -7,7 +7,6 @@ here. Nothing here imports torch, so a typo costs no waiting.
 from __future__ import annotations
 
 import difflib
-import itertools
 import sys
 import types
 import typing
@@ -31,8 +30,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Draft", "read_settings", "to_toml"]
-
 
 class Draft:
     """A configuration while it is put together: the settings as they are written, and what is wrong so far."""
@@ -46,15 +43,16 @@ class Draft:
         self._arguments: set[str] = set()
         """The keys that the command line names."""
 
-    def peek(self, section: str, key: str, default: Any) -> Any:
-        """What a key is set to, by the command line or the file, before anything is checked."""
-        arguments = [*self._overrides, ""]
-        for argument, following in itertools.pairwise(arguments):
-            name, equals, text = argument.partition("=")
-            if name == f"--{section}.{key}":
-                return text if equals else following
+    def peek(self, section: str, key: str) -> Any:
+        """What a key is set to, by the command line or the file, before anything is checked; None if it is not."""
+        values, _ = _parse_overrides(self._overrides, sections_of(Config))
         found = self.tree.get(section)
-        return found.get(key, default) if isinstance(found, dict) else default
+        return values.get(f"{section}.{key}", found.get(key) if isinstance(found, dict) else None)
+
+    def peek_list(self, section: str, key: str) -> list[str]:
+        """The same for a key that is a list of strings; of another type, nothing."""
+        found = self.peek(section, key)
+        return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
 
     def apply_overrides(self, schema: type[Config]) -> None:
         """Put what the command line says in the place of what the file says."""

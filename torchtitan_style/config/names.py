@@ -11,8 +11,6 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel
 
-__all__ = ["Sections", "all_keys", "did_you_mean", "nearest_section"]
-
 Sections = Mapping[str, type[BaseModel]]
 """The schema: each section by its name in TOML."""
 
@@ -104,6 +102,7 @@ _FOREIGN = {
 _BY_FOREIGN_NAME = {foreign: ours for ours, names in _FOREIGN.items() for foreign in names.split()}
 
 _NO_COUNTERPART = {
+    "compile.scope": "blocks are compiled one by one",
     "optimizer.fused": "the fused implementation is used wherever there is one",
     "optimizer.implementation": "the fused implementation is used wherever there is one",
     "checkpoint.folder": "checkpoints are in the folder checkpoint/ of job.dump_folder",

@@ -13,8 +13,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Config", "Section", "sections_of"]
-
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -43,6 +41,9 @@ class Job(Section):
     """Folder for everything the run writes. A folder that holds checkpoints is resumed."""
     description: str = ""
     """Free text, kept in config.toml."""
+    custom_import: list[str] = []
+    """Python modules to import first, from the working folder too. They may register model families, losses,
+    optimizers, schedules and data sources (docs/extending.md)."""
 
 
 class Model(Section):
@@ -146,6 +147,9 @@ class Training(Section):
     """Rows in an optimizer step, over all ranks and accumulation; -1: no accumulation."""
     max_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm when they exceed it; inf for no clipping."""
+    loss: str = "cross_entropy"
+    """What is minimised: "cross_entropy", or a loss of your own (docs/extending.md). Validation always reports cross
+    entropy."""
     z_loss: FiniteNonNegative = 0.0
     """Weight of log² of the softmax's normaliser in the training loss, as 1e-4; keeps logits from drifting
     (PaLM, Chowdhery et al. 2022). Validation is without it."""
@@ -179,8 +183,9 @@ class LRScheduler(Section):
     warmup_steps: NonNegative | None = None
     """Steps over which the rate rises linearly to optimizer.lr. Left out: a tenth of the schedule's steps, at most
     200."""
-    decay_type: Literal["linear", "cosine", "sqrt"] = "cosine"
-    """Shape of the decay. sqrt: 1 - sqrt(progress) (Hägele et al. 2024, section 3)."""
+    decay_type: str = "cosine"
+    """Shape of the decay: "linear", "cosine", "sqrt" (1 - sqrt(progress), Hägele et al. 2024, section 3), or one of
+    your own (docs/extending.md)."""
     decay_ratio: float | None = Field(None, ge=0, le=1)
     """Share of all steps that decays, at the end; before it the rate is constant
     (warm-up-stable-decay). Left out: everything after warm-up. 0: constant."""
@@ -217,7 +222,7 @@ class Muon(Section):
     changes about as much as under AdamW (Liu et al. 2025). original: sqrt(max(1, out/in)) (Jordan 2024)."""
     warmup_steps: NonNegative | None = None
     """This and the next three: a schedule of its own; left out: as in [lr_scheduler]."""
-    decay_type: Literal["linear", "cosine", "sqrt"] | None = None
+    decay_type: str | None = None
     """As lr_scheduler.decay_type."""
     decay_ratio: float | None = Field(None, ge=0, le=1)
     """As lr_scheduler.decay_ratio."""
@@ -233,9 +238,9 @@ class Muon(Section):
 class Optimizer(Section):
     """The optimizer and its step size."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019). muon (Jordan 2024): for the matrices of attention and MLP, with
-    AdamW for embedding, head, norms and biases; see optimizer.muon."""
+    name: str = "adamw"
+    """"adamw" (Loshchilov & Hutter 2019). "muon" (Jordan 2024): for the matrices of attention and MLP, with
+    AdamW for embedding, head, norms and biases; see optimizer.muon. Or one of your own (docs/extending.md)."""
     lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
     """Learning rate after warm-up."""
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -27,12 +27,10 @@ def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str 
     """What has changed since ``present`` was made with other ``settings`` or of other files; None: nothing has."""
     names = {"vocab_size": "model.vocab_size (or model.flavor)"}
     before = present.manifest["settings"]
-    fractions = before.get("validation_fraction"), settings["validation_fraction"]
-    if 0 in fractions:  # validation was switched on or off
-        names["validation_fraction"] = (
-            f"data.validation_fraction, which is 0 with validation.enable = false (it was {fractions[0]}, is "
-            f"{fractions[1]}),"
-        )
+    if before.get("validation_fraction") == 0:
+        names["validation_fraction"] = "validation.enable (no documents were held out while it was false)"
+    elif settings["validation_fraction"] == 0:
+        names["validation_fraction"] = "validation.enable (documents were held out while it was true)"
     if before["corpora"].keys() != settings["corpora"].keys():
         return "data.mixture changed" if settings["corpora"].keys() - {""} else "data.dataset changed"
     changed = [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import SOURCES
 from torchtitan_style.common.hub import looks_like_path, similar_folder
 from torchtitan_style.config.schema import Corpus
 
@@ -39,7 +40,7 @@ class SourceFile:
     version: str
     """Changes when the file does: its time of change, or what its server calls its version."""
     format: str
-    """"jsonl", "parquet", "text", or "source": text whose odd bytes become U+FFFD."""
+    """"jsonl", "parquet", "text", "source" (text whose odd bytes become U+FFFD), or the name of a registered source."""
     compression: str
     """"", or ".gz", ".zst", ".bz2" or ".xz"."""
 
@@ -54,7 +55,17 @@ def source_files(corpus: Corpus) -> list[SourceFile]:
         return [_local(path, format="source") for path in _standard_library()]
     if corpus.dataset == "files":
         return [_remote(match) if isinstance(match, str) else _local(match) for match in _expand(corpus.paths)]
+    if SOURCES.added(corpus.dataset):
+        return [_of_source(path, corpus.dataset) for path in SOURCES.get(corpus.dataset).files(corpus)]
     return [_remote(url) if "://" in url else _local(Path(url)) for url in _dataset_files(corpus)]
+
+
+def _of_source(path: str | Path, source: str) -> SourceFile:
+    """A file of a registered source, whose own reader opens it. Raises UserError if it is not there."""
+    try:
+        return replace(_local(Path(path), format=source), compression="")
+    except OSError as error:
+        raise UserError(f'data.dataset: "{source}" names {path}: {error.strerror or error}') from None
 
 
 def _local(path: Path, format: str | None = None) -> SourceFile:

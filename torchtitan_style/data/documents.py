@@ -12,13 +12,15 @@ import gzip
 import io
 import json
 import lzma
+import traceback
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import SOURCES
 
 from .corpus import SourceFile
 from .json_values import json_values
@@ -34,7 +36,6 @@ __all__ = [
     "lost_file",
     "parquet_groups",
     "read_records",
-    "texts_of",
 ]
 
 EMPTY = "empty"
@@ -94,7 +95,7 @@ def read_records(
     A network that fails is tried again where it failed. Raises UserError for a local file that cannot be
     opened, RunError for a remote one that cannot be reached for long.
     """
-    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet}.get(file.format, _read_text)
+    reader = _READERS.get(file.format, _read_source)
     failures = 0
     while True:
         try:
@@ -154,6 +155,8 @@ def _all_lost(file: SourceFile, problem: str, rows: int | None = None) -> Record
 
 def lost_file(file: SourceFile, text_key: str) -> Record | None:
     """The problem of a file that cannot be read at all, as far as its first bytes or its columns tell."""
+    if file.format not in _READERS:
+        return None
     try:
         with _open(file) as (raw, content):
             if file.format == "parquet":
@@ -469,9 +472,25 @@ def _cut(block: bytes) -> int:
     return cut - 1 if block[cut - 1] >= 0xC0 else len(block)
 
 
-def texts_of(files: Sequence[SourceFile], *, text_key: str, max_bytes: int) -> Iterator[str]:
-    """The texts of all documents that can be read."""
-    for file in files:
-        for record in read_records(file, text_key=text_key, max_bytes=max_bytes):
-            if not record.problem:
-                yield record.text
+def _read_source(
+    file: SourceFile, text_key: str, max_bytes: int, start: int, span: tuple[int, int] | None, share: tuple[int, int]
+) -> Iterator[Record]:
+    """By the reader of a registered source. What it raises is a mistake in it."""
+    index = -1
+    try:
+        for index, text in enumerate(SOURCES.get(file.format).read(Path(file.url))):
+            if index >= start and index % share[1] == share[0]:
+                right, problem = "", f"the source gives a {type(text).__name__}, not text"
+                if isinstance(text, str):
+                    right, problem = _checked(text, max_bytes)
+                yield Record(index, index, file.size, right, problem, place_name="document")
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f'data.dataset: "{file.format}" cannot read {file.url} after document {index}: {type(error).__name__}: '
+            f"{error} ({where.filename}, line {where.lineno})"
+        ) from None
+
+
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "source": _read_text}
+"""By ``SourceFile.format``; another format is the name of a registered source."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from .changes import sample_hash, source_entry
 from .corpus import SourceFile
-from .documents import texts_of
 from .packing import text_lengths
+from .texts import texts_of
 from .tokenize import PARTS, Recipe, file_entry, is_held_out
 from .tokenizer import Tokenizer
 

@@ -7,6 +7,7 @@ Ranks and workers only share out the rows of each step.
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.program import STOP_SIGNALS, begin
@@ -198,17 +199,23 @@ class Loader:
         if not self.workers:
             self._parts = iter(steps)
             return
-        self._parts = iter(
-            DataLoader(
-                steps,
-                batch_size=None,
-                num_workers=len(self.shares),
-                collate_fn=_as_it_is,
-                multiprocessing_context=_workers_context(),
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # leave torch's own alone: dropout draws from it
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # a call of torchdata's own
+            self._parts = iter(
+                StatefulDataLoader(
+                    steps,
+                    batch_size=None,
+                    num_workers=len(self.shares),
+                    collate_fn=_as_it_is,
+                    multiprocessing_context=_workers_context(),
+                    worker_init_fn=_start_worker,
+                    generator=torch.Generator(),  # leave torch's own alone: dropout draws from it
+                    # Its state is never used: it counts for one number of workers, and ours, beside each part, for any.
+                    snapshot_every_n_steps=2**62,
+                )
             )
-        )
 
     def next(self) -> Batch:
         """This rank's part of the next step."""
@@ -220,7 +227,6 @@ class Loader:
             except RuntimeError as error:
                 part = RunError(f"a data worker has died: {str(error).partition(chr(10))[0]}")
             if isinstance(part, UserError | RunError):
-                part.everywhere = False
                 raise part
             parts.append(part)
             self._reached |= part.state

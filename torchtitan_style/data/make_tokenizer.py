@@ -10,7 +10,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Data
 
 from .corpus import SourceFile
-from .documents import texts_of
+from .texts import texts_of
 from .tokenizer import Tokenizer, copy_pretrained, train
 
 __all__ = ["make_tokenizer"]

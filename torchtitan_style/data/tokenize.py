@@ -121,7 +121,7 @@ def plan_units(files: Sequence[SourceFile]) -> list[Unit]:
 
 def _spans(file: SourceFile, size: int) -> Iterator[tuple[tuple[int, int] | None, int]]:
     """Parts of ``file`` of about ``size`` bytes: byte ranges or row groups, and their lengths."""
-    is_text = file.format in ("text", "source")
+    is_text = file.format not in ("jsonl", "parquet")
     if file.size < 2 * size or file.is_remote or file.compression or is_text or is_one_piece(file):
         yield None, file.size
     elif file.format == "jsonl":

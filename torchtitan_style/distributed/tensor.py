@@ -17,7 +17,9 @@ class NormOfShard(ParallelStyle):
     would be dispatched in Python as one of DTensors (docs/performance.md)."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """module: an ``RMSNorm``."""
+        """module: an ``RMSNorm``, or something in its place without a weight, which is left as it is."""
+        if getattr(module, "weight", None) is None:
+            return module
         weight = DTensor.from_local(module.weight.detach(), device_mesh, [Replicate()], run_check=False)  # type: ignore[arg-type, operator]
         module.weight = nn.Parameter(weight)
         module.read_weight = _read_weight  # type: ignore[assignment]

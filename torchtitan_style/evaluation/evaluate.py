@@ -60,7 +60,7 @@ def evaluate(
             for record in read_records(file, text_key=text_key, max_bytes=_LONGEST, share=part):
                 if record.problem and record.problem != EMPTY:
                     if record.lost is not None:  # figures of the rest would be of something else
-                        raise _error(f"{file.url}: {record.problem}")
+                        raise UserError(f"{file.url}: {record.problem}")
                     sums[number].unreadable += 1
                     if (count := sum(each.unreadable for each in sums)) <= _WARNINGS:
                         warn(f"{file.url}: {_place(file, record)} is left out: {record.problem}")
@@ -96,13 +96,6 @@ def _place(file: SourceFile, record: Record) -> str:
     return f"{record.place_name or PLACE_NAMES[file.format]} {record.place}"
 
 
-def _error(message: str) -> UserError:
-    """About a document that this rank alone reads."""
-    error = UserError(message)
-    error.everywhere = False
-    return error
-
-
 def _tokenized(
     model: TextModel, texts: Iterator[tuple[int, Record]], files: Sequence[SourceFile]
 ) -> Iterator[tuple[int, Record, list[int]]]:
@@ -113,7 +106,7 @@ def _tokenized(
         encoded = model.tokenizer.encode_batch([record.text for _, record in waiting])
         for (number, record), ids in zip(waiting, encoded, strict=True):
             if len(ids) and int(ids.max()) >= model.config.vocab_size:
-                raise _error(
+                raise UserError(
                     f"{files[number].url}: the tokenizer makes token {int(ids.max())} of it, and the model has "
                     f"{model.config.vocab_size}; it is another model's tokenizer"
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.common.device import available_memory, compiler_problem, current_device, fastest_dtype
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.distributed.world import World, on_main
@@ -41,6 +42,7 @@ def load_model(
     compile: bool = False,
     world: World | None = None,
     say: Callable[[str], None] = lambda line: None,
+    custom_import: Sequence[str] = (),
 ) -> TextModel:
     """The model in ``source``: a run folder, a checkpoint, or a model folder in Transformers' format.
 
@@ -50,10 +52,12 @@ def load_model(
     first text, once more before the first of several at once, and makes each of them faster; not with several ranks.
     world: the ranks to split the model over, each of which calls this; data-parallel ones have a
     copy each. say: told of checkpoints that were passed over.
+    custom_import: modules that register the model's family, if it is one of your own.
 
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
     """
 
+    import_modules(custom_import, key="custom_import")
     wanted = _dtype(dtype)
 
     def load(found: HFFolder | SavedModel) -> TextModel:
@@ -114,6 +118,7 @@ def _build(
     compile: bool,
 ) -> Any:
     multiply_in_fp32(dtype, device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn_attention
     form = found.spec.inference() if found.spec.inference else None
 
     def split(model: Any) -> None:
@@ -156,7 +161,7 @@ def _device(name: torch.device | str | None) -> torch.device:
 def _check_memory(
     config: Any, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, copies: int, packs_twice: bool
 ) -> None:
-    """ranks: that share a copy of the weights. copies: those that other ranks have."""
+    """ranks: that share a copy of the weights. copies: there are so many."""
     # A tied head is a second matrix once it is packed.
     numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
     if packs_twice:  # packed and not packed

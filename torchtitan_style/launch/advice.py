@@ -1,4 +1,4 @@
-"""What is allowed but probably not meant: warnings before a run starts."""
+"""Warnings, before a run starts, about settings that are valid but probably unintended."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torchtitan_style.config.files import CONFIG_FOLDER, DEFAULT_CONFIG, find_co
 from torchtitan_style.config.load import read_settings
 from torchtitan_style.config.schema import Config, LRScheduler
 from torchtitan_style.models.registry import model_config, spec_of
-
-__all__ = ["advice"]
 
 _OF_THE_MODEL = (
     "optimizer.lr",

@@ -1,4 +1,4 @@
-"""What the command line and the environment say of a run."""
+"""The command line and the environment variables of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torchtitan_style.config.files import DEFAULT_CONFIG
 
 from .configure import help_of
 
-__all__ = ["ConfigArguments", "Hosts", "parse_config_arguments", "read_environment", "take_restarts"]
-
 
 @dataclass(frozen=True)
 class ConfigArguments:
@@ -21,7 +19,7 @@ class ConfigArguments:
     path: str
     overrides: list[str]
     chosen: str | None
-    """What --config names; None if it was left out and ``path`` is the default."""
+    """The value of --config; None if it was left out and ``path`` is the default."""
 
 
 def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArguments:
@@ -46,7 +44,7 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
 
 
 def take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
-    """``arguments`` without --max-restarts, and its number; None if it is not given, nor MAX_RESTARTS."""
+    """``arguments`` without --max-restarts, and its value or that of MAX_RESTARTS; None if neither is given."""
     rest, text, name = [], os.environ.get("MAX_RESTARTS", ""), "MAX_RESTARTS"
     given = iter(arguments)
     for argument in given:
@@ -82,12 +80,12 @@ class Hosts:
 
     @property
     def is_first(self) -> bool:
-        """Whether this host has the dump folder, and prepares the data."""
+        """Whether this host writes the dump folder and prepares the data."""
         return self.node_rank == 0
 
 
 def read_environment(*, gpus: int, default_nproc: int) -> Hosts:
-    """NPROC (or NGPU), NNODES, NODE_RANK and RDZV_ENDPOINT. Raises UserError if they make no sense."""
+    """Read NPROC (or NGPU), NNODES, NODE_RANK and RDZV_ENDPOINT. Raises UserError if a value is invalid."""
     nproc, nnodes = _positive("NPROC", _positive("NGPU", default_nproc)), _positive("NNODES", 1)
     if gpus and nproc > gpus:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Put the configuration of a run together, and check it whole. Needs no torch."""
+"""Read the configuration of a run, complete it, and check it as a whole. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.config import Config
 from torchtitan_style.config.checks import Problem, cross_checks
 from torchtitan_style.config.help import section_help
@@ -25,8 +26,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["help_of", "load_config"]
-
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
     """Read ``path``, apply ``overrides`` (as on the command line), check it all.
@@ -38,6 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     and combinations.
     """
     draft = Draft(path, overrides)
+    import_modules(draft.peek_list("job", "custom_import"))
     spec = spec_of(_family(draft))
     schema = schema_of(spec)
     draft.apply_overrides(schema)
@@ -74,9 +74,8 @@ def help_of(name: str) -> str:
 
 def _family(draft: Draft) -> str:
     """The model family that is asked for; the default one if there is none of that name, which the schema says."""
-    default = Model().name
-    name = draft.peek("model", "name", default)
-    return name if name in model_names() else default
+    name = draft.peek("model", "name")
+    return name if name in model_names() else Model().name
 
 
 def _adopt_weights(draft: Draft) -> None:

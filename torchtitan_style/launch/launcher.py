@@ -3,7 +3,7 @@ start the ranks of this host.
 
     NPROC=4 python -m torchtitan_style.launch --config train_configs/qwen3.toml
 
-Mistakes are found here, before any rank starts. One process needs no launcher and trains here; several are started by
+It finds mistakes before any rank starts. A single process trains here, without a launcher; several are started by
 torchrun.
 """
 
@@ -26,21 +26,19 @@ from .preflight import check_initial_weights, check_torch, preflight
 from .run_lock import run_lock
 from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: {program} [--config FILE] [--section.key VALUE ...]
 
   --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --section.key VALUE   override a key of it, as in --training.steps 100
-  --max-restarts N      how often to start again from the last checkpoint when a process dies; 3 if left out,
-                        for several processes (one process has nobody to start it again, unless N is given)
+  --max-restarts N      restarts from the last checkpoint after a process has died; 3 if left out. One process
+                        alone is restarted only if N is given
   --help SECTION        every key of a section, with its default
 {setup}
 Environment
   NPROC, NGPU           processes on this host; {nproc} if left out
-  NNODES, NODE_RANK     number of hosts and which one this is; start the command on each
-  RDZV_ENDPOINT         host:port of the first host, for several hosts
+  NNODES, NODE_RANK     number of hosts, and the number of this one from 0; run the command on each
+  RDZV_ENDPOINT         host:port of the first host; needed for several hosts
   MAX_RESTARTS          as --max-restarts
 """
 
@@ -51,9 +49,9 @@ SETUP = """\
 
 
 def main(arguments: list[str], *, program: str = "./run_train.sh", one_process: bool = False) -> None:
-    """Train with as many processes as asked for; exits with their status.
+    """Train with as many processes as the environment asks for; exits with their status.
 
-    program: what the user calls this, for help. one_process: without NPROC there is one, and not one per GPU.
+    program: the command that the user ran, for help. one_process: the default of NPROC is 1, not the number of GPUs.
     """
     nproc = "1" if one_process else "the number of GPUs, or 1,"
     usage = USAGE.format(program=program, setup="" if one_process else SETUP, nproc=nproc)
@@ -76,7 +74,7 @@ def main(arguments: list[str], *, program: str = "./run_train.sh", one_process: 
 
 
 def _check(config: Config, named: ConfigArguments, hosts: Hosts) -> None:
-    """Raise UserError for what can be known to go wrong. From here on a signal to stop ends the process."""
+    """Raise UserError if the run is known to fail. After this a signal to stop ends the process."""
     check_torch()
     preflight(
         config,
@@ -92,19 +90,19 @@ def _check(config: Config, named: ConfigArguments, hosts: Hosts) -> None:
 
 
 def _leave_word_in(config: Config, hosts: Hosts) -> Path | None:
-    """Told to stop before the ranks start, the first host leaves word of it for all."""
+    """Where to write preempted.json if told to stop before the ranks start: the first host does it for all."""
     return Path(config.job.dump_folder) if hosts.is_first else None
 
 
 def _prepare(config: Config, hosts: Hosts) -> None:
-    """Prepare the data. The ranks take the folder over when this is done."""
-    from torchtitan_style.data.preparation import prepare_data
+    """Prepare the data. The ranks lock the folder themselves afterwards."""
+    from torchtitan_style.data.store import CorpusStore
 
     if hosts.endpoint:
         check_address(hosts.endpoint)
     folder = Path(config.job.dump_folder)
     with interruptible(folder), run_lock(folder):
-        prepare_data(config, dp=plan_layout(config.parallelism, hosts.world_size).dp, say=print)
+        CorpusStore.of(config, dp=plan_layout(config.parallelism, hosts.world_size).dp).get(say=print)
 
 
 def _start(config: Config, arguments: list[str], hosts: Hosts, *, max_restarts: int) -> None:

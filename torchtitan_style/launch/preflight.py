@@ -1,4 +1,4 @@
-"""What can be known to go wrong before anything is built. Needs no torch."""
+"""Checks of everything that can be checked before anything is built. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.checkpoint.saved import find_checkpoint, open_model
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import readable_bytes
+from torchtitan_style.common.files import nearest_existing, readable_bytes
 from torchtitan_style.common.memory import gpu_memory, host_memory
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_layout
@@ -22,8 +22,7 @@ from torchtitan_style.planner.memory import checkpoint_bytes, plan_memory
 from torchtitan_style.train.identity import check_before_start
 
 from .run_lock import check_free
-
-__all__ = ["check_initial_weights", "check_room", "check_torch", "check_writable", "preflight"]
+from .wandb_login import check_wandb
 
 OLDEST_TORCH = (2, 11)
 
@@ -38,16 +37,19 @@ def preflight(
     on_gpus: bool = False,
     notes: Sequence[str] = (),
 ) -> None:
-    """Raise UserError if the dump folder cannot be written, is in use, has no room for the run's checkpoints, or
-    holds those of another run, if a setting names parameters that the model has not, or if memory is too small.
+    """Raise UserError if the run cannot work.
 
-    is_first: whether this is the host that is to hold the folder. ranks_here: processes on this host. notes: more
-    warnings to print.
+    Checks the dump folder (writable, not in use, enough disk space, no checkpoints of a different run), the login for
+    Weights & Biases, patterns that match no parameter, and memory.
+
+    is_first: whether this host writes the folder. ranks_here: processes on this host. notes: further warnings to print.
     """
     folder = Path(config.job.dump_folder)
     check_writable(folder)
     if is_first:
         check_free(folder)
+        if config.metrics.enable_wandb:  # by the first rank, which is here
+            check_wandb()
     check_patterns(config)
     layout = plan_layout(config.parallelism, world_size)
     check_before_start(config, dp=layout.dp)
@@ -69,7 +71,7 @@ def check_torch() -> None:
 
 
 def check_initial_weights(config: Config) -> None:
-    """Raise UserError if the weights that a new run would start from are not there, damaged or another model's."""
+    """Raise UserError if the weights that a new run starts from are missing, damaged, or of a different model."""
     source = config.initial_weights
     if source and find_checkpoint(Path(config.job.dump_folder), verify=False) is None:
         found = open_model(source, verify=True)
@@ -77,31 +79,28 @@ def check_initial_weights(config: Config) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError if ``folder``, which need not exist, cannot be made or written to."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    """Raise UserError if ``folder``, which need not exist, cannot be created or written to."""
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             pass
     except OSError as error:
         raise UserError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
 
 
 def check_patterns(config: Config) -> None:
-    """Raise UserError if a pattern of names matches no parameter: what it was meant for would go on as before."""
+    """Raise UserError if a pattern matches no parameter name: it would silently have no effect."""
     names = spec_of(config.model.name).parameter_shapes(model_config(config.model))
     for pattern in config.optimizer.no_decay:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
                 f'optimizer.no_decay: "{pattern}" matches no parameter; names are as model.embed_tokens.weight, and '
-                "* stands for any part, as in *embed_tokens*"
+                "* matches anything, as in *embed_tokens*"
             )
 
 
 def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, ranks_here: int, on_gpus: bool) -> None:
-    """Raise UserError if weights, gradients and optimizer state are more than the memory that the ranks of this host
-    have; warn if they are more than is free, or with activations more than there is."""
+    """Raise UserError if weights, gradients and optimizer state exceed the memory of this host's ranks. Warn if they
+    exceed what is free, or exceed the memory together with the activations."""
     room = gpu_memory() if on_gpus else host_memory()
     if room is None:
         return
@@ -134,7 +133,7 @@ def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, 
 
 
 def check_room(config: Config, say: Callable[[str], None]) -> None:
-    """Say how much room the run's checkpoints take; raise UserError if there is less."""
+    """Print how much disk space the run's checkpoints take; raise UserError if less is free."""
     checkpoint, folder = config.checkpoint, Path(config.job.dump_folder)
     if not checkpoint.enable:
         return
@@ -147,7 +146,7 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
     kept += bool(checkpoint.keep_latest_k)  # an older one is deleted after a newer one is written
     have = len(CheckpointFolder(folder / "checkpoint").steps())
     needed = max(0, kept - have) * size
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     text = f"checkpoints take about {readable_bytes(size)} each, at most {readable_bytes(kept * size)} at once"
     if needed > free:
         fewer = "lower checkpoint.keep_latest_k" if checkpoint.keep_latest_k else "set checkpoint.keep_latest_k"
@@ -156,10 +155,3 @@ def check_room(config: Config, say: Callable[[str], None]) -> None:
             "--job.dump_folder"
         )
     say(f"{text}; {readable_bytes(free)} are free")
-
-
-def _existing(folder: Path) -> Path:
-    """``folder``, or the nearest of its parents that exists."""
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder

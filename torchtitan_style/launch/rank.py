@@ -23,8 +23,6 @@ from .configure import load_config
 from .preflight import check_initial_weights, check_torch, preflight
 from .torchrun import count_gpus
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str], *, usage: str = "") -> None:
     """Train as one rank, or as the only process, and end the process.
@@ -45,10 +43,10 @@ def main(arguments: list[str], *, usage: str = "") -> None:
             stops_end_at_once(folder)
             if "RANK" not in os.environ:
                 check_initial_weights(config)
-            import torchtitan_style.train.trainer  # noqa: F401  # and torch, whose import no exception may interrupt
+            import torchtitan_style.launch.run  # noqa: F401  # and torch, whose import no exception may interrupt
         # Several ranks have the data prepared, and agree on when to stop from the beginning.
         with interruptible(folder, gracefully=world_size > 1):
-            from torchtitan_style.train.trainer import train
+            from .run import train
 
             train(config, world_size=world_size)
             ignore_stops()

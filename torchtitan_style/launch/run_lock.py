@@ -16,29 +16,28 @@ from typing import Any
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import first_missing, remove_empty
 
-__all__ = ["check_free", "run_lock"]
-
 NAME = "run.lock"
 _DYING = 1.0
-"""Seconds that a process which was just killed may take to let go."""
+"""Seconds that a process which was just killed may take to release the lock."""
 _STALE = 120.0
-"""Seconds without a sign of life after which a run on another host counts as gone."""
+"""Seconds without an update after which a run on another host counts as ended."""
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; it is made if need be, and goes again if it is left empty.
+    """Lock ``folder`` for this process. It is created if needed, and removed again if it is left empty.
 
-    The kernel lets go of the lock when the process ends, however it ends. Where a file system does not tell
-    other hosts of locks, they go by the file's time, which is kept fresh. Raises UserError if another run
-    holds it, or the folder cannot be written.
+    The kernel releases the lock when the process ends, however it ends. Where a file system does not share locks
+    between hosts, they compare the file's modification time, which the holder updates. Raises UserError if another
+    run holds the lock, or the folder cannot be written. (filelock does not fit: it truncates the file as it opens it,
+    and with it the holder's name.)
     """
     made = first_missing(folder)
     file, held = _open(folder), False
     done = threading.Event()
     try:
         _take(file, folder)
-        while not _is_current(file, folder):  # the run before has just taken its file away
+        while not _is_current(file, folder):  # the previous run has just removed its file
             os.close(file)
             file = _open(folder)
             _take(file, folder)

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.program import STOP_SIGNALS
-from torchtitan_style.common.reporting import VERDICT
+from torchtitan_style.common.reporting import VERDICT, verdict_status
 from torchtitan_style.train.stopping import end_at_once, ignore_stops, stops_end_at_once
 
-__all__ = ["check_address", "count_gpus", "start_ranks", "wait_for_host"]
+from .agent import install_agent
 
 
 def count_gpus() -> int:
-    """GPUs that a process here can use, without the seconds that importing torch takes."""
+    """Number of GPUs that a process here can use, without importing torch, which takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
@@ -34,7 +34,7 @@ def count_gpus() -> int:
 
 
 def check_address(endpoint: str) -> None:
-    """Raise UserError if there is no host of the name in ``endpoint``, host:port, before torchrun tries for minutes."""
+    """Raise UserError if the host in ``endpoint`` (host:port) is unknown; torchrun would retry for minutes."""
     try:
         socket.getaddrinfo(endpoint.rpartition(":")[0], None)
     except OSError as error:
@@ -42,7 +42,7 @@ def check_address(endpoint: str) -> None:
 
 
 def wait_for_host(endpoint: str) -> None:
-    """Return once something listens at ``endpoint``, host:port. torchrun gives up after a minute, and the first host
+    """Return once something listens at ``endpoint`` (host:port). torchrun gives up after a minute, but the first host
     may take hours to prepare the data."""
     host, _, port = endpoint.rpartition(":")
     said = ""
@@ -71,13 +71,13 @@ def start_ranks(
 ) -> None:
     """Run ``nproc`` processes of ``python -m module arguments`` under torchrun, and wait for them.
 
-    options: torchrun's, for the rendezvous. torchrun is kept quiet about what the ranks have said
-    themselves. max_restarts: how often to start all again when one has died, unless it had said why.
-    shutdown_timeout: seconds that the ranks get to save in when this process is told to stop. has_saved: whether
-    they did. leave_word_in: where to leave preempted.json if told to stop before the ranks start.
+    options: torchrun's, for the rendezvous. max_restarts: how often to restart all ranks after one has died, unless
+    it reported why. shutdown_timeout: seconds that the ranks have to save in when this process is told to stop.
+    has_saved: whether they did. leave_word_in: where to leave preempted.json if told to stop before the ranks start.
 
-    If one fails this exits: with status 2 for a mistake of the user's, else 1; with 128 + the number of the
-    signal if told to stop, unless the ranks have saved.
+    Exits if a rank fails: with status 2 after a UserError, else with 1; with 128 + the number of the signal if this
+    process is told to stop, unless the ranks have saved. torchrun's own log of failures is off: the ranks report
+    errors themselves, and what the agent sees is printed here.
     """
     if not on_gpus:
         # Left alone each process would take all cores, and torchrun would give each a single one.
@@ -104,6 +104,8 @@ def start_ranks(
         raise SignalException(f"told to stop by {told.name}", signal.SIGTERM)
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    agent = install_agent()
     command = [*options, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
         command.append(f"--shutdown-timeout={shutdown_timeout}")
@@ -122,16 +124,17 @@ def start_ranks(
             if not too_early and not has_saved():
                 raise SystemExit(128 + (told if received.sigval == signal.SIGTERM else received.sigval)) from None
         except RendezvousError as error:
-            print(f"error: this host cannot join the others: {error}; RDZV_ENDPOINT is an address of the first host "
+            if agent.has_started:
+                print("error: another host has ended the run; its output says why", file=sys.stderr)
+                raise SystemExit(1) from None
+            print(f"error: this host cannot join the others: {error}; check that RDZV_ENDPOINT names the first host "
                   "and a port that is free there", file=sys.stderr)  # fmt: skip
             raise SystemExit(2) from None
-        except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            if 2 in codes.values():
-                raise SystemExit(2) from None
-            rank, failure = error.get_first_failure()
-            print(f"error: rank {rank} ended with {failure.exitcode}; its own output says why", file=sys.stderr)
-            raise SystemExit(1) from None
+        except ChildFailedError:
+            status = verdict_status()
+            if status is None:
+                print(f"error: {agent.failure}", file=sys.stderr)
+            raise SystemExit(status or 1) from None
     if too_early:
         end_at_once(told, leave_word_in)
 

@@ -52,21 +52,7 @@ class Recorder:
 
             self._tensorboard = SummaryWriter(dump_folder / "tensorboard", purge_step=resumed_step + 1)
         if config.enable_wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError(
-                    'metrics.enable_wandb: the wandb package is missing; install it (the "wandb" extra), or set '
-                    "enable_wandb = false"
-                ) from None
-            self._wandb = wandb.init(
-                project="torchtitan_style",
-                name=dump_folder.name,
-                dir=dump_folder,
-                config=settings,
-                id=_wandb_id(dump_folder / "wandb_id", keep=resumed_step > 0),
-                resume="allow",
-            )
+            self._wandb = _start_wandb(dump_folder, settings, resumes=resumed_step > 0)
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append ``records``, each with its "step"."""
@@ -74,12 +60,13 @@ class Recorder:
         for record in records:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
             if self._tensorboard is not None:
-                with self._forgiving():
+                with self._tensorboard_errors():
                     for key, value in numbers.items():
                         group = "validation" if key.startswith("val_") else "train"
                         self._tensorboard.add_scalar(f"{group}/{key}", value, record["step"])
             if self._wandb is not None:
-                self._wandb.log(numbers, step=record["step"])
+                with self._wandb_errors():
+                    self._wandb.log(numbers, step=record["step"])
 
     def _append(self, lines: str) -> None:
         waited, lines = bool(self._unwritten), self._unwritten + lines
@@ -104,19 +91,53 @@ class Recorder:
         if self._unwritten:
             self._append("")
         if self._tensorboard is not None:
-            with self._forgiving():
+            with self._tensorboard_errors():
                 self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._wandb_errors():
+                self._wandb.finish()
 
     @contextlib.contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _tensorboard_errors(self) -> Iterator[None]:
         """TensorBoard's writer has a thread of its own; once that has failed, every call does."""
         try:
             yield
         except OSError as error:
             self._tensorboard = None
             self._warn(f"TensorBoard events cannot be written any more: {error}")
+
+    @contextlib.contextmanager
+    def _wandb_errors(self) -> Iterator[None]:
+        """A failure of Weights & Biases during a run does not end the run: metrics.jsonl has every record."""
+        try:
+            yield
+        except Exception as error:  # its own kinds, connection errors, a dead service process
+            self._wandb = None
+            self._warn(f"Weights & Biases gets no more records, metrics.jsonl has all of them: {_first_line(error)}")
+
+
+def _start_wandb(dump_folder: Path, settings: dict[str, Any], *, resumes: bool) -> Any:
+    """A run of Weights & Biases. Raises UserError if there can be none."""
+    try:
+        import wandb
+
+        return wandb.init(
+            project="torchtitan_style",
+            name=dump_folder.name,
+            dir=dump_folder,
+            config=settings,
+            id=_wandb_id(dump_folder / "wandb_id", keep=resumes),
+            resume="allow",
+        )
+    except Exception as error:  # no package, no login, no network, a wrong setting
+        raise UserError(
+            f"metrics.enable_wandb: Weights & Biases cannot start: {_first_line(error)}; correct that, set "
+            "WANDB_MODE=offline, or set metrics.enable_wandb = false"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _wandb_id(file: Path, *, keep: bool) -> str:

@@ -34,7 +34,8 @@ def spec_of(name: str) -> ModelSpec:
         return _SPECS[name]
     near = difflib.get_close_matches(name, _SPECS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_SPECS)}"
-    raise UserError(f'model.name: there is no model family "{name}"; {hint} (job.custom_import adds others)')
+    more = "job.custom_import, or --custom-import MODULE, adds others"
+    raise UserError(f'model.name: there is no model family "{name}"; {hint} ({more})')
 
 
 def read_hf_config(settings: dict[str, Any]) -> tuple[ModelSpec, Any]:

@@ -110,7 +110,8 @@ class ModelSpec:
 
     build: Callable[[Any], Any]
     """Config → the model: a module that maps (token ids, labels, documents) to (sum of token losses, right guesses),
-    and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and ``lm_head``."""
+    and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and ``lm_head``,
+    whose attribute ``z_loss`` training sets to ``training.z_loss``."""
     parallelize: Callable[..., None]
     """Lays a model out over a mesh for training, in place; see ``qwen3/parallelize.py``."""
 

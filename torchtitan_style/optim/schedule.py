@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from torchtitan_style.common.extensions import SCHEDULES
 from torchtitan_style.config.schema import LRScheduler
 
 __all__ = ["lr_factor"]
@@ -28,10 +30,12 @@ def lr_factor(step: int, config: LRScheduler, *, total_steps: int) -> float:
     if step <= start or decay <= 0:
         return 1.0
     progress = (step - start) / (decay + 1)  # in (0, 1)
-    if config.decay_type == "linear":
-        shape = 1.0 - progress
-    elif config.decay_type == "sqrt":
-        shape = 1.0 - math.sqrt(progress)
-    else:
-        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr_factor + (1.0 - config.min_lr_factor) * shape
+    shape = _SHAPES.get(config.decay_type) or SCHEDULES.get(config.decay_type)
+    return config.min_lr_factor + (1.0 - config.min_lr_factor) * shape(progress)
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "sqrt": lambda progress: 1.0 - math.sqrt(progress),
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}

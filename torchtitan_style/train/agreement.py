@@ -1,4 +1,4 @@
-"""Decisions that all ranks take at the same moment."""
+"""Decisions that all ranks take at the same step."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ __all__ = ["Agreement"]
 
 
 class Agreement:
-    """The greatest of what the ranks say, known to all of them one call later.
+    """Maximum over ranks, delivered one call late.
 
-    Made by all ranks together, and called by all equally often. The numbers are on their way while a step is
-    computed, so nobody waits for them; they never touch the GPU.
+    Made by all ranks together, and called by all equally often. The reduction runs on the CPU while the next step is
+    computed, so no rank waits for it.
     """
 
     @one_thread_each()
     def __init__(self) -> None:
         # A group of its own: the order of its collectives does not depend on that of any others.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self._under_way: tuple[torch.Tensor, dist.Work] | None = None
+        self._in_flight: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, *mine: int) -> Sequence[int]:
-        """The greatest over the ranks of each number that was passed in the last call, or 0 in the first one."""
+        """The maximum over ranks of each number passed in the previous call; 0 in the first call. One process gets
+        its own numbers at once."""
         if self._group is None:
             return mine
-        before: Sequence[int] = [0] * len(mine)
-        if self._under_way is not None:
-            numbers, work = self._under_way
+        previous: Sequence[int] = [0] * len(mine)
+        if self._in_flight is not None:
+            numbers, work = self._in_flight
             work.wait()
-            before = numbers.tolist()
+            previous = numbers.tolist()
         numbers = torch.tensor(mine)
         work = dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
-        self._under_way = numbers, work
-        return before
+        self._in_flight = numbers, work
+        return previous

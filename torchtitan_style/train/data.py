@@ -10,17 +10,13 @@ import torch.distributed as dist
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
-from torchtitan_style.data.loader import Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
+from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from torchtitan_style.data.mixture import choose
-from torchtitan_style.data.preparation import data_of_run, prepare_data
-from torchtitan_style.data.prepare import streamed_corpora
 from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
 from torchtitan_style.data.rows import Rows, RowSource
+from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.metrics.display import Display
-from torchtitan_style.models.registry import model_config
-
-__all__ = ["RunData"]
 
 
 class RunData:
@@ -29,7 +25,8 @@ class RunData:
     def __init__(self, config: Config, world: World, display: Display) -> None:
         self.config, self.world, self.display = config, world, display
         self.batch_plan = plan_batch(config.training, world.layout.dp)
-        self.prepared = on_main(lambda: prepare_data(config, dp=world.layout.dp, say=display.say))
+        self.store = CorpusStore.of(config, dp=world.layout.dp)
+        self.prepared = on_main(lambda: self.store.get(say=display.say))
         self.mixture = self.prepared.names if config.data.dataset == "mixture" else []
         """Names of the corpora of a mixture."""
         self.bad_documents = BadDocuments(
@@ -52,9 +49,17 @@ class RunData:
             what = "streams" if config.data.streaming else "rows"
             display.warn(f"data.num_workers: a rank has {what} for {busy} workers only, not {config.data.num_workers}")
         self.validation_batches = self._held_out() if config.validation.enable else []
+        self._problems: list[Problem] = []
+        """Documents that this rank could not read, since they were last reported."""
+
+    def next_batch(self) -> Batch:
+        """This rank's part of the next step."""
+        batch = self.loader.next()
+        self._problems += batch.problems
+        return batch
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for the data to go on with the very next row, beside the settings."""
+        """Beside the settings, what must not change for the data to continue with the very next row."""
         return {
             "tokenizer": self.prepared.manifest["tokenizer_sha256"][:16],
             "content": [self.prepared.fingerprint(name) for name in self.prepared.names],
@@ -74,14 +79,15 @@ class RunData:
         return f"{', '.join(epochs)} of {self.prepared.tokens('train'):,} tokens"
 
     def resuming(self, state: dict[str, Any]) -> str:
-        """What finding the place again costs, in words."""
+        """What it costs to find the position in the data again, in words; "" if nothing."""
         if not isinstance(self.source, StreamedSteps):
             return ""
         records = sum(place[2] for stream in state.values() for place in stream["places"])
         return f"; the streams read past up to {records:,} documents to find their places"
 
-    def report_problems(self, mine: list[Problem]) -> None:
+    def report_problems(self) -> None:
         """List documents that this and other ranks could not read. Raises UserError if there are too many."""
+        mine, self._problems = self._problems, []
         of_ranks: list[list[Problem]] = [[]] * self.world.layout.world_size
         dist.all_gather_object(of_ranks, mine)
         before = self.bad_documents.count, len(self.bad_documents.lost)
@@ -108,9 +114,8 @@ class RunData:
 
     def _streams(self) -> StreamedSteps:
         config, global_batch = self.config, self.batch_plan.global_batch_size
-        vocab_size = model_config(config.model).vocab_size
         return StreamedSteps(
-            on_main(lambda: streamed_corpora(data_of_run(config), self.prepared, vocab_size=vocab_size)),
+            on_main(lambda: self.store.streamed(self.prepared)),
             config.data.weights(),
             global_batch=global_batch,
             num_streams=plan_streams(config.data, global_batch, self.world.layout.dp),

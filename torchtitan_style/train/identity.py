@@ -1,4 +1,4 @@
-"""What a run must have in common with the checkpoint that it goes on from, and what may differ. Needs no torch."""
+"""What a run and the checkpoint it resumes from must have in common, and what may differ. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["Identity", "changed_settings", "check_before_start", "check_same_run
 Identity = dict[str, dict[str, Any]]
 
 REPLACEABLE = ("weights", "tokenizer", "content")
-"""What of the data checkpoint.allow_changed_data lets change."""
+"""What checkpoint.allow_changed_data lets change."""
 
 
 def identity(config: Config, *, dp: int) -> Identity:
-    """What a configuration says of its run that must stay the same; of the data, ``RunData`` knows more."""
+    """The settings that must stay the same for the whole run; ``RunData.identity`` adds what depends on the data."""
     shape = dataclasses.asdict(model_config(config.model))
     for name in ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings"):
         del shape[name]
@@ -51,16 +51,16 @@ def identity(config: Config, *, dp: int) -> Identity:
 
 
 def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: Path) -> list[str]:
-    """Compare what both have; returns what differs by leave of the configuration, in words.
+    """Compare two identities. Returns a sentence for each difference that the configuration allows.
 
-    Raises UserError with all that must not differ.
+    Raises UserError with every difference that it does not allow.
     """
     allowed, differences = [], []
     for section, key, before, after in _differences(saved, now):
         if section == "optimizer" and config.checkpoint.switch_optimizer:
             allowed.append(f"the optimizer was {before}; {after} starts afresh")
         elif section == "data" and key in REPLACEABLE and config.checkpoint.allow_changed_data:
-            allowed.append(f"{key} of the data changed; going on at the same place of the new")
+            allowed.append(f"{key} of the data changed; continuing at the same position in the new data")
         else:
             differences.append((section, key, f"{section}.{key} was {before}, is {after}"))
     if not differences:
@@ -69,10 +69,10 @@ def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: P
     if all(section == "optimizer" for section, _, _ in differences):
         hint = ", allow it with --checkpoint.switch_optimizer"
     elif all(section == "data" and key in REPLACEABLE for section, key, _ in differences):
-        hint = ", go on at the same place of the new data with --checkpoint.allow_changed_data"
+        hint = ", continue at the same position in the new data with --checkpoint.allow_changed_data"
     raise UserError(
-        f"{checkpoint} is of another run: {'; '.join(text for *_, text in differences)}; put it back{hint}, or start "
-        "a new run with another --job.dump_folder"
+        f"{checkpoint} belongs to a different run: {'; '.join(text for *_, text in differences)}; restore the "
+        f"setting{hint}, or start a new run with another --job.dump_folder"
     )
 
 
@@ -85,8 +85,8 @@ def _differences(saved: Identity, now: Identity) -> Iterator[tuple[str, str, Any
 
 
 def check_before_start(config: Config, *, dp: int) -> None:
-    """Hold the configuration against the checkpoint that the run would go on from, as far as that goes without
-    reading the data. Raises UserError if it is of another run."""
+    """Compare the configuration with the checkpoint that the run would resume from, as far as possible without
+    reading the data. Raises UserError if it belongs to a different run."""
     folder = CheckpointFolder(Path(config.job.dump_folder) / "checkpoint")
     wanted = config.checkpoint.load_step
     if not config.checkpoint.enable or wanted == 0:
@@ -103,7 +103,7 @@ def check_before_start(config: Config, *, dp: int) -> None:
 
 
 def changed_settings(checkpoint: Path, config: Config) -> list[str]:
-    """Settings that are not those that ``checkpoint`` was made with, as "optimizer.lr 0.001 → 0.0005"."""
+    """Settings that differ from those of ``checkpoint``, as "optimizer.lr 0.001 → 0.0005"."""
     try:
         before = flat(tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""``preempted.json``: left in the dump folder by a run that was told to stop and has saved."""
+"""``preempted.json``: tells a scheduler that a run stopped early, has saved, and can be started again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NAME = "preempted.json"
 
 
 def write_preempted(folder: Path, *, step: int, checkpoint: str | None, signal: str) -> None:
-    """step: the last one; checkpoint: its path, if there is one; signal: its name."""
-    word = {"step": step, "checkpoint": checkpoint, "signal": signal, "time": time.time()}
-    write_in_one_go(folder / _NAME, json.dumps(word) + "\n")
+    """Write the file. step: the last one; checkpoint: the path of its checkpoint, if any; signal: as "SIGTERM"."""
+    content = {"step": step, "checkpoint": checkpoint, "signal": signal, "time": time.time()}
+    write_in_one_go(folder / _NAME, json.dumps(content) + "\n")
 
 
 def leave_preempted(folder: Path, *, signal: str) -> None:
-    """Leave it for a run that was told to stop before its first step. ``folder`` need not exist."""
+    """Write the file for a run that stopped before its first step. ``folder`` need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = CheckpointFolder(folder / "checkpoint")
     newest = max(checkpoints.steps(), default=0)
@@ -29,10 +29,10 @@ def leave_preempted(folder: Path, *, signal: str) -> None:
 
 
 def is_preempted(folder: Path) -> bool:
-    """Whether the last run here has left it."""
+    """Whether the last run in ``folder`` stopped early."""
     return (folder / _NAME).exists()
 
 
 def clear_preempted(folder: Path) -> None:
-    """A run has begun."""
+    """Remove the file: a run has started."""
     (folder / _NAME).unlink(missing_ok=True)

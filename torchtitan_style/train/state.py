@@ -1,41 +1,64 @@
-"""What a run knows of itself, as every checkpoint has it."""
+"""All loop state that a resumed run needs, as every checkpoint holds it."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
-from torchtitan_style.metrics.log import SkippedSteps
+__all__ = ["SkippedSteps", "TrainState"]
 
-__all__ = ["TrainState"]
+
+@dataclasses.dataclass
+class SkippedSteps:
+    """Steps in which the weights were not updated."""
+
+    total: int = 0
+    in_a_row: int = 0
+    """Up to the last step."""
+
+    def count(self, *, taken: bool) -> None:
+        """Count one step."""
+        self.total += not taken
+        self.in_a_row = 0 if taken else self.in_a_row + 1
 
 
 @dataclasses.dataclass
 class TrainState:
-    """All that a resumed run goes on from, beside weights and optimizer state."""
+    """What a checkpoint holds beside weights and optimizer state. The names of the fields are part of its format."""
 
     step: int = 0
+    """The last step that was done."""
     rows_seen: int = 0
     best_val_loss: float | None = None
     validated_step: int | None = None
     """The last step that was validated."""
     skipped: SkippedSteps = dataclasses.field(default_factory=SkippedSteps)
     rewinds: int = 0
-    """In a row, without getting past the step that the first one left from, which is ``furthest_step``."""
+    """Rewinds in a row that did not get past ``furthest_step``."""
     furthest_step: int = 0
+    """The step at which the first of these rewinds began."""
     went_back_to: int = 0
-    """The checkpoint.load_step that this course began with; 0: none."""
+    """The checkpoint.load_step that the run last started from; 0: none."""
     recent_losses: list[float] = dataclasses.field(default_factory=list)
-    """What the next loss is compared with."""
+    """What ``StepGuard`` compares the next loss with."""
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Where the data is: what ``Loader.start`` takes."""
+    """The position in the data: what ``Loader.start`` takes."""
 
-    def go_back_to(self, saved: TrainState) -> None:
-        """Be ``saved`` again in all but the data, which goes on, and the count of how often this happened."""
+    def update_best(self, val_loss: float) -> bool:
+        """Take note of the validation loss at this step. Whether it is the lowest so far."""
+        best = math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss)
+        if best:
+            self.best_val_loss = val_loss
+        self.validated_step = self.step
+        return best
+
+    def rewind_to(self, saved: TrainState) -> None:
+        """Restore ``saved``, except the position in the data, which stays ahead, and the count of rewinds."""
         self.step, self.skipped, self.recent_losses = saved.step, saved.skipped, saved.recent_losses
         self.best_val_loss, self.validated_step = saved.best_val_loss, saved.validated_step
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:
-        """What an older version did not write is as at the start of a run."""
+        """Fields that an older version did not write have their defaults."""
         return cls(**saved | {"skipped": SkippedSteps(**saved.get("skipped", {}))})

@@ -7,6 +7,7 @@ verified is what trains.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,22 +18,47 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_style.common import device as devices
+from torchtitan_style.common.extensions import LOSSES
 from torchtitan_style.config import Config
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.distributed.custom_loss import custom_loss
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
-from torchtitan_style.metrics.log import StepResult
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
 
-__all__ = ["DTYPES", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
+from .observer import NO_OBSERVER, Observer
+
+__all__ = ["DTYPES", "StepResult", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step computed: tensors on the device, so that the loop need not wait for it."""
+
+    loss: Tensor
+    """Mean over all tokens of the step; 0-dim fp32, the same on all ranks."""
+    grad_norm: Tensor
+    """Global, before clipping; 0-dim fp32, the same on all ranks."""
+    taken: Tensor
+    """Whether the weights were updated; 0-dim bool, the same on all ranks."""
+    update: Tensor
+    """The number of this update (from 1), or that the update would have had; 0-dim int64, the same on all ranks."""
+    batch_hash: int
+    """This rank's share, signed; the shares of the dp ranks add up modulo 2⁶⁴."""
+    padding: int = 0
+    """Positions of this rank's rows that are padding."""
+    corpus_rows: tuple[int, ...] = ()
+    """This rank's rows from each corpus."""
+    unreadable: int = 0
+    """Documents that this rank could not read."""
 
 
 def build_training_model(config: Config, world: World, *, warn: Callable[[str], None]) -> Any:
@@ -60,7 +86,11 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
         init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
 
     model = build_model(spec, model_config(config.model), device=world.device, lay_out=lay_out, fill=draw)
+    # The attributes of the head that training sets: see ModelSpec.build.
     model.lm_head.z_loss = config.training.z_loss
+    if LOSSES.added(config.training.loss):
+        function = LOSSES.get(config.training.loss)
+        model.lm_head.loss_function = custom_loss(function, world.mesh["tp"].get_group())
     model.train()
     return model
 
@@ -88,6 +118,7 @@ def train_step(
     config: Config,
     world: World,
     guard: StepGuard,
+    observer: Observer = NO_OBSERVER,
 ) -> StepResult:
     """Accumulate gradients over the microbatches, clip, update if ``guard`` admits it. ``step`` counts from 1."""
     # Drop-out draws depend on the seed, the step and the rank, so there is no state to save.
@@ -99,18 +130,21 @@ def train_step(
     dist.all_reduce(tokens, group=world.batch_group)
     loss = forward_backward(model, batch.microbatches, tokens)
     loss *= world.counts
+    observer.after_backward(step, model, loss)
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
     taken = guard.admits(loss.float(), grad_norm)
+    update = optimizer.updates + 1
     optimizer.step_if(taken)
     keep_freed_memory(world.device)
     return StepResult(
         loss=loss.float(),
         grad_norm=grad_norm,
         taken=taken,
+        update=update,
         batch_hash=batch.hash,
         padding=batch.padding,
         corpus_rows=batch.corpus_rows,
-        problems=batch.problems,
+        unreadable=len(batch.problems),
     )
 
 

@@ -1,9 +1,13 @@
-"""How a rank ends: when it is done, by an error, or told to by a signal.
+"""What happens on SIGTERM, SIGUSR1 and Ctrl-C, and how a rank ends.
 
-A signal to stop is only taken note of once training has begun: the loop asks ``told_to_stop`` between
-steps, agrees with the other ranks, saves and ends with status 0. Before that, and at a second Ctrl-C, it
-ends the process at once; what was prepared of the data so far is kept. ``begin_run`` (common/program.py) notes what
-arrives before the configuration is read, and ``stops_end_at_once`` acts on it.
+1. A signal is noted in a list and does not interrupt the step under way (``stop_gracefully``, ``told_to_stop``).
+2. Between two steps the ranks exchange what they were told (``agreement.py``), so that all stop after the same step.
+3. The trainer saves a checkpoint, writes ``preempted.json`` (``preempted.py``) and exits with status 0
+   (``Trainer._stop_early``). The same command resumes the run.
+
+Before training there is nothing to save: a signal ends the process at once, as does a second Ctrl-C; prepared data is
+kept. ``begin_run`` (common/program.py) notes what arrives before the configuration is read, and ``stops_end_at_once``
+acts on it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.program import STOP_SIGNALS
 from torchtitan_style.common.program import received as _received
 
@@ -28,6 +33,7 @@ __all__ = [
     "end_at_once",
     "ending_at_once",
     "ignore_stops",
+    "interrupted",
     "interruptible",
     "on_interrupt",
     "stop_gracefully",
@@ -41,11 +47,11 @@ _graceful = False
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """End the process when this context ends, whichever way, without Python's orderly shutdown.
+    """End the process when this context ends, with or without an error, skipping Python's orderly shutdown.
 
-    A thread of gloo's may still be letting go of the last collective's tensors, and needs the
-    interpreter for it; if that is shutting down, the thread aborts the process (torch 2.13, in one of
-    five runs of two ranks). All files are closed by now.
+    A gloo thread may still be releasing the tensors of the last collective, and needs the interpreter for it. If the
+    interpreter is shutting down, that thread aborts the process (torch 2.13, in one of five runs of two ranks). All
+    files are closed by now.
     """
     status: object = 0
     try:
@@ -67,25 +73,35 @@ def ending_at_once() -> Iterator[None]:
 
 
 def on_interrupt(farewell: Callable[[], None]) -> None:
-    """Have ``farewell`` called if the program is ended at once. It must not communicate with other ranks."""
+    """Call ``farewell`` if a Ctrl-C ends the program at once. It must not communicate with other ranks."""
     _farewell[:] = [farewell]
 
 
+def interrupted(step: int, folder: CheckpointFolder) -> str:
+    """What to tell a person who has interrupted the run at ``step``."""
+    steps = folder.steps()
+    if not steps:
+        return f"interrupted at step {step}. There is no checkpoint yet."
+    return (
+        f"interrupted at step {step}. The last checkpoint is {folder.path(steps[0])}. Run the same command to resume."
+    )
+
+
 def stop_gracefully() -> None:
-    """From now on a signal to stop is taken note of, and does not end the process."""
+    """From now on signals to stop are noted and do not end the process."""
     global _graceful
     _graceful = True
 
 
 def told_to_stop() -> int:
-    """The signal that this process was told to stop with, or 0."""
+    """The first signal to stop that this process received, or 0."""
     return _received[0][0] if _received else 0
 
 
 def stops_end_at_once(dump_folder: Path | None = None) -> None:
     """From now on a signal to stop ends the process with ``end_at_once``; one that was noted before does so now.
 
-    For while nothing has to be put back in order: even torch can be imported, which an exception would abort.
+    For while there is nothing to clean up. torch may be imported meanwhile, which an exception would abort.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:
@@ -117,19 +133,20 @@ def end_at_once(number: int, dump_folder: Path | None = None) -> NoReturn:
 
 
 def ignore_stops() -> None:
-    """The process ends, and has done all that a signal could ask for."""
+    """From now on ignore signals to stop: the process is ending and has nothing left to save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def interruptible(dump_folder: Path | None = None, *, gracefully: bool = False) -> Iterator[None]:
-    """Without a traceback exit with status 130 at Ctrl-C and 143 at SIGTERM, or 138 at SIGUSR1.
+    """Exit without a traceback at a signal to stop: status 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
 
-    dump_folder: see ``end_at_once``. gracefully: take note of signals from the beginning.
+    dump_folder: see ``end_at_once``. gracefully: only note signals from the beginning, see ``stop_gracefully``.
 
-    A signal reaches all ranks. One of them may be told first by the others' broken connections, so
-    any error after a signal counts as its consequence; without one, a line says whose fault it is not.
+    A signal reaches all ranks, but a rank may first notice the broken connections of those that have ended. So any
+    error after a signal counts as its consequence. Without a signal, a lost connection is reported in one line that
+    says that another rank failed.
     """
     global _graceful
     _graceful = gracefully

@@ -1,8 +1,8 @@
 """Finds the rank that all others wait for.
 
-A thread of every rank tells the others, once a second, how long its main thread has got nowhere, and in which
-collective it was last. When nobody has got anywhere for too long, the ranks that still can leave their stacks
-in a file, name the one that is behind or does not answer, and end; the launcher ends or restarts the rest.
+A thread of every rank tells the others, once a second, how many seconds its main thread has made no progress, and which
+collective it entered last. When no rank has made progress for ``limit`` seconds, the ranks that still can write their
+stacks to a file, name the one that is behind or does not answer, and exit; the launcher ends or restarts the rest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _TICK = 1.0
 
 
 class Watchdog:
-    """Made by all ranks together. ``folder`` is where stacks go; ``limit`` seconds without progress are too many.
+    """Made by all ranks together. folder: for the stacks. limit: seconds without progress before the run is ended.
 
-    A run of one process is never ended: nobody waits for it. Its stacks are left all the same.
+    A run of one process is never ended, as nobody waits for it; its stacks are written all the same.
     """
 
     def __init__(self, folder: Path, *, limit: float, warn: Callable[[str], None]) -> None:
@@ -54,8 +54,8 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def beat(self, step: int | None = None) -> None:
-        """Something has got on; from any thread."""
+    def record_progress(self, step: int | None = None) -> None:
+        """Restart the count of seconds without progress. From any thread."""
         self._since = time.monotonic()
         if step is not None:
             self._step = step
@@ -69,8 +69,8 @@ class Watchdog:
     # In threads
 
     def _talk(self, store: dist.TCPStore) -> None:
-        """Tell the others; listen to them at first, and when in doubt. Waits for ever if rank 0, which has the
-        store, does not answer."""
+        """Publish this rank's sign of life; read the others' at first, and when progress stalls. Blocks if rank 0,
+        which has the store, does not answer."""
         keys = [str(rank) for rank in range(self.world_size)]
         with contextlib.suppress(RuntimeError):  # rank 0 is gone, which its peers notice by themselves
             for tick in itertools.count():
@@ -112,11 +112,11 @@ class Watchdog:
         }
 
     def _judge(self) -> None:
-        """End the process, if no other rank has got on lately either."""
+        """End the process, if no other rank has made progress lately either."""
         before, patience = self._signs, 3 * _TICK
         if self._closed.wait(patience):
             return
-        # Ranks that are done neither answer nor get on.
+        # Ranks that are done neither answer nor make progress.
         now = {rank: sign for rank, sign in self._signs.items() if not sign.get("closed")}
         now[self.rank] = self._sign_of_life()
         if time.monotonic() - self._heard > patience:
@@ -139,7 +139,7 @@ class Watchdog:
         os._exit(1)
 
     def _dump_stacks(self) -> str:
-        """Leave the stacks of all threads in a file; where, in words."""
+        """Write the stacks of all threads to a file. Returns a phrase that says where."""
         file = self.folder / f"step-{self._step}-rank-{self.rank}.txt"
         try:
             self.folder.mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ class Watchdog:
 
 
 def _verdict(silent: list[int], answering: dict[int, Any]) -> str:
-    """Who holds up the others, in words."""
+    """A sentence that says which rank holds up the others."""
     waiting = max(answering.values(), key=lambda sign: sign["collective"])
     stalled, others = f"{waiting['stalled']:.0f} s", f"the others wait in {waiting['name']}"
     if silent:
@@ -182,10 +182,10 @@ def _shared_store() -> dist.TCPStore:
 
 
 def _last_collective() -> tuple[int, str]:
-    """Number and description of the collective that this process began last."""
+    """Number and description of the last collective that this process entered."""
     c10d: Any = torch._C._distributed_c10d
     try:  # torch's flight recorders; NCCL has one of its own
-        dump = c10d._dump_nccl_trace_json if dist.get_backend() == "nccl" else c10d._dump_fr_trace_json
+        dump = c10d._dump_nccl_trace_json if "nccl" in dist.get_backend() else c10d._dump_fr_trace_json
         entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
         entry = max(entries, key=lambda entry: entry["record_id"])
     except (AttributeError, ValueError, TypeError, KeyError, RuntimeError):  # not in this version of torch

@@ -19,10 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from torchtitan_style.common.extensions import LOSSES
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.data.rows import Rows
+from torchtitan_style.distributed.custom_loss import plain_loss
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.local import whole_tensor
 from torchtitan_style.distributed.world import World
@@ -88,6 +90,8 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
 
     model = build_model(spec, shape, device=torch.device("cpu"), fill=draw)
     model.lm_head.z_loss = config.training.z_loss
+    if LOSSES.added(config.training.loss):
+        model.lm_head.loss_function = plain_loss(LOSSES.get(config.training.loss))
     weights = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
     model.to(device)
     muon = config.optimizer.name == "muon"

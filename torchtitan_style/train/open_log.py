@@ -1,0 +1,78 @@
+"""What a run prints and writes before its first step: the header, config.toml, and the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torchtitan_style.common import device as devices
+from torchtitan_style.config import Config, to_toml
+from torchtitan_style.cpu.half_precision import multiply_in_fp32
+from torchtitan_style.distributed.world import World
+from torchtitan_style.metrics.display import Display
+from torchtitan_style.metrics.log import TrainingLog
+from torchtitan_style.metrics.throughput import Meter
+from torchtitan_style.models.registry import model_config
+
+from .data import RunData
+from .preempted import clear_preempted
+from .state import TrainState
+from .step import DTYPES
+
+__all__ = ["open_log"]
+
+
+def open_log(
+    config: Config,
+    world: World,
+    state: TrainState,
+    data: RunData,
+    *,
+    display: Display,
+    meter: Meter,
+    learning_rates: Callable[[int], dict[str, float]],
+) -> TrainingLog:
+    """Print the header, and open the log for the steps after ``state.step``. Called by all ranks."""
+    folder = Path(config.job.dump_folder)
+    if world.is_main:
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        clear_preempted(folder)
+    for line in _header(config, world, state, data, meter):
+        display.say(line)
+    return TrainingLog(
+        config.metrics,
+        world,
+        display,
+        folder,
+        first_step=state.step,
+        last_step=config.training.steps,
+        tokens_per_step=data.batch_plan.global_batch_size * config.training.seq_len,
+        meter=meter,
+        learning_rates=learning_rates,
+        settings=config.model_dump(),
+        corpora=data.mixture,
+        report_padding=config.data.packing == "best_fit",
+    )
+
+
+def _header(config: Config, world: World, state: TrainState, data: RunData, meter: Meter) -> Iterator[str]:
+    """Lines about the model, the hardware, the steps and the data; where the run resumes, if it does."""
+    layout, training, plan = world.layout, config.training, data.batch_plan
+    processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
+    precision: str = training.mixed_precision_param
+    if multiply_in_fp32(DTYPES[precision], world.device):
+        precision += " (multiplied in float32, as this CPU has no instructions for it)"
+    yield (
+        f"{config.model.name} {config.initial_weights or config.model.flavor}, "
+        f"{model_config(config.model).num_parameters / 1e6:,.1f} M parameters, "
+        f"{precision}, on {processes}{devices.name(world.device)}" + (f" ({layout})" if processes else "")
+    )
+    if peak := meter.describe_peak():
+        yield peak
+    microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
+    yield (
+        f"{training.steps} steps of {plan.global_batch_size} rows of {training.seq_len} tokens{microbatches}, "
+        f"{data.describe()}, into {config.job.dump_folder}"
+    )
+    if state.step:
+        yield f"resuming after step {state.step}{data.resuming(state.data)}"

@@ -1,0 +1,55 @@
+"""Validation while training: when it is due, and the loss on the held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchtitan_style.config.schema import Validation
+from torchtitan_style.metrics.validation import validate
+
+from .observer import Observer
+from .state import TrainState
+from .step import evaluating
+
+__all__ = ["Validator"]
+
+
+class Validator:
+    """Called by all ranks together. batches: this rank's held-out rows; group: the ranks that have others."""
+
+    def __init__(
+        self,
+        config: Validation,
+        model: nn.Module,
+        batches: Iterable[Sequence[Any]],
+        *,
+        last_step: int,
+        group: dist.ProcessGroup,
+        observer: Observer,
+    ) -> None:
+        self.config, self.model, self.batches = config, model, batches
+        self.last_step, self.group, self.observer = last_step, group, observer
+
+    def due(self, state: TrainState) -> bool:
+        """Whether the present step is to be validated and was not."""
+        step = state.step
+        return (
+            self.config.enable
+            and state.validated_step != step
+            and (step % self.config.freq == 0 or step == self.last_step)
+        )
+
+    def run(self, step: int, *, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Loss, perplexity and accuracy; None if ``stop``, which is asked before each batch, said so."""
+
+        def forward(*batch: Any) -> tuple[Tensor, Tensor]:
+            self.observer.before_validation_batch(step)
+            found: tuple[Tensor, Tensor] = self.model(*batch)
+            return found
+
+        with evaluating(self.model):
+            return validate(forward, self.batches, self.group, stop=stop)
