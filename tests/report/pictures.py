@@ -1,4 +1,4 @@
-"""The pictures in docs/reports.md, of runs of yours.
+"""The pictures in docs/reports.md, of runs of yours. Needs Chromium, and Pillow, which comes with matplotlib.
 
 python -m tests.report.pictures FOLDER RUN [RUN ...]
 """
@@ -10,11 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from tests.report.browser import opened
 from torchtitan_style.__main__ import main
 
 # Width, height (0: the whole page) and whether it is dark.
-PICTURES = {"report": (1200, 1150, False), "report_dark": (1200, 780, True), "report_phone": (400, 900, False)}
+PICTURES = {"report": (1200, 1150, False), "report_dark": (1200, 820, True), "report_phone": (400, 900, False)}
 
 
 async def draw(page: Path, pictures: Path, profile: Path) -> None:
@@ -22,6 +24,9 @@ async def draw(page: Path, pictures: Path, profile: Path) -> None:
         for name, (width, height, dark) in PICTURES.items():
             await tab.load(page, width=width, dark=dark)
             await tab.screenshot(pictures / f"{name}.png", height=height)
+            with Image.open(pictures / f"{name}.png") as picture:
+                reduced = picture.convert("RGB").quantize(256)
+            reduced.save(pictures / f"{name}.png", optimize=True)
             assert tab.complaints == []
 
 
