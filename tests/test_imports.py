@@ -24,7 +24,7 @@ LAYERS = [
     ["models"],
     ["optim", "data", "checkpoint", "metrics", "inference"],
     ["train"],
-    ["planner", "verification"],
+    ["planner", "verification", "evaluation", "report"],
     ["launch"],
     ["commands"],
     ["torchtitan_style"],  # what `import torchtitan_style` and `python -m torchtitan_style` offer

@@ -50,6 +50,8 @@ COMMANDS = {
     "prepare": ("[--config FILE] [--section.key VALUE ...]", "tokenize a corpus once, for all runs on it"),
     "generate": ("--checkpoint DIR --prompt TEXT", "write text that continues the prompt"),
     "chat": ("--checkpoint DIR", "talk to a model"),
+    "eval": ("--checkpoint DIR --data FILE ...", "loss and bits per byte on text of your own, or tasks"),
+    "report": ("RUN [RUN ...]", "how runs went, as one HTML file"),
     "checkpoint": ("list|verify|show DIR", "list the checkpoints of a run, and verify them"),
     "import-hf": ("--hf DIR_OR_REPO --output DIR", "a model in Transformers' format → a checkpoint"),
     "export-hf": ("--checkpoint DIR --output DIR", "a checkpoint → a model in Transformers' format"),

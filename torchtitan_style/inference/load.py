@@ -50,7 +50,8 @@ def load_model(
     multiplies it, else fp32.
     device: None: the GPU if there is one, else the CPU. compile: the steps of decoding, which takes a while before the
     first text, once more before the first of several at once, and makes each of them faster; not with several ranks.
-    world: the ranks to split the model over, each of which calls this. say: told of checkpoints that were passed over.
+    world: the ranks to split the model over, each of which calls this; data-parallel ones have a
+    copy each. say: told of checkpoints that were passed over.
     custom_import: modules that register the model's family, if it is one of your own.
 
     Raises UserError if there is none, it is damaged, has no tokenizer, does not fit into memory, or cannot be compiled.
@@ -89,7 +90,8 @@ def _load(
     if compile and (problem := compiler_problem(device)):
         raise UserError(f"--compile: {problem}; leave it out")
     packs_twice = compile and form is not None and form.packs(dtype, device)
-    _check_memory(found.config, source, dtype=dtype, device=device, ranks=ranks, packs_twice=packs_twice)
+    copies = 1 if world is None else world.layout.dp
+    _check_memory(found.config, source, dtype=dtype, device=device, ranks=ranks, copies=copies, packs_twice=packs_twice)
     stored_dtypes(found)  # raises if a tensor is missing
     stop_tokens, sampling = _generation_settings(found.assets, tokenizer)
     model = _build(found, dtype=dtype, device=device, tp_mesh=tp_mesh, compile=compile)
@@ -157,13 +159,14 @@ def _device(name: torch.device | str | None) -> torch.device:
 
 
 def _check_memory(
-    config: Any, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, packs_twice: bool
+    config: Any, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, copies: int, packs_twice: bool
 ) -> None:
+    """ranks: that share a copy of the weights. copies: there are so many."""
     # A tied head is a second matrix once it is packed.
     numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
     if packs_twice:  # packed and not packed
         numbers += config.num_matmul_parameters
-    here = ranks if device.type == "cpu" else 1  # ranks of this host share its memory
+    here = ranks * copies if device.type == "cpu" else 1  # ranks of this host share its memory
     needed, available = numbers * dtype.itemsize * here // ranks, available_memory(device)
     if needed > available:
         raise UserError(

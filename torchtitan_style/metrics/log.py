@@ -16,6 +16,7 @@ from torchtitan_style.config.schema import Metrics
 from torchtitan_style.distributed.world import World
 
 from .display import Display
+from .events import add_event
 from .recorder import Recorder
 from .throughput import Meter
 
@@ -99,6 +100,8 @@ class TrainingLog:
             if world.is_main
             else None
         )
+        self._folder = dump_folder
+        self.event("start", first_step, layout=str(world.layout), processes=world.layout.world_size)
         display.start(first_step, last_step)
         meter.restart()
 
@@ -183,6 +186,11 @@ class TrainingLog:
         if self._recorder:
             self._recorder.write([{"step": step} | figures | {"time": time.time()}])
         self.display.validation(step, figures, best=best)
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Record what happened to the run (events.py)."""
+        if self.world.is_main:
+            add_event(self._folder, event, step, **fields)
 
     def close(self) -> None:
         self.display.stop()

@@ -207,8 +207,10 @@ class Trainer:
 
     def _rewind(self) -> bool:
         """Go back to the newest checkpoint; False if there is none."""
+        step = self.state.step
         if not rewind(self.state, self.policy, self.resume):
             return False
+        self.log.event("rewind", step, to=self.state.step)
         self.log.close()
         self._open_log()
         return True
@@ -243,6 +245,7 @@ class Trainer:
                 self.model, config, self.world, self.tokenizer, step=step, record_progress=record_progress
             )
             self.display.sample(config.sample_prompt, text)
+            self.log.event("sample", step, prompt=config.sample_prompt, text=text)
 
     def _save_is_due(self) -> bool:
         config, step = self.config, self.state.step
@@ -257,6 +260,7 @@ class Trainer:
             figures["val_loss"] = self.log.last_validation.get("val_loss")  # none after a rewind
         train_state = {"state": dataclasses.asdict(state), "identity": self.identity}
         self.checkpointer.save(state.step, train_state, figures=figures, best=best)
+        self.log.event("checkpoint", state.step)
 
     # Stopping
 

@@ -1,0 +1,1 @@
+"""How good a model is: loss on text, tasks of the lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""How runs went, as one HTML file."""
