@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, ROOT
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.conftest import ENVIRONMENT, ROOT
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.extensions import import_modules
 
