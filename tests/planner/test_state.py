@@ -18,7 +18,8 @@ from torchtitan_style.planner.parameters import parameter_kinds, state_of
 
 # 67 and 45 rows divide by nothing here: FSDP's chunks differ in length, and some ranks hold nothing.
 TINY = ("--model.flavor", "debug", "--model.hidden_size", "67", "--model.intermediate_size", "90",
-        "--model.vocab_size", "302", "--model.head_dim", "6", "--training.local_batch_size", "1", "--training.global_batch_size", "-1")  # fmt: skip
+        "--model.vocab_size", "302", "--model.head_dim", "6",
+        "--training.local_batch_size", "1", "--training.global_batch_size", "-1")  # fmt: skip
 MUON = ("--optimizer.name", "muon")
 UNTIED = ("--model.tie_word_embeddings", "false")
 BIASED = ("--model.attention_bias", "true")
