@@ -19,6 +19,7 @@ from torchtitan_style.data.problems import Problem
 from torchtitan_style.distributed.world import World
 
 from .display import Display
+from .planned import MakePlan, compared
 from .recorder import Recorder
 from .throughput import Meter
 
@@ -76,11 +77,13 @@ class TrainingLog:
         corpora: Sequence[str],
         report_padding: bool,
         on_problems: Callable[[list[Problem]], None],
+        plan: MakePlan | None = None,
     ) -> None:
         """learning_rates: those of an update, by name. skipped: is kept up to date. max_skipped: how many in a row
         are let pass; with ``rewinds`` the caller sees to those that spiked. corpora: names of the corpora of a
         mixture. on_problems: called by all ranks with their own documents that could not be read, if some rank has
-        any."""
+        any. plan: compared once with what is measured."""
+        self._plan = plan if world.is_main else None
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding, self.on_problems = corpora, report_padding, on_problems
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
@@ -145,12 +148,15 @@ class TrainingLog:
             )
         ]
         self._pending.clear()
+        line = self._compare_with_plan(records)
         if any(count for _, count, *_ in counts.tolist()):
             self.on_problems(problems)
         if self._recorder:
             self._recorder.write(records)
         self.last = records[-1]
         self.display.step(self.last, steps=self.last_step, seconds_left=self._seconds_left(self.last["step"]))
+        if line:
+            self.display.say(line)
         for record in records:
             if "skipped" in record:
                 self._report_skipped(record)
@@ -161,6 +167,19 @@ class TrainingLog:
                 f"{self.max_skipped}); the weights were not changed by them. A lower optimizer.lr or "
                 "training.max_norm, or a longer lr_scheduler.warmup_steps, may help"
             )
+
+    def _compare_with_plan(self, records: list[dict[str, Any]]) -> str:
+        """Add the planned figures to the last of ``records``, once; returns a line for a person, or "". The first step
+        is not compared: it compiles, and memory is not all in use yet."""
+        if self._plan is None or self._is_first:
+            return ""
+        plan, self._plan = self._plan(), None
+        if plan is None:
+            return ""
+        figures, line = compared(plan, records[-1], self.tokens_per_step)
+        records[-1] |= figures
+        self.meter.restart()  # planning is no training
+        return line
 
     def _seconds_left(self, step: int) -> float | None:
         """From the mean time of the steps so far, with what came between them, as validation; None after the first."""

@@ -30,11 +30,14 @@ def this_gpu() -> Device:
     return device if room is None else dataclasses.replace(device, memory=room.total)
 
 
-def measured_cpu(ranks: int) -> Device:
-    """This machine's CPU, which ``ranks`` share: measured in about a second, with the threads of this process."""
+def measured_cpu(ranks: int, *, copied: int = 2**24) -> Device:
+    """This machine's CPU, which ``ranks`` share: measured in about a second, with the threads of this process.
+
+    copied: numbers that are copied to measure the memory's bandwidth; best more than the caches hold.
+    """
     cpu = torch.device("cpu")
     room = host_memory()
-    bandwidth = _copy_bandwidth()
+    bandwidth = _copy_bandwidth(copied)
     return Device(
         name="cpu",
         memory=(2**34 if room is None else room.total) // ranks,
@@ -48,9 +51,9 @@ def measured_cpu(ranks: int) -> Device:
     )
 
 
-def _copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy that is larger than the caches."""
-    source = torch.ones(2**24)
+def _copy_bandwidth(numbers: int) -> float:
+    """Bytes read and written per second by a copy of so many fp32 numbers."""
+    source = torch.ones(numbers)
     target = torch.empty_like(source)
     target.copy_(source)
     best = float("inf")

@@ -31,6 +31,7 @@ from torchtitan_style.inference.sample import sample
 from torchtitan_style.launch.run_lock import run_lock
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.metrics.log import StepResult, TrainingLog
+from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.profiler import profile_step
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.metrics.validation import validate
@@ -50,8 +51,8 @@ from .watchdog import Watchdog
 __all__ = ["Trainer", "train"]
 
 
-def train(config: Config, *, world_size: int) -> None:
-    """Train as ``config`` says. Called by every rank."""
+def train(config: Config, *, world_size: int, plan: MakePlan | None = None) -> None:
+    """Train as ``config`` says. Called by every rank. plan: compared with what is measured, once."""
     layout = plan_layout(config.parallelism, world_size)
     world = init_world(layout, timeout_seconds=config.comm.init_timeout_seconds)
     with contextlib.ExitStack() as stack:
@@ -61,7 +62,7 @@ def train(config: Config, *, world_size: int) -> None:
             on_main(lambda: leave_preempted(folder, signal=signal.Signals(number).name))
             Display(is_main=world.is_main).say("stopped before the first step, as told. The same command goes on.")
         else:
-            Trainer(config, world).run()
+            Trainer(config, world, plan=plan).run()
     destroy_world()  # not after an error: NCCL would wait for collectives that the others will not join
 
 
@@ -75,8 +76,8 @@ def _told_to_stop_already(world: World) -> int:
 class Trainer:
     """The parts of a run, and its loop."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, *, plan: MakePlan | None = None) -> None:
+        self.config, self.world, self.plan = config, world, plan
         self.dump_folder = Path(config.job.dump_folder)
         self.display = Display(is_main=world.is_main)
         self.state = TrainState()
@@ -446,6 +447,7 @@ class Trainer:
             corpora=self.data.mixture,
             report_padding=config.data.packing == "best_fit",
             on_problems=self.data.report_problems,
+            plan=self.plan,
         )
 
     def _interrupted(self) -> str:
