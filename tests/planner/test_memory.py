@@ -69,6 +69,7 @@ def test_accumulated_gradients_stay_whole_until_they_are_summed() -> None:
         (100e9, 100e9, 1, ""),
         (100e9, 10e9, 1, "warning: training takes about"),
         (12e9, 12e9, 1, "warning: training takes about"),  # room for the state, not for what comes on top
+        (14e9, 14e9, 1, "warning: training takes about"),  # room for fewer rows at once
         (9e9, 9e9, 1, "refused"),
         (15e9, 15e9, 2, "refused"),  # replicated twice in the memory of one host
     ],
@@ -88,6 +89,10 @@ def test_a_run_without_room_is_refused_before_anything_is_built(
         preflight.check_memory(config, layout, said.append, ranks_here=ranks, on_gpus=False)
     assert len(said) == (outcome.startswith("warning"))
     assert all(line.startswith(outcome) for line in said)
+    if total == 14e9:
+        assert "; this fits: --parallelism" in said[0]
+    if total == 12e9:
+        assert "no layout of so many processes fits" in said[0]
 
 
 def test_ranks_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:

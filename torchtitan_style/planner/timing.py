@@ -173,7 +173,8 @@ class _Clock:
     def _blocks(self, *, flops_factor: float, attention_factor: float, traffic_factor: float) -> tuple[float, float]:
         """Seconds of all blocks: matrix multiplications and attention; the rest."""
         work, n = self.work, self.work.tokens
-        numbers = work.layers * work.block_numbers
+        head = work.model.vocab_size * work.model.hidden_size
+        numbers = (work.model.num_matmul_parameters - head) / work.layout.tp
         products = n * work.c * (2 * work.queries + 2 * work.keys + 3 * work.features + 4 * work.hidden) * work.layers
         matmul = self._matmul(2 * n * numbers * flops_factor, (numbers * work.c + products) * flops_factor)
         attention = n * self._attention_flops() * attention_factor / self.flops
