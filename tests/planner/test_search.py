@@ -107,8 +107,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_the_report_and_its_json(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", "qwen3_8b", "--model.num_hidden_layers", "2", "--world-size", "8", "--device", "h100"]
-    status, text, _ = run(capsys, *arguments)
+    status, text, warnings = run(capsys, *arguments)
     assert status == 0
+    assert warnings == ""
     for part in ("mesh: dp 8 × tp 1, 8 ranks on 1 host", "lm_head.weight", "optimizer state", "reduce-scatter", "MFU",
                  "device-hours", "a checkpoint is", "matmul_efficiency 0.5", ": fits"):  # fmt: skip
         assert part in text
@@ -120,6 +121,15 @@ def test_the_report_and_its_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(phase["times"] * phase["seconds"] for phase in found["phases"]) == pytest.approx(found["step_seconds"])
     status, text, _ = run(capsys, *arguments, "--search", "--json")
     assert json.loads(text)["best"][0]["step_seconds"] <= found["step_seconds"]
+
+
+def test_a_layout_that_holds_something_else_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchtitan_style.planner.laid_out.FP32", 8)
+    status, _, warnings = run(capsys, "--config", str(DEFAULT_CONFIG), "--device", "H100")
+    assert status == 0
+    assert "warning: rank 0 would hold" in warnings
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -7,6 +7,7 @@ python -m torchtitan_style plan --config qwen3_32b --world-size 512 --device H10
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 from torchtitan_style.common.errors import UserError
@@ -88,8 +89,8 @@ def _device(name: str | None, world_size: int) -> Device:
 
 
 def _check_layout(plan: Plan) -> None:
-    """Lay the model out by the functions that training uses, for the first rank and the last, and hold the plan's
-    state against theirs."""
+    """Lay the model out by the functions that training uses, for the first rank and the last, and warn if they hold
+    other bytes than the plan says: a model family's ``tensor_parallel_dim`` may be wrong."""
     from torchtitan_style.planner.laid_out import lay_out, state_held
     from torchtitan_style.planner.parameters import state_of
 
@@ -98,7 +99,8 @@ def _check_layout(plan: Plan) -> None:
     for rank in ranks:
         held = state_held(lay_out(plan.work.config, layout, rank))
         planned = state_of(plan.work.kinds, layout, rank // layout.tp % layout.fsdp)
-        assert held == planned, f"rank {rank} holds {held}, planned are {planned}"
+        if held != planned:
+            print(f"warning: rank {rank} would hold {held}, and not {planned} as planned", file=sys.stderr)
 
 
 def _too_large(plan: Plan) -> str:
