@@ -112,6 +112,11 @@ def test_a_run_leaves_what_is_documented(one_process) -> None:
         "step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "mfu", "peak_memory_gib",
         "data_wait_fraction", "time", "batch_hash",
     }  # fmt: skip
+    [planned] = [record for record in training.values() if "planned_memory_gib" in record]
+    assert planned["step"] > 1
+    # The libraries are most of both. Processes of these tests are forks, which share them.
+    assert 0.4 < planned["planned_memory_gib"] < 0.6
+    assert planned["planned_step_seconds"] > 0
     times = [record["time"] for record in records(one_process)]
     assert times == sorted(times)
     assert 0 <= time.time() - times[-1] < 3600

@@ -47,6 +47,7 @@ In a checkout, ./run_train.sh sets up the environment, then trains with one proc
 
 COMMANDS = {
     "train": ("[--config FILE] [--section.key VALUE ...]", "train in this process, on one device (NPROC=4: on four)"),
+    "plan": ("[--config FILE] [--world-size N] [--search]", "what a run needs in memory and time, before it runs"),
     "prepare": ("[--config FILE] [--section.key VALUE ...]", "tokenize a corpus once, for all runs on it"),
     "generate": ("--checkpoint DIR --prompt TEXT", "write text that continues the prompt"),
     "chat": ("--checkpoint DIR", "talk to a model"),

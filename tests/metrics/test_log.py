@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import Metrics
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.metrics.log import TrainingLog
@@ -40,7 +41,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def open_log(first_step: int = 0, **settings: Any) -> TrainingLog:
         return TrainingLog(
             Metrics(log_freq=4, enable_tensorboard=False),
-            SimpleNamespace(dp_group=None, is_main=True),  # type: ignore[arg-type]
+            SimpleNamespace(dp_group=None, is_main=True, layout=Layout()),  # type: ignore[arg-type]
             Display(is_main=True),
             tmp_path,
             first_step=first_step,

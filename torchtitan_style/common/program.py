@@ -132,7 +132,7 @@ def begin_run(arguments: list[str]) -> None:
     Ctrl-C ends the process at once, as there is nothing to save yet, unless it is one of several ranks: these agree
     on when to stop, and a rank that ended by itself would look like a failure.
     """
-    begin(output_matters="--help" in arguments or "-h" in arguments)
+    begin(output_matters=bool({"--help", "-h", "--dry-run"} & set(arguments)))
     noting = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     for number in STOP_SIGNALS:
         signal.signal(number, _note if noting else _note_or_end)

@@ -22,16 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from torchtitan_style.common.sizes import LOGITS_PER_CHUNK, MIN_TOKENS_PER_CHUNK, logits_rows
+
 __all__ = ["chunked_cross_entropy"]
-
-LOGITS_PER_CHUNK = 2**23
-"""Logits held at once, on each rank: 16 MiB in bf16."""
-
-MIN_TOKENS_PER_CHUNK = {"cpu": 512, "cuda": 2048}
-"""However large the vocabulary. Each chunk adds to the gradient of the whole matrix in fp32, which on CPU takes a fifth
-of the time of the multiplications at 512 tokens (measured: docs/performance.md). By the data sheet of an H100, whose
-multiplications are faster beside its memory, it would be two thirds at 512 tokens and a sixth at 2048, where the logits
-of Qwen3's vocabulary are 0.6 GB."""
 
 IGNORE = -100
 """Label of a position with nothing to predict."""
@@ -84,9 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """hidden: [B·T, C]; weight: [V, C]; labels: [B·T]."""
-        size = max(MIN_TOKENS_PER_CHUNK[hidden.device.type], LOGITS_PER_CHUNK // weight.shape[0])
-        count = -(-len(hidden) // size)
-        rows = -(-len(hidden) // max(1, count))
+        least = MIN_TOKENS_PER_CHUNK[hidden.device.type]
+        rows = logits_rows(len(hidden), weight.shape[0], most_logits=LOGITS_PER_CHUNK, least_rows=least)
         first = 0 if group is None else group.rank() * weight.shape[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         right = labels.new_zeros(())

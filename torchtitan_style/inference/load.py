@@ -21,6 +21,7 @@ from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.common.device import available_memory, compiler_problem, current_device, fastest_dtype
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.extensions import import_modules
+from torchtitan_style.common.sizes import generation_bytes
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.distributed.world import World, on_main
@@ -162,12 +163,15 @@ def _check_memory(
     config: Any, source: str, *, dtype: torch.dtype, device: torch.device, ranks: int, copies: int, packs_twice: bool
 ) -> None:
     """ranks: that share a copy of the weights. copies: there are so many."""
-    # A tied head is a second matrix once it is packed.
-    numbers = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
-    if packs_twice:  # packed and not packed
-        numbers += config.num_matmul_parameters
-    here = ranks * copies if device.type == "cpu" else 1  # ranks of this host share its memory
-    needed, available = numbers * dtype.itemsize * here // ranks, available_memory(device)
+    needed = generation_bytes(
+        parameters=config.num_parameters,
+        head=config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0,
+        packed=config.num_matmul_parameters if packs_twice else 0,
+        number_bytes=dtype.itemsize,
+        ranks=ranks,
+        sharing=ranks * copies if device.type == "cpu" else 1,
+    )
+    available = available_memory(device)
     if needed > available:
         raise UserError(
             f"{source}: the weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "

@@ -22,6 +22,7 @@ from . import rank
 from .advice import advice
 from .arguments import ConfigArguments, Hosts, parse_config_arguments, read_environment, take_restarts
 from .configure import load_config
+from .dry_run import DRY_RUN, dry_run
 from .preflight import check_initial_weights, check_torch, preflight
 from .run_lock import run_lock
 from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
@@ -33,6 +34,7 @@ usage: {program} [--config FILE] [--section.key VALUE ...]
   --section.key VALUE   override a key of it, as in --training.steps 100
   --max-restarts N      restarts from the last checkpoint after a process has died; 3 if left out. One process
                         alone is restarted only if N is given
+  --dry-run             print what the run needs in memory and time, and end; nothing is written (docs/planning.md)
   --help SECTION        every key of a section, with its default
 {setup}
 Environment
@@ -57,9 +59,13 @@ def main(arguments: list[str], *, program: str = "./run_train.sh", one_process: 
     usage = USAGE.format(program=program, setup="" if one_process else SETUP, nproc=nproc)
     with reported_errors():
         arguments, restarts = take_restarts(arguments)
+        is_dry, arguments = DRY_RUN in arguments, [argument for argument in arguments if argument != DRY_RUN]
         named = parse_config_arguments(arguments, usage=usage)
         gpus = count_gpus()
         hosts = read_environment(gpus=gpus, default_nproc=1 if one_process else gpus or 1)
+        if is_dry:
+            fits = dry_run(load_config(named.path, named.overrides, world_size=hosts.world_size), hosts)
+            raise SystemExit(0 if fits else 1)
         if hosts.world_size == 1 and not restarts:
             rank.main(arguments)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import shutil
@@ -18,7 +19,9 @@ from torchtitan_style.common.memory import gpu_memory, host_memory
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_layout
 from torchtitan_style.models.registry import model_config, spec_of
-from torchtitan_style.planner.memory import checkpoint_bytes, plan_memory
+from torchtitan_style.planner.devices import Assumptions, generic_device
+from torchtitan_style.planner.memory import KINDS, checkpoint_bytes, plan_memory
+from torchtitan_style.planner.search import nearest_that_fits, overrides_of
 from torchtitan_style.train.identity import check_before_start
 
 from .run_lock import check_free
@@ -104,32 +107,35 @@ def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, 
     room = gpu_memory() if on_gpus else host_memory()
     if room is None:
         return
-    plan = plan_memory(config, layout)
+    plan = plan_memory(config, layout, on_gpu=on_gpus)
     sharing = 1 if on_gpus else ranks_here  # each rank has a GPU of its own; on CPU they share the host's memory
-    state, total = sharing * plan.state, sharing * plan.total
+    state, total = sharing * plan.state.total, sharing * plan.total
     place = "a GPU" if on_gpus else "this host"
     ranks = f"{sharing} processes: " if sharing > 1 else ""
-    parts = {
-        "weights": plan.weights,
-        "gradients": plan.gradients,
-        "optimizer state": plan.optimizer,
-        "weights to compute with": plan.copies,
-        "activations": plan.activations,
-    }
-    text = ", ".join(f"{name} {readable_bytes(sharing * size)}" for name, size in parts.items() if size)
-    text = f"training takes at least {readable_bytes(total)} of memory on {place} ({ranks}{text})"
+
+    def text(how: str, needed: int, parts: dict[str, int]) -> str:
+        named = ", ".join(f"{KINDS[kind]} {readable_bytes(sharing * size)}" for kind, size in parts.items() if size)
+        return f"training takes {how} {readable_bytes(needed)} of memory on {place} ({ranks}{named})"
+
     if state > room.total:
         raise UserError(
-            f"{text}, but it has {readable_bytes(room.total)}: choose a smaller model (model.flavor), or share it out "
-            "over more GPUs or hosts (docs/layouts.md)"
+            f"{text('at least', state, dataclasses.asdict(plan.state))}, but it has {readable_bytes(room.total)}: "
+            "choose a smaller model (model.flavor), or share it out over more GPUs or hosts (docs/planning.md)"
         )
     if total > room.total:
-        say(
-            f"warning: {text}, but it has {readable_bytes(room.total)}: a smaller training.local_batch_size or "
-            'activation_checkpoint.mode = "full" needs less'
-        )
+        what_fits = _what_fits(config, layout, room.total // sharing, on_gpus, ranks_here)
+        say(f"warning: {text('about', total, plan.peak)}, but it has {readable_bytes(room.total)}; {what_fits}")
     elif total > room.free:
-        say(f"warning: {text}, but only {readable_bytes(room.free)} are free")
+        say(f"warning: {text('about', total, plan.peak)}, but only {readable_bytes(room.free)} are free")
+
+
+def _what_fits(config: Config, layout: Layout, memory: int, on_gpus: bool, ranks_here: int) -> str:
+    """The nearest settings that fit into ``memory`` bytes of a rank, in words."""
+    device = generic_device(memory, on_gpu=on_gpus, ranks=ranks_here)
+    found = nearest_that_fits(config, layout, device, Assumptions())
+    if found is None:
+        return "no layout of so many processes fits; plan --search tells how many do"
+    return f"this fits: {overrides_of(found)}"
 
 
 def check_room(config: Config, say: Callable[[str], None]) -> None:

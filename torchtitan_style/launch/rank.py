@@ -20,6 +20,7 @@ from torchtitan_style.train.stopping import ending_at_once, ignore_stops, interr
 from .advice import advice
 from .arguments import parse_config_arguments
 from .configure import load_config
+from .dry_run import planned_figures
 from .preflight import check_initial_weights, check_torch, preflight
 from .torchrun import count_gpus
 
@@ -56,7 +57,9 @@ def main(arguments: list[str], *, usage: str = "") -> None:
         with interruptible(folder, gracefully=world_size > 1):
             from .run import train
 
-            train(config, world_size=world_size)
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            plan = planned_figures(config, world_size=world_size, ranks_here=here, on_gpus=count_gpus() > 0)
+            train(config, world_size=world_size, plan=plan)
             ignore_stops()
 
 

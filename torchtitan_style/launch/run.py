@@ -13,6 +13,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.distributed.world import World, destroy_world, init_world, on_main
 from torchtitan_style.metrics.display import Display
+from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.train.preempted import leave_preempted
 from torchtitan_style.train.stopping import told_to_stop
 from torchtitan_style.train.trainer import Trainer
@@ -22,8 +23,11 @@ from .run_lock import run_lock
 __all__ = ["train"]
 
 
-def train(config: Config, *, world_size: int) -> None:
-    """Train as ``config`` says. Called by every rank; rank 0 holds the lock of the dump folder meanwhile."""
+def train(config: Config, *, world_size: int, plan: MakePlan | None = None) -> None:
+    """Train as ``config`` says. Called by every rank; rank 0 holds the lock of the dump folder meanwhile.
+
+    plan: compared with what is measured, once.
+    """
     layout = plan_layout(config.parallelism, world_size)
     world = init_world(layout, timeout_seconds=config.comm.init_timeout_seconds)
     folder = Path(config.job.dump_folder)
@@ -36,7 +40,7 @@ def train(config: Config, *, world_size: int) -> None:
                 f"stopped before the first step by {name}. Run the same command to resume."
             )
         else:
-            Trainer(config, world).run()
+            Trainer(config, world, plan=plan).run()
     destroy_world()  # not after an error: NCCL would wait for collectives that the others will not join
 
 

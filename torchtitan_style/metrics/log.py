@@ -17,6 +17,7 @@ from torchtitan_style.distributed.world import World
 
 from .display import Display
 from .events import add_event
+from .planned import MakePlan, compared
 from .recorder import Recorder
 from .throughput import Meter
 
@@ -82,9 +83,11 @@ class TrainingLog:
         settings: dict[str, Any],
         corpora: Sequence[str],
         report_padding: bool,
+        plan: MakePlan | None = None,
     ) -> None:
         """first_step: the one before the first step of this log. learning_rates: those of an update, by name. corpora:
-        names of the corpora of a mixture."""
+        names of the corpora of a mixture. plan: compared once with what is measured."""
+        self._plan = plan if world.is_main else None
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding = corpora, report_padding
         self.first_step, self.last_step, self.tokens_per_step = first_step, last_step, tokens_per_step
@@ -124,10 +127,13 @@ class TrainingLog:
         figures = self._read()
         speed, now = self.meter.read(), time.time()
         records = [self._record(step, speed, now) for step in figures]
+        line = self._compare_with_plan(records)
         if self._recorder:
             self._recorder.write(records)
         self.last = records[-1]
         self.display.step(self.last, steps=self.last_step, seconds_left=self._seconds_left(self.last["step"]))
+        if line:
+            self.display.say(line)
         return figures
 
     def _read(self) -> list[StepFigures]:
@@ -169,6 +175,19 @@ class TrainingLog:
         if self.report_padding:
             found["padding_share"] = figures.padding / self.tokens_per_step
         return found
+
+    def _compare_with_plan(self, records: list[dict[str, Any]]) -> str:
+        """Add the planned figures to the last of ``records``, once; returns a line for a person, or "". The first step
+        is not compared: it compiles, and memory is not all in use yet."""
+        if self._plan is None or records[-1]["step"] == self.first_step + 1:
+            return ""
+        plan, self._plan = self._plan(), None
+        if plan is None:
+            return ""
+        figures, line = compared(plan, records[-1], self.tokens_per_step)
+        records[-1] |= figures
+        self.meter.restart()  # planning is no training
+        return line
 
     def _seconds_left(self, step: int) -> float | None:
         """From the mean time of the steps so far, with what came between them, as validation; None after the first."""

@@ -113,6 +113,9 @@ class ModelSpec:
     """The fields of the configuration that decide which parameters there are, and their shapes."""
     tensor_parallel: tuple[Dimension, ...]
     """What ``parallelism.tensor_parallel_degree`` must divide."""
+    tensor_parallel_dim: Callable[[str], int | None]
+    """Name of a parameter → the dimension that tensor parallelism splits; None: each of its ranks holds it whole. The
+    plan of a run counts with it; ``parallelize`` decides, and a test holds them together."""
 
     build: Callable[[Any], Any]
     """Config → the model: a module that maps (token ids, labels, documents, positions) to (sum of token losses, right

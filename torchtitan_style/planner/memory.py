@@ -1,117 +1,202 @@
-"""How much memory a run needs, by arithmetic. Needs no torch."""
+"""How much memory a rank needs, by kind and by moment of the step. Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from torchtitan_style.common.sizes import FP32, LOGITS_PER_CHUNK, MIN_TOKENS_PER_CHUNK, logits_rows
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import Layout, plan_batch
-from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.config.layout import Layout
 
-__all__ = ["MemoryPlan", "checkpoint_bytes", "plan_memory"]
+from .activations import block_inside, kept_by_layers, kept_outside
+from .devices import Assumptions
+from .parameters import State, parameter_kinds, state_of
+from .workload import Workload
 
-_FP32 = 4
+__all__ = ["KINDS", "MemoryPlan", "checkpoint_bytes", "memory_of", "plan_memory", "reference_bytes"]
+
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "copies": "weights to compute with",
+    "activations": "activations",
+    "logits": "logits and loss",
+    "buffers": "communication and workspace",
+    "slack": "allocator and libraries",
+}
+"""Each kind of memory, and what to call it."""
+
+_OWNED = 2**24
+"""Numbers of a round that a rank makes orthogonal at once for Muon, unless one matrix is more."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one rank."""
+    """Bytes on the rank that needs most."""
 
-    weights: int
-    """fp32 master weights."""
-    gradients: int
-    """Of the weights, in fp32: sharded, or whole while a step's microbatches accumulate."""
-    optimizer: int
-    """AdamW's two moments, or Muon's one."""
-    copies: int
-    """Weights in the type of computation: all of them on one process, those gathered at once with FSDP."""
-    activations: int
-    """What is kept for the backward pass, at least."""
+    state: State
+    moments: dict[str, dict[str, int]]
+    """Moment of the step → kind of memory → bytes."""
+    host_copy: int
+    """What asynchronous checkpoints copy to the host's memory, beside all this."""
+    on_gpu: bool
 
     @property
-    def state(self) -> int:
-        """What is there in every step, whatever the batch."""
-        return self.weights + self.gradients + self.optimizer
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """By kind, at the moment when it is most."""
+        return self.moments[self.peak_moment]
 
     @property
     def total(self) -> int:
-        return self.state + self.copies + self.activations
+        """At the peak; on CPU with the host copy, which is in the same memory."""
+        return sum(self.peak.values()) + (0 if self.on_gpu else self.host_copy)
 
 
-def plan_memory(config: Config, layout: Layout) -> MemoryPlan:
-    """Bytes that a rank of ``layout`` needs at least. Kernels' workspaces and fragmentation come on top."""
-    weights = optimizer = 0
-    for name, shape in _shapes(config).items():
-        # Tensor parallelism splits matrices; norms are on each of its ranks. FSDP splits all.
-        ranks = layout.fsdp * (layout.tp if len(shape) == 2 else 1)
-        size = _FP32 * math.ceil(math.prod(shape) / ranks)
-        weights += size
-        muon = config.optimizer.name == "muon" and len(shape) == 2 and ".layers." in name
-        optimizer += size * (1 if muon else 2)
-    return MemoryPlan(
-        weights=weights,
-        gradients=_gradients(config, layout, sharded=weights),
-        optimizer=optimizer,
-        copies=_copies(config, layout),
-        activations=_activations(config, layout),
-    )
-
-
-def _gradients(config: Config, layout: Layout, *, sharded: int) -> int:
-    """FSDP keeps whole gradients beside the shards until it may reduce them."""
-    accumulates = plan_batch(config.training, layout.dp).accumulation_steps > 1
-    if layout.fsdp == 1 or not accumulates or config.parallelism.fsdp_reduce_gradients == "each_microbatch":
-        return sharded
-    return sharded * (layout.fsdp + 1)
-
-
-def _copies(config: Config, layout: Layout) -> int:
-    number_bytes = _number_bytes(config)
-    if layout.fsdp == 1 and number_bytes == _FP32:
-        return 0  # the weights themselves
-    blocks: dict[str, int] = {}
-    outside = 0
-    for name, shape in _shapes(config).items():
-        numbers = math.prod(shape)
-        if ".layers." in name:
-            block = name.split(".")[2]
-            blocks[block] = blocks.get(block, 0) + numbers
-        else:
-            outside += numbers
-    whole = layout.world_size == 1 and config.activation_checkpoint.mode in ("none", "memory_budget")
-    whole |= config.parallelism.fsdp_reshard_after_forward == "never"
-    gathered = sum(blocks.values()) if whole else max(blocks.values())
-    return number_bytes * (outside + gathered) // layout.tp
-
-
-def _activations(config: Config, layout: Layout) -> int:
-    """Inputs of blocks, and the outputs of matrix multiplications in those that are not recomputed."""
-    shape, recompute = model_config(config.model), config.activation_checkpoint
-    heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads  # q, k, v and attention's output
-    inside = heads * shape.head_dim + 2 * shape.intermediate_size
-    if recompute.mode == "full":
-        share = 0.0
-    elif recompute.mode == "memory_budget":
-        share = recompute.memory_budget
-    elif recompute.mode == "selective" and recompute.selective_ac_option != "op":
-        share = 1 - 1 / int(recompute.selective_ac_option)
-    else:
-        share = 1.0
-    tokens = plan_batch(config.training, layout.dp).local_batch_size * config.training.seq_len
-    numbers = tokens * shape.num_hidden_layers * (shape.hidden_size + share * inside)
-    return int(numbers * _number_bytes(config) / layout.tp)
-
-
-def _number_bytes(config: Config) -> int:
-    return _FP32 if config.training.mixed_precision_param == "float32" else 2
+def plan_memory(config: Config, layout: Layout, *, on_gpu: bool = True) -> MemoryPlan:
+    """Bytes that a rank of ``layout`` needs. Raises ValueError if the batch cannot be shared out over it."""
+    return memory_of(Workload.of(config, layout, on_gpu=on_gpu), Assumptions())
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Weights and optimizer state, in fp32; what else is in a checkpoint does not count beside them."""
-    whole = plan_memory(config, Layout())
+    whole = state_of(parameter_kinds(config), Layout())
     return whole.weights + whole.optimizer
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    return spec_of(config.model.name).parameter_shapes(model_config(config.model))
+def reference_bytes(parameters: int, layout: Layout) -> tuple[int, int]:
+    """What ``verify`` needs for a model of so many parameters: all ranks together, and one process alone.
+
+    Four fp32 numbers per parameter and replica (weight, gradient, two moments), on every rank the gathered weights
+    and gradients, and the result that they are compared with.
+    """
+    shared_out = 4 * FP32 * layout.dp_replicate + 2 * FP32 * layout.world_size / layout.tp
+    return int(parameters * (shared_out + FP32)), parameters * 4 * FP32
+
+
+def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
+    """The memory of ``work`` at each moment of its step."""
+    loss = _loss(work)
+    kept, outside = kept_by_layers(work), kept_outside(work)
+    inside = block_inside(work)
+    last_block = inside + kept // work.layers
+    gathered, block = _gathered(work)
+    hidden = work.tokens * work.c * work.hidden
+    accumulated = _accumulated(work)
+    head = work.vocabulary * work.hidden
+    head_gradient = 0 if accumulated > work.state.gradients else head * (work.c if work.is_sharded else FP32)
+    moments = {
+        "at the loss": {
+            "gradients": accumulated,
+            "copies": gathered + (0 if work.keeps_gathered else block),
+            "activations": kept + outside + hidden,
+            "logits": loss,
+        },
+        "backward, the head": {
+            "gradients": accumulated,
+            "copies": gathered,
+            "activations": kept + outside,
+            "logits": 2 * hidden + 2 * head * (FP32 + work.c),
+        },
+        "backward, the last block": {
+            "gradients": accumulated + head_gradient,
+            "copies": gathered + _in_flight(work, block),
+            "activations": kept + outside + inside,
+            "buffers": _reduction(work),
+        },
+        "backward, the first block": {
+            "gradients": max(
+                accumulated, work.state.gradients + (work.outer_numbers * work.c if work.is_sharded else 0)
+            ),
+            "copies": gathered + _in_flight(work, block),
+            "activations": last_block,
+            "buffers": _reduction(work),
+        },
+        "optimizer step": {"gradients": work.state.gradients, "buffers": _muon_rounds(work)},
+    }
+    return MemoryPlan(
+        state=work.state,
+        moments={name: _completed(work, parts, assumptions) for name, parts in moments.items()},
+        host_copy=_host_copy(work),
+        on_gpu=work.on_gpu,
+    )
+
+
+def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) -> dict[str, int]:
+    """``parts`` with what is there all the time, and the allocator's share."""
+    changing = sum(parts.values())
+    fixed = assumptions.library_bytes(on_gpu=work.on_gpu)
+    if work.on_gpu and work.layout.world_size > 1:
+        axes = (work.layout.fsdp, work.layout.dp_replicate, work.layout.tp)
+        fixed += int(assumptions.nccl_bytes * (1 + sum(size > 1 for size in axes)))
+    slack = assumptions.allocator_slack if work.on_gpu else assumptions.allocator_slack_cpu
+    every = {"weights": work.state.weights, "optimizer": work.state.optimizer, "slack": fixed + int(changing * slack)}
+    return {kind: int(parts.get(kind, 0) + every.get(kind, 0)) for kind in KINDS}
+
+
+def _gathered(work: Workload) -> tuple[int, int]:
+    """Weights in the type of computation that stay for the whole pass, and those of a block that come and go."""
+    if not work.is_sharded:  # copies of all, if the type is another
+        return (work.gathered_numbers * work.c if work.c < FP32 else 0), 0
+    block = work.block_numbers * work.c
+    outer = work.outer_numbers * work.c
+    return (outer + work.layers * block, 0) if work.keeps_gathered else (outer, block)
+
+
+def _in_flight(work: Workload, block: int) -> int:
+    """Blocks that are gathered at once: the one computed with and the one that is fetched before it is needed."""
+    return 2 * block
+
+
+def _accumulated(work: Workload) -> int:
+    """Gradients that earlier microbatches have left. FSDP2 keeps them whole until they are summed over the ranks."""
+    if work.batch.accumulation_steps == 1:
+        return 0
+    if work.config.parallelism.fsdp_reduce_gradients == "each_microbatch" and work.layout.fsdp > 1:
+        return work.state.gradients
+    return work.gathered_numbers * work.r if work.is_sharded else work.state.gradients
+
+
+def _reduction(work: Workload) -> int:
+    """A block's gradients, as they come and in the type that they are summed in, and another all-gather's output."""
+    if not work.is_sharded:
+        return work.block_numbers * work.c if work.c < FP32 else 0
+    gathering = 0 if work.keeps_gathered else work.block_numbers * work.c
+    return work.block_numbers * (work.c + work.r) + gathering + 2 * work.block_numbers * FP32 // work.layout.fsdp
+
+
+def _loss(work: Workload) -> int:
+    """Logits of a chunk, and gradients of hidden states and head; see distributed/loss.py."""
+    rows = logits_rows(
+        work.tokens,
+        work.vocabulary,
+        most_logits=LOGITS_PER_CHUNK,
+        least_rows=MIN_TOKENS_PER_CHUNK["cuda" if work.on_gpu else "cpu"],
+    )
+    logits = rows * work.vocabulary
+    held = work.c + (FP32 if work.c < FP32 else 0) + (work.c if work.compiled else 0)
+    head = work.vocabulary * work.hidden
+    return logits * held + head * (work.c + FP32) + work.tokens * work.hidden * work.c
+
+
+def _muon_rounds(work: Workload) -> int:
+    """What a rank makes orthogonal at once: gathered, whole, its powers, the result, and what is sent."""
+    matrices = [math.prod(kind.shape) for kind in work.kinds if kind.muon]
+    if not matrices:
+        return 0
+    owned = max(matrices) if work.layout.world_size == 1 else max(_OWNED, max(matrices))
+    total = sum(kind.count * math.prod(kind.shape) for kind in work.kinds if kind.muon)
+    return 6 * work.c * min(owned, total)
+
+
+def _host_copy(work: Workload) -> int:
+    """Pinned memory comes in powers of two, which is a third more on average."""
+    checkpoint = work.config.checkpoint
+    if not checkpoint.enable or checkpoint.async_mode == "disabled":
+        return 0
+    return int((work.state.weights + work.state.optimizer) * (4 / 3 if work.on_gpu else 1))

@@ -11,6 +11,7 @@ from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.distributed.world import World
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.metrics.log import TrainingLog
+from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.models.registry import model_config
 
@@ -31,8 +32,12 @@ def open_log(
     display: Display,
     meter: Meter,
     learning_rates: Callable[[int], dict[str, float]],
+    plan: MakePlan | None,
 ) -> TrainingLog:
-    """Print the header, and open the log for the steps after ``state.step``. Called by all ranks."""
+    """Print the header, and open the log for the steps after ``state.step``. Called by all ranks.
+
+    plan: compared once with what is measured.
+    """
     folder = Path(config.job.dump_folder)
     if world.is_main:
         (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -52,6 +57,7 @@ def open_log(
         settings=config.model_dump(),
         corpora=data.mixture,
         report_padding=config.data.packing == "best_fit",
+        plan=plan,
     )
 
 

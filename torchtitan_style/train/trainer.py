@@ -23,6 +23,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.distributed.world import World, on_main, set_timeout
 from torchtitan_style.metrics.display import Display
+from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.profiler import profile_step
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.models.registry import model_config
@@ -53,8 +54,8 @@ class Trainer:
     The caller must hold the dump folder (``launch.run_lock``): two runs in one would overwrite each other.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, *, plan: MakePlan | None = None) -> None:
+        self.config, self.world, self.plan = config, world, plan
         self.dump_folder = Path(config.job.dump_folder)
         self.display = Display(is_main=world.is_main)
         self.observer = observers()
@@ -67,9 +68,8 @@ class Trainer:
         self.agreement = Agreement()
         self.stop_signal = 0
         """The signal that the ranks have agreed to stop for; 0: none."""
-        self.watchdog = Watchdog(
-            self.dump_folder / "hang", limit=config.comm.init_timeout_seconds, warn=self.display.warn
-        )
+        limit = config.comm.init_timeout_seconds
+        self.watchdog = Watchdog(self.dump_folder / "hang", limit=limit, warn=self.display.warn)
         self.model = build_training_model(config, world, warn=self.display.warn)
         self.optimizer = build_optimizer(self.model, config, world)
         self.guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
@@ -299,4 +299,5 @@ class Trainer:
             display=self.display,
             meter=self.meter,
             learning_rates=self.optimizer.learning_rates,
+            plan=self.plan,
         )

@@ -9,6 +9,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch
 from torchtitan_style.config.schema import Data
 from torchtitan_style.models.registry import model_config
+from torchtitan_style.planner.memory import reference_bytes
 
 from .layout import STEPS
 
@@ -42,10 +43,7 @@ def for_verification(
 
     passes = 1 if config.training.mixed_precision_param == "float32" else 2
     work = shape.flops_per_token(seq_len) * seq_len * rows * STEPS * (1 + passes)
-    # Four fp32 numbers per parameter and replica (weight, gradient, two moments), and on every rank the
-    # gathered weights and gradients.
-    shared_out = 16 * layout.dp_replicate + 8 * layout.world_size / layout.tp
-    needed, needed_alone = shape.num_parameters * (shared_out + 4), shape.num_parameters * 16
+    needed, needed_alone = reference_bytes(shape.num_parameters, layout)
     limits = (
         (needed > memory, f"{needed / 2**30:,.0f} GiB of memory"),
         (needed_alone > alone, f"{needed_alone / 2**30:,.0f} GiB of one device's memory"),

@@ -29,6 +29,14 @@ def _parallelize(*args: Any, **named: Any) -> None:
     parallelize_qwen3(*args, **named)
 
 
+def _tensor_parallel_dim(name: str) -> int | None:
+    """As ``_apply_tensor_parallel`` in parallelize.py lays them out."""
+    *_, module, kind = name.split(".")
+    if module in ("o_proj", "down_proj"):  # row-wise: the bias is added once, after the sum
+        return 1 if kind == "weight" else None
+    return None if "norm" in module else 0
+
+
 def _is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     """A matrix of attention or MLP; not the embedding, nor the head."""
     return parameter.ndim == 2 and ".layers." in f".{name}"
@@ -66,6 +74,7 @@ QWEN3 = ModelSpec(
         Dimension("intermediate_size", "rows of the MLP's matrices"),
         Dimension("vocab_size", "rows of the vocabulary"),
     ),
+    tensor_parallel_dim=_tensor_parallel_dim,
     build=_build,
     parallelize=_parallelize,
     is_hidden_matrix=_is_hidden_matrix,

@@ -1,0 +1,58 @@
+"""What ranks send: the formulas, against the collectives that real ranks call."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from torchtitan_style.config.files import DEFAULT_CONFIG
+from torchtitan_style.config.layout import Layout
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.planner.activations import kept_by_layers, kept_outside
+from torchtitan_style.planner.traffic import traffic_of
+from torchtitan_style.planner.workload import Workload
+
+SHAPE = ("--model.flavor", "debug", "--model.num_hidden_layers", "3", "--training.seq_len", "64",
+         "--training.local_batch_size", "2")  # fmt: skip
+TP = ("--parallelism.tensor_parallel_degree", "2")
+CASES: dict[str, tuple[dict[str, int], int, tuple[str, ...]]] = {
+    "dp": ({"dp_shard": 2}, 2, ()),
+    "dp, kept": ({"dp_shard": 2}, 1, ("--parallelism.fsdp_reshard_after_forward", "never")),
+    "replicated": ({"dp_replicate": 2}, 1, ("--parallelism.data_parallel_replicate_degree", "2")),
+    "tp": ({"tp": 2}, 1, TP),
+    "tp, fp32, untied": ({"tp": 2}, 2, (*TP, "--training.mixed_precision_param", "float32",
+                                        "--model.tie_word_embeddings", "false")),
+    "tp, full": ({"tp": 2}, 1, (*TP, "--activation_checkpoint.mode", "full")),
+    "tp, selective": ({"tp": 2}, 1, (*TP, "--activation_checkpoint.mode", "selective")),
+}  # fmt: skip
+
+
+def test_ranks_send_what_is_planned(run_ranks: Callable[..., None], tmp_path: Path) -> None:
+    works, cases = {}, []
+    for name, (degrees, microbatches, given) in CASES.items():
+        layout = Layout(**degrees)
+        overrides = [*SHAPE, *given, "--training.global_batch_size", str(2 * layout.dp * microbatches)]
+        config = load_config(DEFAULT_CONFIG, overrides, world_size=2)
+        works[name] = Workload.of(config, layout, on_gpu=False)
+        assert works[name].batch.accumulation_steps == microbatches
+        keeps = config.activation_checkpoint.mode == "none" and layout.tp > 1
+        cases.append({"layout": degrees, "overrides": overrides, "microbatches": microbatches, "keeps": keeps})
+    (tmp_path / "cases").write_text(json.dumps(cases), encoding="utf-8")
+    run_ranks(Path(__file__).with_name("traffic_of_ranks.py"), 2, tmp_path / "cases", tmp_path / "found")
+    results = json.loads((tmp_path / "found").read_text(encoding="utf-8"))
+    differing = {}
+    for (name, work), case, found in zip(works.items(), cases, results, strict=True):
+        planned: Counter[str] = Counter()
+        for each in traffic_of(work):
+            planned[each.kind] += each.per_step(work.batch.accumulation_steps)
+        # Norms' gradients and FSDP's padding are a few kB.
+        if dict(planned) != pytest.approx(found["sent"], rel=0.03):
+            differing[name] = {"planned": dict(planned), "sent": found["sent"]}
+        kept = kept_by_layers(work) + kept_outside(work)
+        if case["keeps"] and kept != pytest.approx(found["kept"], rel=0.05):
+            differing[f"{name}, kept"] = {"planned": kept, "found": found["kept"]}
+    assert not differing

@@ -1,0 +1,102 @@
+"""Run by test_traffic.py as ranks: what they send in a step, as the collectives are called, and what tensor-parallel
+ranks keep for the backward pass.
+
+Arguments: a file with the cases as JSON, the file for what rank 0 finds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan_style.config.files import DEFAULT_CONFIG
+from torchtitan_style.config.layout import Layout
+from torchtitan_style.distributed.gloo import one_thread_each
+from torchtitan_style.distributed.world import init_world
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.train.step import build_training_model, forward_backward
+from torchtitan_style.train.stopping import ending_at_once
+
+KINDS = {"allgather_base": "all-gather", "all_gather_into_tensor": "all-gather", "allreduce": "all-reduce",
+         "all_reduce": "all-reduce", "reduce_scatter_base": "reduce-scatter",
+         "reduce_scatter_tensor": "reduce-scatter"}  # fmt: skip
+
+
+class Sent(TorchDispatchMode):
+    """Bytes of the collectives by kind: of the larger side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        namespace, name = func._schema.name.split("::")
+        kind = KINDS.get(name.strip("_"))
+        if "c10d" in namespace and kind:
+            tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+            self.bytes[kind] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+def address(tensor: torch.Tensor) -> int:
+    return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
+
+
+def kept_by_forward(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
+    kept: dict[int, int] = {}
+    weights: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[address(tensor)] = getattr(tensor, "_local_tensor", tensor).untyped_storage().nbytes()
+        return tensor
+
+    def note_weights(module: Any, inputs: Any) -> None:  # FSDP has gathered them by now
+        weights.update(address(parameter) for parameter in module.parameters(recurse=False))
+
+    for module in model.modules():
+        module.register_forward_pre_hook(note_weights)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*batch)
+    del loss
+    return sum(size for where, size in kept.items() if where not in weights)
+
+
+def found(case: dict[str, Any]) -> dict[str, Any]:
+    layout = Layout(**case["layout"])
+    config = load_config(DEFAULT_CONFIG, case["overrides"], world_size=layout.world_size)
+    world = init_world(layout, timeout_seconds=60)
+    model = build_training_model(config, world, warn=print)
+    ids = torch.randint(0, 256, (config.training.local_batch_size, config.training.seq_len))
+    tokens = torch.tensor(ids.numel())
+    each = config.parallelism.fsdp_reduce_gradients == "each_microbatch" and world.layout.fsdp > 1
+    forward_backward(
+        model, [(ids, ids)] * case["microbatches"], tokens, reduce_each=each
+    )  # the first pass sets FSDP up
+    model.zero_grad()
+    with Sent() as sent:
+        forward_backward(model, [(ids, ids)] * case["microbatches"], tokens, reduce_each=each)
+    kept = kept_by_forward(model, (ids, ids)) if case["keeps"] else 0
+    return {"sent": sent.bytes, "kept": kept}
+
+
+@one_thread_each()
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    results = [found(case) for case in cases]
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with ending_at_once():
+        main()

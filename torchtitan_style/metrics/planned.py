@@ -1,0 +1,44 @@
+"""What was planned beside what is measured, once, after the first steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+__all__ = ["MakePlan", "Planned", "compared"]
+
+
+class PlannedMemory(Protocol):
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        ...
+
+
+class PlannedTime(Protocol):
+    @property
+    def step_seconds(self) -> float: ...
+
+
+class Planned(Protocol):
+    """A plan of the run, as planner/plan.py makes it."""
+
+    @property
+    def memory(self) -> PlannedMemory: ...
+    @property
+    def time(self) -> PlannedTime: ...
+
+
+MakePlan = Callable[[], Planned | None]
+"""Makes the plan when it is called, which takes a moment; None if the device is unknown."""
+
+
+def compared(plan: Planned, record: dict[str, Any], tokens_per_step: int) -> tuple[dict[str, float], str]:
+    """The planned figures for a record of the metrics, and a line with both for a person."""
+    memory, seconds = plan.memory.total / 2**30, plan.time.step_seconds
+    measured = tokens_per_step / record["tokens_per_second"]
+    line = (
+        f"planned: {memory:.2f} GiB and {seconds:.3g} s a step; measured: {record['peak_memory_gib']:.2f} GiB and "
+        f"{measured:.3g} s"
+    )
+    return {"planned_memory_gib": memory, "planned_step_seconds": seconds}, line

@@ -1,0 +1,93 @@
+"""Bytes that a forward pass keeps for the backward pass. Needs no torch.
+
+Counted operation by operation from models/qwen3/model.py; docs/planning.md derives each line, and
+tests/planner/test_activations.py holds them against what autograd keeps.
+"""
+
+from __future__ import annotations
+
+from .workload import Workload
+
+__all__ = ["block_inside", "kept_by_block", "kept_by_layers", "kept_outside"]
+
+
+def kept_by_layers(work: Workload) -> int:
+    """Of a microbatch, by all blocks, with what ``activation_checkpoint`` says is recomputed."""
+    recompute, layers = work.config.activation_checkpoint, work.layers
+    whole, inputs = kept_by_block(work), _input(work)
+    if recompute.mode == "full":
+        return layers * inputs
+    if recompute.mode == "selective" and recompute.selective_ac_option == "op":
+        return layers * _operations(work)
+    if recompute.mode == "selective":
+        again = -(-layers // int(recompute.selective_ac_option))
+        return again * inputs + (layers - again) * whole
+    if recompute.mode == "memory_budget":  # a share of what is between keeping nothing and keeping all
+        return layers * int(inputs + recompute.memory_budget * max(0, whole - inputs))
+    return layers * whole
+
+
+def block_inside(work: Workload) -> int:
+    """What the backward pass of one block needs at once and ``kept_by_layers`` does not hold: what it recomputes, and
+    its gradients on the way."""
+    recompute = work.config.activation_checkpoint
+    whole = kept_by_block(work)
+    again = 0
+    if recompute.mode == "selective" and recompute.selective_ac_option == "op":
+        again = max(0, whole - _operations(work))
+    elif recompute.mode in ("full", "selective"):
+        again = whole - _input(work)
+    elif recompute.mode == "memory_budget":
+        again = int((1 - recompute.memory_budget) * max(0, whole - _input(work)))
+    # The MLP: gradients of the product and of both factors; the residual's and the norm's, which is taken in fp32.
+    gradients = work.tokens * work.c * (3 * work.features + work.hidden) + work.scattered_tokens * 8 * work.hidden
+    return again + int(gradients)
+
+
+def kept_by_block(work: Workload) -> int:
+    """Of a block of which nothing is recomputed (by us: the compiler does some by itself)."""
+    n, local, c = work.tokens, work.scattered_tokens, work.c
+    q, kv, hidden, features = work.queries, work.keys, work.hidden, work.features
+    roots = 4 * (2 * local + n * (work.heads + kv / work.model.head_dim))  # of the four norms, fp32
+    kept = roots + 4 * n * work.heads  # and attention's log of the sum of exponentials
+    if work.compiled:
+        # Block input and middle of the residual stream; inputs of q, k, v and of gate, up; before and after QK-norm
+        # and rotation; v; attention's output; gate, up and their product.
+        kept += local * 2 * c * hidden + n * c * (2 * hidden + 3 * q + 3 * kv + 3 * features)
+    else:
+        # Norms over C: the input in fp32 and the normalised rows; their outputs, which the ranks of tp gather.
+        kept += local * 2 * (4 + c) * hidden + n * 2 * c * hidden
+        # QK-norm alike, and after the rotation; v; attention's output; gate, silu(gate), up and the product.
+        kept += n * ((4 + 2 * c) * (q + kv) + c * kv + c * q + 4 * c * features)
+    if work.on_gpu and c == 4:  # the kernel for fp32 wants keys and values for each query head
+        kept += 2 * n * c * (q - kv)
+    if work.model.dropout:  # a mask for each branch: of bytes on a GPU
+        kept += 2 * local * hidden * (1 if work.on_gpu else c)
+    if not work.on_gpu and work.config.data.document_mask:  # the mask that is added to the scores
+        kept += work.batch.local_batch_size * work.config.training.seq_len**2 * c
+    return int(kept)
+
+
+def _input(work: Workload) -> int:
+    """A block's input, all that is kept of a block that is recomputed whole."""
+    return int(work.scattered_tokens * work.c * work.hidden)
+
+
+def _operations(work: Workload) -> int:
+    """The input, and the outputs of matrix multiplications and attention."""
+    n, c = work.tokens, work.c
+    products = work.queries + 2 * work.keys + 2 * work.hidden + 2 * work.features
+    kept = n * c * (products + work.queries) + 4 * n * work.heads
+    if work.layout.tp > 1:  # the two sums over the ranks beside their addends
+        kept += work.scattered_tokens * c * 2 * work.hidden
+    return _input(work) + int(kept)
+
+
+def kept_outside(work: Workload) -> int:
+    """Token ids, rotary cosines and sines, the last norm."""
+    seq_len = work.config.training.seq_len // work.layout.cp
+    rows = work.batch.local_batch_size if work.config.data.document_mask else 1
+    angles = 2 * rows * seq_len * work.model.head_dim * work.c
+    norm = work.scattered_tokens * ((4 + work.c) * work.hidden + 4)
+    masks = work.batch.local_batch_size * seq_len**2 if rows > 1 and not work.on_gpu else 0
+    return int(8 * work.tokens + angles + norm + masks)

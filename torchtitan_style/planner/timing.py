@@ -1,0 +1,244 @@
+"""How long a step takes: for each phase what the device does, and what of the network does not hide behind it.
+
+Needs no torch. A matrix multiplication takes the larger of its floating-point operations and its traffic with memory;
+other operations take their traffic with memory; a phase takes at least the host's time for its operations. docs/
+planning.md derives the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from .devices import Assumptions, Device
+from .memory import checkpoint_bytes
+from .traffic import Traffic, traffic_of
+from .workload import Workload
+
+__all__ = ["Phase", "TimePlan", "time_of"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a step. Seconds of one time."""
+
+    name: str
+    times: int
+    """How often it comes in a step."""
+    compute: float
+    """Matrix multiplications and attention."""
+    memory: float
+    """Everything else that the device does."""
+    host: float
+    """What the host takes to start all that."""
+    network: float
+    """All communication."""
+    hidden: float
+    """Of the network, what runs beside the rest."""
+
+    @property
+    def device(self) -> float:
+        return max(self.compute + self.memory, self.host)
+
+    @property
+    def seconds(self) -> float:
+        return self.device + self.network - self.hidden
+
+    @property
+    def bound(self) -> str:
+        """What it mostly waits for."""
+        parts = {"compute": self.compute, "memory": self.memory, "network": self.network - self.hidden}
+        if self.host > self.compute + self.memory:
+            parts["host"] = self.host
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """A step in time."""
+
+    phases: list[Phase]
+    bubble: float
+    """Seconds of a step that a pipeline stage has nothing to do."""
+    tokens: int
+    """Of a step, all ranks together."""
+    flops: float
+    """Of a step by the model's own count, recomputation left out, all ranks together."""
+    peak_flops: float
+    """Of all devices together."""
+    traffic: list[Traffic] = field(repr=False)
+    checkpoint_bytes: int
+    checkpoint_seconds: float
+    """Until it is on disk."""
+    checkpoint_wait: float
+    """That training waits for it: with asynchronous checkpoints only for the copy to the host's memory."""
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(phase.times * phase.seconds for phase in self.phases) + self.bubble
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.step_seconds / self.peak_flops
+
+    @property
+    def hidden_share(self) -> float:
+        """Of all time of communication, what is hidden behind computation; 1 if there is none."""
+        network = sum(phase.times * phase.network for phase in self.phases)
+        return sum(phase.times * phase.hidden for phase in self.phases) / network if network else 1.0
+
+
+def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_on_device: int = 1) -> TimePlan:
+    """The time of a step. ranks_on_device: that share its FLOP/s and bandwidth, as on CPU."""
+    clock = _Clock(work, device, assumptions, ranks_on_device)
+    microbatches = work.batch.accumulation_steps
+    traffic = traffic_of(work)
+    phases = [
+        clock.phase("forward", microbatches, traffic),
+        clock.phase("loss", microbatches, traffic),
+    ]
+    if microbatches > 1:
+        phases.append(clock.phase("backward", microbatches - 1, traffic))
+    phases.append(clock.phase("last backward", 1, traffic))
+    phases.append(clock.phase("optimizer", 1, traffic))
+    passes = sum(phase.seconds for phase in phases[:3])
+    tokens = work.batch.global_batch_size * work.config.training.seq_len
+    hosts = -(-work.layout.world_size // device.per_host)
+    size = checkpoint_bytes(work.config)
+    # Replicas of a shard write nothing: at most so many hosts do.
+    writing = size / (assumptions.disk_bandwidth * min(hosts, work.layout.fsdp * work.layout.tp))
+    copying = (work.state.weights + work.state.optimizer) / assumptions.host_copy_bandwidth
+    return TimePlan(
+        phases=phases,
+        bubble=(work.layout.pp - 1) * passes,
+        tokens=tokens,
+        flops=tokens * work.model.flops_per_token(work.config.training.seq_len),
+        peak_flops=device.flops(work.c) * work.layout.world_size / ranks_on_device,
+        traffic=traffic,
+        checkpoint_bytes=size,
+        checkpoint_seconds=writing,
+        checkpoint_wait=copying if work.config.checkpoint.async_mode == "async" else writing,
+    )
+
+
+class _Clock:
+    """Seconds of parts of a step on one device."""
+
+    def __init__(self, work: Workload, device: Device, assumptions: Assumptions, sharing: int) -> None:
+        self.work, self.assumptions = work, assumptions
+        self.device = device
+        self.flops = device.flops(work.c) * assumptions.matmul_efficiency / sharing
+        self.memory = device.memory_bandwidth * assumptions.memory_efficiency / sharing
+
+    def phase(self, name: str, times: int, traffic: list[Traffic]) -> Phase:
+        kinds = {"last backward": ("backward", "reduce")}.get(name, (name,))
+        compute, memory, operations = {
+            "forward": self._forward,
+            "loss": self._loss,
+            "backward": self._backward,
+            "last backward": self._backward,
+            "optimizer": self._optimizer,
+        }[name]()
+        host = operations * self.assumptions.operation_seconds
+        if not self.work.on_gpu:  # the host is the device: it starts an operation when the last one is done
+            memory, host = memory + host, 0.0
+        waited = sum(self.seconds(each) for each in traffic if each.phase in kinds and not each.hides)
+        hiding = sum(self.seconds(each) for each in traffic if each.phase in kinds and each.hides)
+        overlap = self.assumptions.overlap if self.work.on_gpu else 0.0  # gloo needs the cores itself
+        hidden = min(hiding, overlap * (max(compute + memory, host) + waited))
+        return Phase(name, times, compute, memory, host, waited + hiding, hidden)
+
+    def seconds(self, traffic: Traffic) -> float:
+        """Of collectives, on rings that use every adapter of a host that a rank of the group is beside."""
+        layout = self.work.layout
+        sizes = {"tp": layout.tp, "fsdp": layout.fsdp, "dp_replicate": layout.dp_replicate, "world": layout.world_size}
+        strides = {"tp": 1, "world": 1, "fsdp": layout.tp, "dp_replicate": layout.tp * layout.fsdp}
+        ranks, stride = sizes[traffic.axis], strides[traffic.axis]
+        together = min(ranks, max(1, self.device.per_host // stride))  # ranks of the group in a host
+        bandwidth = self.device.link_bandwidth
+        if ranks > together:
+            lanes = 1 if traffic.kind == "all-to-all" else together
+            bandwidth = min(bandwidth, lanes * self.device.network_bandwidth)
+        sent = traffic.bytes * (ranks - 1) / ranks * (2 if traffic.kind == "all-reduce" else 1)
+        latency = traffic.count * self.assumptions.latency * (1 + math.log2(ranks) / 4)
+        return sent / (bandwidth * self.assumptions.network_efficiency) + latency
+
+    def _matmul(self, flops: float, moved: float) -> float:
+        return max(flops / self.flops, moved / self.memory)
+
+    def _blocks(self, *, flops_factor: float, attention_factor: float, traffic_factor: float) -> tuple[float, float]:
+        """Seconds of all blocks: matrix multiplications and attention; the rest."""
+        work, n = self.work, self.work.tokens
+        head = work.model.vocab_size * work.model.hidden_size
+        numbers = (work.model.num_matmul_parameters - head) / work.layout.tp
+        products = n * work.c * (2 * work.queries + 2 * work.keys + 3 * work.features + 4 * work.hidden) * work.layers
+        matmul = self._matmul(2 * n * numbers * flops_factor, (numbers * work.c + products) * flops_factor)
+        attention = n * self._attention_flops() * attention_factor / self.flops
+        return matmul + attention, work.layers * self._elementwise() * traffic_factor / self.memory
+
+    def _attention_flops(self) -> float:
+        """Of a token's forward pass in all layers on this rank: half of the model's count, which is without a mask."""
+        work = self.work
+        counted = work.model.flops_per_token(work.config.training.seq_len) - 6 * work.model.num_matmul_parameters
+        return float(counted) / 3 / 2 / work.layout.tp
+
+    def _elementwise(self) -> float:
+        """Bytes that norms, rotation, SiLU and sums of a block's forward pass read and write."""
+        work, c = self.work, self.work.c
+        local, n, heads = work.scattered_tokens, work.tokens, work.queries + work.keys
+        if work.compiled:  # each norm one kernel, with what is around it
+            return local * 8 * c * work.hidden + n * (4 * c * heads + 3 * c * work.features)
+        return local * (48 + 14 * c) * work.hidden + n * ((24 + 14 * c) * heads + 5 * c * work.features)
+
+    def _forward(self) -> tuple[float, float, float]:
+        compute, memory = self._blocks(flops_factor=1, attention_factor=1, traffic_factor=1)
+        return compute, memory, self.work.layers * self._operations()
+
+    def _operations(self) -> float:
+        """Of a block's forward pass: counted in a trace."""
+        return 20 if self.work.compiled else 90
+
+    def _backward(self) -> tuple[float, float, float]:
+        matmuls, rest = self._recomputed()
+        # Two products for each of the forward pass; flash attention has five for two.
+        compute, memory = self._blocks(
+            flops_factor=2 + matmuls, attention_factor=2.5 + matmuls, traffic_factor=2 + rest
+        )
+        return compute, memory, (2 + rest) * self.work.layers * self._operations()
+
+    def _recomputed(self) -> tuple[float, float]:
+        """Share of the blocks' matrix multiplications, and of the rest, that the backward pass computes again."""
+        recompute = self.work.config.activation_checkpoint
+        if recompute.mode == "full":
+            return 1.0, 1.0
+        if recompute.mode == "selective":
+            option = recompute.selective_ac_option
+            return (0.0, 1.0) if option == "op" else (1 / int(option), 1 / int(option))
+        if recompute.mode == "memory_budget":  # what takes least time first
+            forgotten = 1 - recompute.memory_budget
+            return forgotten**2, min(1.0, 2 * forgotten)
+        return 0.0, 0.0
+
+    def _loss(self) -> tuple[float, float, float]:
+        """Three products, and the softmax of all logits in chunks."""
+        work = self.work
+        head, logits = work.vocabulary * work.hidden, work.tokens * work.vocabulary
+        compute = self._matmul(6 * work.tokens * head, 3 * (head + logits) * work.c)
+        passes = 4 * work.c if work.compiled else 6 * 4 + 2 * work.c
+        return compute, (logits * passes + 6 * head * 4) / self.memory, 40
+
+    def _optimizer(self) -> tuple[float, float, float]:
+        """Norm, clipping, AdamW: bandwidth alone. Muon multiplies matrices."""
+        work = self.work
+        moved = 3 * work.state.gradients + 2 * work.state.weights + 2 * work.state.optimizer
+        rounds = work.config.optimizer.muon.ns_steps
+        flops = 0.0
+        for kind in work.kinds:
+            if kind.muon:
+                rows, columns = sorted(kind.shape)[-2:]
+                flops += kind.count * rounds * 2 * (2 * rows**2 * columns + rows**3)
+        return flops / work.layout.world_size / self.flops, moved / self.memory, 6 * work.layers

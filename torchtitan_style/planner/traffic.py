@@ -1,0 +1,113 @@
+"""What a rank sends in a step, by axis of the mesh and kind of collective. Needs no torch.
+
+Bytes are those of the whole tensor that a collective makes (all-gather) or takes (reduce-scatter, all-reduce), as NCCL
+counts them. Each rank of n sends (n - 1) / n of them, twice as much for an all-reduce.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torchtitan_style.common.sizes import FP32
+
+from .workload import Workload
+
+__all__ = ["Traffic", "traffic_of"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind along one axis, in one phase of the step."""
+
+    axis: str
+    """"fsdp", "dp_replicate", "tp" or "world"."""
+    kind: str
+    """"all-gather", "reduce-scatter", "all-reduce" or "all-to-all"."""
+    phase: str
+    """"forward", "loss", "backward": of each microbatch. "reduce": beside the last backward pass. "optimizer"."""
+    bytes: int
+    """Of all of them, in each microbatch if the phase is in each."""
+    count: int
+    hides: bool
+    """Whether it can run beside computation; tensor parallelism waits for its results."""
+
+    def per_step(self, microbatches: int) -> int:
+        return self.bytes * (microbatches if self.phase in ("forward", "loss", "backward") else 1)
+
+
+def traffic_of(work: Workload) -> list[Traffic]:
+    """Everything that is sent in a step but for a few numbers (the loss, the norm)."""
+    found = [*_sharding(work), *_tensor_parallel(work), *_muon(work)]
+    return [each for each in found if each.bytes]
+
+
+def _sharding(work: Workload) -> list[Traffic]:
+    """FSDP2: gather before use, sum gradients after each microbatch or the last; replicas after the last."""
+    layout, layers = work.layout, work.layers
+    blocks, outer = layers * work.block_numbers, work.outer_numbers
+    found = []
+    if layout.fsdp > 1:
+        found.append(Traffic("fsdp", "all-gather", "forward", (blocks + outer) * work.c, layers + 1, True))
+        if not work.keeps_gathered:  # the outer parameters stay
+            found.append(Traffic("fsdp", "all-gather", "backward", blocks * work.c, layers, True))
+        found.append(
+            Traffic("fsdp", "reduce-scatter", _when_reduced(work), (blocks + outer) * work.r, layers + 1, True)
+        )
+    if layout.dp_replicate > 1:
+        shard = -(-(blocks + outer) // layout.fsdp)
+        found.append(Traffic("dp_replicate", "all-reduce", "reduce", shard * work.r, layers + 1, True))
+    return found
+
+
+def _when_reduced(work: Workload) -> str:
+    """The phase in which FSDP sums the gradients of what it shards."""
+    each = work.config.parallelism.fsdp_reduce_gradients == "each_microbatch" and work.layout.fsdp > 1
+    return "backward" if each else "reduce"
+
+
+def _tensor_parallel(work: Workload) -> list[Traffic]:
+    """Megatron's sequence parallelism: attention and MLP gather the positions and scatter the sums, and the other way
+    round in the backward pass. docs/planning.md has the counts."""
+    if work.layout.tp == 1:
+        return []
+    layers, rows = work.layers, work.tokens * work.c * work.hidden
+    again = _recomputed_blocks(work)
+    norms = work.layers * 2 * (work.hidden + int(work.model.head_dim)) + work.hidden
+    return [
+        # embedding → scatter; two gathers and two scatters in a block; the head gathers
+        Traffic("tp", "all-gather", "forward", 2 * layers * rows, 2 * layers, False),
+        Traffic("tp", "reduce-scatter", "forward", (2 * layers + 1) * rows, 2 * layers + 1, False),
+        Traffic("tp", "all-gather", "loss", rows, 1, False),
+        Traffic("tp", "reduce-scatter", "loss", rows, 1, False),
+        Traffic("tp", "all-reduce", "loss", 3 * FP32 * work.tokens, 2, False),
+        Traffic(
+            "tp", "all-gather", "backward", (2 * (layers + again[0]) + 1) * rows, 2 * (layers + again[0]) + 1, False
+        ),
+        Traffic("tp", "reduce-scatter", "backward", (2 * layers + again[1]) * rows, 2 * layers + again[1], False),
+        Traffic("tp", "all-reduce", _when_reduced(work), norms * work.c, 4 * layers + 1, False),
+    ]
+
+
+def _recomputed_blocks(work: Workload) -> tuple[int, int]:
+    """Blocks whose gathers are done again in the backward pass, and scatters: the last of a block is not needed."""
+    recompute, layers = work.config.activation_checkpoint, work.layers
+    if recompute.mode == "full":
+        return layers, layers
+    if recompute.mode == "selective" and recompute.selective_ac_option != "op":
+        again = -(-layers // int(recompute.selective_ac_option))
+        return again, again
+    if recompute.mode == "selective":
+        return layers, 0
+    return 0, 0
+
+
+def _muon(work: Workload) -> list[Traffic]:
+    """Each matrix goes to the rank that makes it orthogonal, and its parts come back."""
+    numbers = sum(kind.count * math.prod(kind.shape) for kind in work.kinds if kind.muon)
+    if work.layout.world_size == 1 or not numbers:
+        return []
+    # Of all matrices each rank owns its share, and holds its share; both go through it once.
+    owned = numbers // work.layout.world_size
+    held = numbers // (work.layout.fsdp * work.layout.tp)
+    return [Traffic("world", "all-to-all", "optimizer", (owned + held) * work.c, 2 * work.layers, False)]

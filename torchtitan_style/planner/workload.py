@@ -1,0 +1,139 @@
+"""What one rank computes in a step, in the numbers that all formulas start from. Needs no torch.
+
+The formulas know of axes only through ``Layout``: a rank of a pipeline stage is a ``Workload`` of fewer layers.
+
+Letters in the formulas: n tokens of a microbatch on this rank, C hidden size, Q and KV numbers of a token's queries and
+keys on this rank, I of its features in the MLP, V rows of the vocabulary on this rank, c bytes of a number in the type
+of computation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torchtitan_style.config import Config
+from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch
+from torchtitan_style.models.registry import model_config
+
+from .parameters import Kind, State, parameter_kinds, state_of
+
+__all__ = ["Workload", "number_bytes"]
+
+
+def number_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A configuration on a layout, seen from the rank that holds the most. on_gpu: else on CPU."""
+
+    config: Config
+    layout: Layout
+    on_gpu: bool
+    kinds: tuple[Kind, ...]
+
+    @classmethod
+    def of(cls, config: Config, layout: Layout, *, on_gpu: bool, kinds: tuple[Kind, ...] | None = None) -> Workload:
+        """Raises ValueError if the batch cannot be shared out over the layout."""
+        work = cls(config, layout, on_gpu, parameter_kinds(config) if kinds is None else kinds)
+        _ = work.batch
+        return work
+
+    @cached_property
+    def model(self) -> Any:
+        return model_config(self.config.model)
+
+    @cached_property
+    def batch(self) -> BatchPlan:
+        return plan_batch(self.config.training, self.layout.dp)
+
+    @cached_property
+    def state(self) -> State:
+        return state_of(self.kinds, self.layout)
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.num_hidden_layers)
+
+    @property
+    def tokens(self) -> int:
+        """n: of a microbatch, on each of the tp ranks."""
+        return self.batch.local_batch_size * self.config.training.seq_len // self.layout.cp
+
+    @property
+    def scattered_tokens(self) -> float:
+        """Of them, those whose residual stream this rank holds: the tp ranks share them out."""
+        return self.tokens / self.layout.tp
+
+    @property
+    def c(self) -> int:
+        """Bytes of a number in the type of computation."""
+        return number_bytes(self.config.training.mixed_precision_param)
+
+    @property
+    def r(self) -> int:
+        """Bytes of a number of a gradient on its way between ranks."""
+        return number_bytes(self.config.training.mixed_precision_reduce)
+
+    @property
+    def hidden(self) -> int:
+        return int(self.model.hidden_size)
+
+    @property
+    def heads(self) -> float:
+        return float(self.model.num_attention_heads / self.layout.tp)
+
+    @property
+    def queries(self) -> float:
+        """Q."""
+        return self.heads * float(self.model.head_dim)
+
+    @property
+    def keys(self) -> float:
+        """KV."""
+        return float(self.model.num_key_value_heads * self.model.head_dim / self.layout.tp)
+
+    @property
+    def features(self) -> float:
+        """I."""
+        return float(self.model.intermediate_size / self.layout.tp)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return int(self.model.vocab_size) // self.layout.tp
+
+    @property
+    def compiled(self) -> bool:
+        return self.config.compile.enable
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 wraps the model; a single process does without, unless blocks are recomputed."""
+        return self.layout.world_size > 1 or self.config.activation_checkpoint.mode in ("selective", "full")
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether gathered parameters stay until their gradients are there."""
+        return self.config.parallelism.fsdp_reshard_after_forward == "never"
+
+    @cached_property
+    def block_numbers(self) -> int:
+        """Parameters of a block on a tensor-parallel rank, all its shards together."""
+        return self._gathered(in_block=True) // self.layers
+
+    @cached_property
+    def outer_numbers(self) -> int:
+        """Embedding, last norm and head, as ``block_numbers``."""
+        return self._gathered(in_block=False)
+
+    @property
+    def gathered_numbers(self) -> int:
+        """All parameters of a tensor-parallel rank."""
+        return self.layers * self.block_numbers + self.outer_numbers
+
+    def _gathered(self, *, in_block: bool) -> int:
+        return sum(k.count * k.tp_numbers(self.layout.tp) for k in self.kinds if k.in_block == in_block)
