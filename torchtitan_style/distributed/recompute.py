@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from torchtitan_style.config.schema import ActivationCheckpoint
 
-__all__ = ["apply_activation_checkpoint", "recomputes_operations", "set_memory_budget"]
+__all__ = ["apply_activation_checkpoint", "keep_outputs_of", "recomputes_operations", "set_memory_budget"]
 
 _aten = torch.ops.aten
 _SAVED = {
@@ -27,6 +27,11 @@ _SAVED = {
 }
 """Operations whose outputs "selective" keeps: dear to compute for the memory they take. Under
 tensor parallelism the reduced sums too, as recomputing them would communicate again."""
+
+
+def keep_outputs_of(*operations: Any) -> None:
+    """Have "selective" keep the outputs of these, too."""
+    _SAVED.update(operations)
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -51,6 +51,8 @@ class StepResult:
     """This rank's rows from each corpus."""
     problems: tuple[Problem, ...] = ()
     """Documents that this rank could not read."""
+    routing: Tensor | None = None
+    """Of a model with experts: how they were used, see ``train/balance.py``; the same on all ranks."""
 
 
 class TrainingLog:
@@ -75,13 +77,15 @@ class TrainingLog:
         corpora: Sequence[str],
         report_padding: bool,
         on_problems: Callable[[list[Problem]], None],
+        describe_routing: Callable[[int, Tensor], dict[str, Any]] | None = None,
     ) -> None:
         """learning_rates: those of an update, by name. skipped: is kept up to date. max_skipped: how many in a row
         are let pass; with ``rewinds`` the caller sees to those that spiked. corpora: names of the corpora of a
         mixture. on_problems: called by all ranks with their own documents that could not be read, if some rank has
-        any."""
+        any. describe_routing: of a model with experts, (step, ``StepResult.routing``) → figures."""
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding, self.on_problems = corpora, report_padding, on_problems
+        self.describe_routing = describe_routing
         self.last_step, self.tokens_per_step = last_step, tokens_per_step
         self.learning_rates, self.skipped = learning_rates, skipped
         self.max_skipped, self.rewinds = max_skipped, rewinds
@@ -140,6 +144,10 @@ class TrainingLog:
                 self._pending, losses.tolist(), norms.tolist(), taken.tolist(), counts.tolist(), strict=True
             )
         ]
+        if self.describe_routing is not None:
+            routing = [(step, result.routing) for step, _, result in self._pending if result.routing is not None]
+            for record, (step, sums) in zip(records, routing, strict=True):
+                record |= self.describe_routing(step, sums.cpu())
         self._pending.clear()
         if any(count for _, count, *_ in counts.tolist()):
             self.on_problems(problems)

@@ -21,6 +21,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.distributed.experts import expert_mesh
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.metrics.log import StepResult
@@ -29,6 +30,8 @@ from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
+
+from .balance import Balance
 
 __all__ = ["DTYPES", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
 
@@ -54,6 +57,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
             param_dtype=param_dtype,
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+            **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
         )
 
     def draw(model: Any) -> None:
@@ -97,7 +101,8 @@ def train_step(
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.batch_group)
-    loss = forward_backward(model, batch.microbatches, tokens)
+    balance = Balance.of(model, batch.microbatches, world)
+    loss = forward_backward(model, batch.microbatches, tokens, balance)
     loss *= world.counts
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
     taken = guard.admits(loss.float(), grad_norm)
@@ -111,22 +116,28 @@ def train_step(
         padding=batch.padding,
         corpus_rows=batch.corpus_rows,
         problems=batch.problems,
+        routing=None if balance is None else balance.sums(),
     )
 
 
-def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], tokens: Tensor) -> Tensor:
+def forward_backward(
+    model: nn.Module, microbatches: Sequence[Microbatch], tokens: Tensor, balance: Balance | None = None
+) -> Tensor:
     """Add the gradients of this rank's share of the loss to those that are there.
 
-    tokens: how many labels the whole step has; a 0-dim integer. Returns the share, 0-dim fp64: the loss is the sum
+    tokens: how many labels the whole step has; a 0-dim integer. balance: of a model with experts, whose losses have
+    their gradients added, but are not part of what is returned. Returns the share, 0-dim fp64: the loss is the sum
     of the shares of all ranks that hold different tokens.
     """
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    if balance is not None:
+        balance.start()
     for i, microbatch in enumerate(microbatches, start=1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(microbatches))
         loss_sum, _ = model(*microbatch)
         share = loss_sum / tokens
-        share.backward()
+        (share if balance is None else share + balance.loss()).backward()
         loss += share.detach()
     return loss
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +32,7 @@ from torchtitan_style.distributed.world import World, destroy_world, init_world,
 from torchtitan_style.inference.sample import sample
 from torchtitan_style.launch.run_lock import run_lock
 from torchtitan_style.metrics.display import Display
+from torchtitan_style.metrics.experts import ExpertUse
 from torchtitan_style.metrics.log import StepResult, TrainingLog
 from torchtitan_style.metrics.profiler import profile_step
 from torchtitan_style.metrics.throughput import Meter
@@ -400,13 +404,15 @@ class Trainer:
             (self.dump_folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
             clear_preempted(self.dump_folder)
         total, seq_len = config.training.steps, config.training.seq_len
+        active = self.model_config.num_active_parameters
+        active = "" if active == self.model_config.num_parameters else f"{active / 1e6:,.1f} M of them active, "
         processes = f"{layout.world_size} × " if layout.world_size > 1 else ""
         precision: str = config.training.mixed_precision_param
         if multiply_in_fp32(DTYPES[precision], self.world.device):
             precision += " (multiplied in float32, as this CPU has no instructions for it)"
         self.display.say(
             f"{config.model.name} {config.initial_weights or config.model.flavor}, "
-            f"{self.model_config.num_parameters / 1e6:,.1f} M parameters, "
+            f"{self.model_config.num_parameters / 1e6:,.1f} M parameters, {active}"
             f"{precision}, on {processes}{devices.name(self.world.device)}" + (f" ({layout})" if processes else "")
         )
         microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
@@ -433,6 +439,18 @@ class Trainer:
             corpora=self.data.mixture,
             report_padding=config.data.packing == "best_fit",
             on_problems=self.data.report_problems,
+            describe_routing=self._describe_routing(),
+        )
+
+    def _describe_routing(self) -> Callable[[int, torch.Tensor], dict[str, Any]] | None:
+        """How the log reads ``StepResult.routing``; None if the model has no experts."""
+        shape = self.model_config
+        if not spec_of(self.config.model.name).expert_parallel:
+            return None
+        return functools.partial(
+            ExpertUse(self.display.warn).figures,
+            sparse_layers=[layer for layer in range(shape.num_hidden_layers) if shape.is_sparse(layer)],
+            experts_per_token=shape.num_experts_per_tok,
         )
 
     def _interrupted(self) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -25,7 +28,7 @@ from torchtitan_style.distributed.tensor import NormOfShard, VocabParallelHead, 
 from .attention import attend
 from .model import DecoderLayer, Qwen3ForCausalLM
 
-__all__ = ["parallelize_qwen3"]
+__all__ = ["dense_mlp_plan", "parallelize_qwen3"]
 
 
 def parallelize_qwen3(
@@ -37,15 +40,19 @@ def parallelize_qwen3(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    mlp_plan: Callable[[DecoderLayer], dict[str, ParallelStyle]] | None = None,
+    placement: Callable[[nn.Parameter], Shard | None] | None = None,
+    apart: Mapping[nn.Module, DeviceMesh] | None = None,
 ) -> None:
     """Lay ``model`` (best on the meta device) out over ``mesh``, in place.
 
-    mesh: axes ("dp_replicate", "fsdp", "tp"). The order below matters: each step wraps what the
+    mesh: axes ("dp_replicate", "fsdp", "tp"). mlp_plan: a block's tensor parallelism from the MLP on; None: that of a
+    dense MLP. placement, apart: as of ``shard``. The order below matters: each step wraps what the
     one before has made.
     """
     # 1. Tensor parallelism first: it replaces parameters, which breaks the tie of embedding and head.
     if mesh["tp"].size() > 1:
-        _apply_tensor_parallel(model, mesh["tp"])
+        _apply_tensor_parallel(model, mesh["tp"], mlp_plan or dense_mlp_plan)
         model.tie_weights()
     model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
     if mesh.device_type == "cpu" and compile.enable:
@@ -75,10 +82,24 @@ def parallelize_qwen3(
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
         reshard_after_forward=reshard_after_forward,
+        placement=placement,
+        apart=apart,
     )
 
 
-def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None:
+def dense_mlp_plan(_layer: DecoderLayer) -> dict[str, ParallelStyle]:
+    """Gate and up split by features, down by what goes in."""
+    return {
+        "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def _apply_tensor_parallel(
+    model: Qwen3ForCausalLM, tp_mesh: DeviceMesh, mlp_plan: Callable[[DecoderLayer], dict[str, ParallelStyle]]
+) -> None:
     """Megatron's split of matrices (Shoeybi et al. 2019, section 3) with sequence parallelism
     (Korthikanti et al. 2022, section 4.2.2).
 
@@ -104,12 +125,9 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
         "self_attn.k_norm": NormOfShard(),
         "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "post_attention_layernorm": NormOfShard(),
-        "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
-    for i in range(len(model.model.layers)):
-        plan |= {f"model.layers.{i}.{name}": style for name, style in block_plan.items()}
+    for i, layer in enumerate(model.model.layers):
+        assert isinstance(layer, DecoderLayer)
+        plan |= {f"model.layers.{i}.{name}": style for name, style in (block_plan | mlp_plan(layer)).items()}
     parallelize_module(model, tp_mesh, plan)
     model.model.embed_tokens.register_forward_hook(wait_for_output)

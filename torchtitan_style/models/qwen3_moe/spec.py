@@ -1,0 +1,67 @@
+"""Qwen3-MoE as the rest of the program sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchtitan_style.models.qwen3.spec import QWEN3
+from torchtitan_style.models.spec import Dimension, ModelSpec
+
+from .config import FLAVORS, Qwen3MoeConfig
+from .hf import from_hf, on_disk, parameter_shapes, to_hf
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["QWEN3_MOE"]
+
+# Torch is imported by what needs it, when it is called.
+
+
+def _build(config: Qwen3MoeConfig) -> Any:
+    from .model import Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(config)
+
+
+def _parallelize(*args: Any, **named: Any) -> None:
+    from .parallelize import parallelize_qwen3_moe
+
+    parallelize_qwen3_moe(*args, **named)
+
+
+def _is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """A matrix of attention, of an MLP or, stacked, of experts; not the router, the embedding or the head."""
+    return parameter.ndim >= 2 and ".layers." in f".{name}" and not name.endswith("mlp.gate.weight")
+
+
+def _stacked_rows(name: str, shape: tuple[int, ...]) -> int | None:
+    if name.endswith("experts.gate_up_proj"):
+        return shape[1] // 2
+    return shape[1] if name.endswith("experts.down_proj") else None
+
+
+QWEN3_MOE = ModelSpec(
+    name="qwen3_moe",
+    config_class=Qwen3MoeConfig,
+    flavors=FLAVORS,
+    parameter_shapes=parameter_shapes,
+    shape_fields=(
+        *QWEN3.shape_fields,
+        "num_experts",
+        "moe_intermediate_size",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    ),
+    tensor_parallel=QWEN3.tensor_parallel,
+    expert_parallel=(Dimension("num_experts", "experts"),),
+    build=_build,
+    parallelize=_parallelize,
+    is_hidden_matrix=_is_hidden_matrix,
+    has_heads=QWEN3.has_heads,
+    stacked_rows=_stacked_rows,
+    hf_architecture="Qwen3MoeForCausalLM",
+    from_hf=from_hf,
+    to_hf=to_hf,
+    on_disk=on_disk,
+)
