@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -58,7 +59,7 @@ def recomputes_operations(config: ActivationCheckpoint) -> bool:
     return config.mode == "selective" and config.selective_ac_option == "op"
 
 
-def apply_activation_checkpoint(layers: nn.ModuleList, config: ActivationCheckpoint) -> None:
+def apply_activation_checkpoint(layers: Iterable[nn.Module], config: ActivationCheckpoint) -> None:
     """Make ``layers`` recompute their activations, as ``config`` says, in place.
 
     The forward method is wrapped, not the module: parameter names stay, and hooks that FSDP puts on

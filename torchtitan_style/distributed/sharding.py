@@ -36,7 +36,8 @@ def shard(
     mesh: axes (dp_replicate, fsdp). placement: which dimension of a parameter to cut; None: the first. apart: modules
     in the blocks whose parameters are sharded over a mesh of their own.
 
-    Gradients come out as plain sums over the ranks, in fp32: the loss is divided by the global number of tokens beforehand, so FSDP must not average.
+    Gradients come out as plain sums over the ranks, in fp32: the loss is divided by the global number of
+    tokens beforehand, so FSDP must not average.
     """
     replicate = mesh.size(0)
     fsdp_mesh = mesh if replicate > 1 else mesh["fsdp"]

@@ -64,12 +64,17 @@ def parallelize_qwen3(
     # a block recomputed whole is compiled first and just run again.
     layers = model.model.layers
     set_memory_budget(activation_checkpoint, device_type=mesh.device_type, tp=mesh["tp"].size())
-    recompute_first = recomputes_operations(activation_checkpoint)
-    if recompute_first:
+    if not recomputes_operations(activation_checkpoint):
+        apply_compile(layers, compile, device_type=mesh.device_type)
         apply_activation_checkpoint(layers, activation_checkpoint)
-    apply_compile(layers, compile, device_type=mesh.device_type)
-    if not recompute_first:
-        apply_activation_checkpoint(layers, activation_checkpoint)
+    else:
+        # FSDP's hooks on a module within a block cannot be replayed operation by operation: there, whole blocks are
+        # recomputed.
+        hooked = [layer for layer in layers if any(module in (apart or {}) for module in layer.modules())]
+        others = [layer for layer in layers if layer not in hooked]
+        apply_activation_checkpoint(others, activation_checkpoint)
+        apply_compile(layers, compile, device_type=mesh.device_type)
+        apply_activation_checkpoint(hooked, ActivationCheckpoint(mode="full"))
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block. One process has
     # nothing to gather.
     if dist.get_world_size() == 1 and activation_checkpoint.mode in ("none", "memory_budget"):
