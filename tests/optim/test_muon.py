@@ -154,7 +154,7 @@ def test_heads_by_themselves() -> None:
     model, optimizers = build(muon=Muon(per_head=True))
     assert optimizers.muon is not None
     names = {p: name for name, p in model.named_parameters()}
-    for matrix, head_dim in zip(optimizers.muon.matrices, optimizers.muon.head_dims, strict=True):
+    for matrix, head_dim in zip(optimizers.muon.matrices, optimizers.muon.block_rows, strict=True):
         with_heads = names[matrix].split(".")[-2] in ("q_proj", "k_proj", "v_proj")
         assert head_dim == (16 if with_heads else None)
 

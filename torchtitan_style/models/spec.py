@@ -115,6 +115,9 @@ class ModelSpec:
     build: Callable[[Any], Any]
     """Config → the model: a module that maps (token ids, labels, documents) to (sum of token losses, right guesses),
     and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and ``lm_head``."""
+    use_definition: Callable[[Any], None] | None = None
+    """Have a model that ``build`` has built compute by the plainest code there is, to compare others with; None: it
+    does so anyway."""
     parallelize: Callable[..., None]
     """Lays a model out over a mesh for training, in place; see ``qwen3/parallelize.py``."""
 

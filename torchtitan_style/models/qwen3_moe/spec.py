@@ -24,6 +24,14 @@ def _build(config: Qwen3MoeConfig) -> Any:
     return Qwen3MoeForCausalLM(config)
 
 
+def _use_definition(model: Any) -> None:
+    from .experts import Experts, loop_over_experts
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.run = loop_over_experts
+
+
 def _parallelize(*args: Any, **named: Any) -> None:
     from .parallelize import parallelize_qwen3_moe
 
@@ -56,6 +64,7 @@ QWEN3_MOE = ModelSpec(
     tensor_parallel=QWEN3.tensor_parallel,
     expert_parallel=(Dimension("num_experts", "experts"),),
     build=_build,
+    use_definition=_use_definition,
     parallelize=_parallelize,
     is_hidden_matrix=_is_hidden_matrix,
     has_heads=QWEN3.has_heads,
