@@ -68,13 +68,13 @@ class Draft:
 
     def peek(self, section: str, key: str, default: Any) -> Any:
         """What a key is set to, by the command line or the file, before anything is checked."""
-        arguments = [*self._overrides, ""]
-        for argument, following in itertools.pairwise(arguments):
+        tree = self.tree.get(section)
+        found = tree.get(key, default) if isinstance(tree, dict) else default
+        for argument, following in itertools.pairwise([*self._overrides, ""]):
             name, equals, text = argument.partition("=")
             if name == f"--{section}.{key}":
-                return text if equals else following
-        found = self.tree.get(section)
-        return found.get(key, default) if isinstance(found, dict) else default
+                found = text if equals else following  # the last one counts
+        return found
 
     def apply_overrides(self, schema: type[Config]) -> None:
         """Put what the command line says in the place of what the file says."""
