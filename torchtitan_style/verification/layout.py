@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchtitan_style.config import Config
@@ -35,6 +35,7 @@ from torchtitan_style.optim.schedule import lr_factor
 from torchtitan_style.train.step import DTYPES, build_optimizer, build_training_model, train_step
 
 from .report import SMALLEST, Check, Difference, gradient_check, gradient_difference
+from .routing import check_routing, routed_otherwise
 
 __all__ = ["STEPS", "TOLERANCES", "compare", "reference"]
 
@@ -103,7 +104,9 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     for step in range(1, STEPS + 1):
         model.zero_grad()
         if routers is not None:
-            routers.count(device)
+            logits = routers.count(device)
+            if step == 1:
+                save_file({"logits": logits}, folder / "routing.safetensors")
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for row in range(rows):  # one by one: full logits of many are more than memory holds
             for inputs, labels in _documents(batch, row):
@@ -143,8 +146,9 @@ class _RoutersByDefinition:
                 module.register_forward_hook(lambda _module, _inputs, output: self.logits.append(output[0].float()))
 
     @torch.no_grad()
-    def count(self, device: torch.device) -> None:
-        """Find out how often each expert is chosen in the whole batch."""
+    def count(self, device: torch.device) -> Tensor:
+        """Find out how often each expert is chosen in the whole batch. → the logits, [rows, T, L, E]"""
+        every: list[Tensor] = []
         experts = self.shape.num_experts
         self.counts, self.rows = torch.zeros(experts, device=device), 0
         for row in range(len(self.batch.inputs)):
@@ -155,7 +159,9 @@ class _RoutersByDefinition:
                     chosen = logits.softmax(-1).topk(self.shape.num_experts_per_tok).indices
                     self.counts += torch.nn.functional.one_hot(chosen, experts).sum((0, 1))
                     self.rows += len(logits)
+                every.append(torch.stack(self.logits, dim=1).cpu())  # [N, L, E]
         self.logits.clear()
+        return torch.cat(every).view(*self.batch.inputs.shape, *every[0].shape[1:])
 
     def loss(self) -> Tensor:
         """The part that the tokens of the last forward pass have."""
@@ -194,6 +200,12 @@ def compare(
 
     guard = StepGuard(0.0, 2, world.device)
     batch = _batch(config, world)
+    if (folder / "routing.safetensors").exists():
+        right = load_file(folder / "routing.safetensors")["logits"]
+        mine = routed_otherwise(model, batch.microbatches, right, world, precision=precision)
+        check, more = check_routing(_gathered(mine))
+        checks.append(check)
+        tolerances = tolerances | {"gradients": tolerances["gradients"] + more}
     losses, norms, gradients = [], [], []
     for step in range(1, STEPS + 1):
         clipped = training.model_copy(update={"max_norm": _max_norm(config, step)})
