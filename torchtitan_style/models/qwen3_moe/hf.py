@@ -1,7 +1,6 @@
 """Qwen3-MoE in Transformers' format: what ``config.json`` says, and which tensors belong to it.
 
-On disk each expert's matrices are tensors of their own; in memory they are stacked, as in Transformers 5. Plain data:
-nothing here imports torch.
+Plain data: nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from torchtitan_style.models.qwen3 import hf as qwen3
-from torchtitan_style.models.spec import OnDisk
 
 from .config import Qwen3MoeConfig
 
-__all__ = ["from_hf", "on_disk", "parameter_shapes", "to_hf"]
+__all__ = ["from_hf", "parameter_shapes", "to_hf"]
 
 # What Transformers takes a field for that config.json leaves out (its Qwen3MoeConfig).
 _ABSENT = {
@@ -82,23 +80,3 @@ def parameter_shapes(config: Qwen3MoeConfig) -> dict[str, tuple[int, ...]]:
         "mlp.experts.down_proj": (experts, hidden, width),
     }
     return qwen3.parameter_shapes(config, lambda layer: sparse if config.is_sparse(layer) else qwen3.mlp_shapes(config))
-
-
-def on_disk(config: Qwen3MoeConfig) -> dict[str, tuple[OnDisk, ...]]:
-    """The tensors in Transformers' files that make up each parameter."""
-    width, found = config.moe_intermediate_size, dict[str, tuple[OnDisk, ...]]()
-    for name in parameter_shapes(config):
-        experts, is_gate_up, _ = name.partition("gate_up_proj")
-        if is_gate_up:
-            halves = ("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))
-            found[name] = tuple(
-                OnDisk(f"{experts}{j}.{half}.weight", (j, rows))
-                for j in range(config.num_experts)
-                for half, rows in halves
-            )
-        elif name.endswith("experts.down_proj"):
-            experts = name.removesuffix("down_proj")
-            found[name] = tuple(OnDisk(f"{experts}{j}.down_proj.weight", (j,)) for j in range(config.num_experts))
-        else:
-            found[name] = (OnDisk(name),)
-    return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_style.models.qwen3.spec import QWEN3
-from torchtitan_style.models.spec import Dimension, ModelSpec
+from torchtitan_style.models.spec import Dimension, ModelSpec, OnDisk
 
 from .config import FLAVORS, Qwen3MoeConfig
-from .hf import from_hf, on_disk, parameter_shapes, to_hf
+from .hf import from_hf, parameter_shapes, to_hf
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,26 @@ def _stacked_rows(name: str, shape: tuple[int, ...]) -> int | None:
     return shape[1] if name.endswith("experts.down_proj") else None
 
 
+def _on_disk(config: Qwen3MoeConfig) -> dict[str, tuple[OnDisk, ...]]:
+    """On disk each expert's matrices are tensors of their own; in memory they are stacked, as in Transformers 5."""
+    width, found = config.moe_intermediate_size, dict[str, tuple[OnDisk, ...]]()
+    for name in parameter_shapes(config):
+        experts, is_gate_up, _ = name.partition("gate_up_proj")
+        if is_gate_up:
+            halves = ("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))
+            found[name] = tuple(
+                OnDisk(f"{experts}{j}.{half}.weight", (j, rows))
+                for j in range(config.num_experts)
+                for half, rows in halves
+            )
+        elif name.endswith("experts.down_proj"):
+            experts = name.removesuffix("down_proj")
+            found[name] = tuple(OnDisk(f"{experts}{j}.down_proj.weight", (j,)) for j in range(config.num_experts))
+        else:
+            found[name] = (OnDisk(name),)
+    return found
+
+
 QWEN3_MOE = ModelSpec(
     name="qwen3_moe",
     config_class=Qwen3MoeConfig,
@@ -72,5 +92,5 @@ QWEN3_MOE = ModelSpec(
     hf_architecture="Qwen3MoeForCausalLM",
     from_hf=from_hf,
     to_hf=to_hf,
-    on_disk=on_disk,
+    on_disk=_on_disk,
 )
