@@ -59,7 +59,9 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def result(loss: float, *, update: int, taken: bool = True, **counts: Any) -> Any:
     tensors = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.5)}
     tensors |= {"taken": torch.tensor(taken), "update": torch.tensor(update)}
-    return SimpleNamespace(**tensors, **{"batch_hash": 7, "padding": 0, "corpus_rows": (), "unreadable": 0} | counts)
+    return SimpleNamespace(
+        **tensors, **{"batch_hash": 7, "padding": 0, "corpus_rows": (), "unreadable": 0, "routing": None} | counts
+    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

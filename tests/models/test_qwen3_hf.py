@@ -247,7 +247,7 @@ def test_layer_types_without_a_window_change_nothing() -> None:
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"model_type": "llama"}, 'model_type is "llama"; it must be "qwen3"'),
-    "qwen3_moe": ({"model_type": "qwen3_moe"}, 'model_type is "qwen3_moe"; it must be "qwen3"'),
+    "qwen2_moe": ({"model_type": "qwen2_moe"}, 'model_type is "qwen2_moe"; it must be "qwen3" or "qwen3_moe"'),
     "qwen2": ({"model_type": "qwen2"}, 'model_type is "qwen2"'),
     "no model type": ({"model_type": None}, "model_type"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6} | YARN}, r'^rope_parameters: .*"yarn"'),

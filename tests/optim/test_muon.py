@@ -154,7 +154,7 @@ def test_heads_by_themselves() -> None:
     model, optimizers = build(muon=Muon(per_head=True))
     assert optimizers.muon is not None
     names = {p: name for name, p in model.named_parameters()}
-    for matrix, head_dim in zip(optimizers.muon.matrices, optimizers.muon.head_dims, strict=True):
+    for matrix, head_dim in zip(optimizers.muon.matrices, optimizers.muon.block_rows, strict=True):
         with_heads = names[matrix].split(".")[-2] in ("q_proj", "k_proj", "v_proj")
         assert head_dim == (16 if with_heads else None)
 
@@ -179,3 +179,26 @@ def test_one_step_is_the_definition() -> None:
     step = (before * (1 - 0.1 * 0.2) - parameter.data) / 0.1
     assert (step - u @ v).norm() / (u @ v).norm() < 0.35  # singular values in 0.7 … 1.2 instead of 1
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+def test_stacked_experts_are_orthogonalised_one_by_one() -> None:
+    torch.manual_seed(0)
+    gate_up, down = torch.randn(3, 2 * 8, 24), torch.randn(3, 24, 8)
+    stacked = [torch.nn.Parameter(gate_up.clone()), torch.nn.Parameter(down.clone())]
+    single = [torch.nn.Parameter(m.clone()) for m in (*gate_up.view(6, 8, 24), *down)]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "dtype": torch.float32}
+    optimizers = [
+        MuonOptimizer(stacked, Muon(), block_rows=[8, 24], **options),
+        MuonOptimizer(single, Muon(), **options),
+    ]
+    for seed in range(3):
+        give_gradients(stacked, seed)
+        gradients = [*stacked[0].grad.view(6, 8, 24), *stacked[1].grad]
+        for parameter, gradient in zip(single, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step_if(SOUND)
+    found = [*stacked[0].view(6, 8, 24), *stacked[1]]
+    for matrix, right in zip(found, single, strict=True):
+        # The same products, batched: fp32 rounding, which the iteration amplifies.
+        torch.testing.assert_close(matrix, right, rtol=1e-4, atol=1e-5)

@@ -35,7 +35,12 @@ def cross_checks(config: Config, world_size: int | None) -> list[Problem]:
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     degrees = tuple(
         f"parallelism.{key}"
-        for key in ("tensor_parallel_degree", "data_parallel_shard_degree", "data_parallel_replicate_degree")
+        for key in (
+            "tensor_parallel_degree",
+            "data_parallel_shard_degree",
+            "data_parallel_replicate_degree",
+            "expert_parallel_degree",
+        )
     )
     try:
         layout = plan_layout(config.parallelism, world_size)

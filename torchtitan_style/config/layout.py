@@ -24,6 +24,8 @@ class Layout:
     """Ranks that share the positions of a row."""
     tp: int = 1
     """Ranks that share each matrix."""
+    ep: int = 1
+    """Of the dp_shard × cp ranks so many share out the experts: no axis beside the others."""
 
     @property
     def dp(self) -> int:
@@ -41,6 +43,7 @@ class Layout:
 
     def __str__(self) -> str:
         axes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "dp": self.dp_shard, "cp": self.cp, "tp": self.tp}
+        axes["ep"] = self.ep
         return " × ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1 or axis in ("dp", "tp"))
 
 
@@ -59,7 +62,7 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
     Raises ValueError if it does not come out even.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    tp = parallelism.tensor_parallel_degree
+    tp, ep = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
     fixed = replicate * tp * (1 if shard == -1 else shard)
     given = f"data_parallel_replicate_degree {replicate} × tensor_parallel_degree {tp}"
     if shard != -1:
@@ -74,7 +77,13 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
             f"{given} = {fixed} does not divide the {world_size} processes: "
             f"start a multiple of {fixed} (NPROC={fixed}), or lower a degree"
         )
-    return Layout(dp_replicate=replicate, dp_shard=world_size // (replicate * tp), tp=tp)
+    layout = Layout(dp_replicate=replicate, dp_shard=world_size // (replicate * tp), tp=tp, ep=ep)
+    if layout.fsdp % ep:
+        raise ValueError(
+            f"expert_parallel_degree {ep} does not divide the {layout.fsdp} ranks that parameters are sharded over: "
+            f"start a multiple of {replicate * tp * ep} processes, or lower it"
+        )
+    return layout
 
 
 def plan_batch(training: Training, dp: int) -> BatchPlan:

@@ -155,7 +155,7 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
     """Command-line text to a TOML value of the type that the field wants, where it is one."""
     text = given[0]
     if _accepts(annotation, list) and not (len(given) == 1 and text.startswith("[")):
-        return given
+        return [int(entry) if entry.isdecimal() else entry for entry in given] if _has_numbers(annotation) else given
     if _accepts(annotation, str):
         return text
     if text in ("True", "False"):
@@ -185,6 +185,11 @@ def _accepts(annotation: Any, kind: type) -> bool:
     if origin is typing.Literal:
         return any(type(option) is kind for option in typing.get_args(annotation))
     return (origin or annotation) is kind
+
+
+def _has_numbers(annotation: Any) -> bool:
+    """Whether it is, or may be, a list of whole numbers."""
+    return list[int] in (annotation, *typing.get_args(annotation))
 
 
 _TYPES = {

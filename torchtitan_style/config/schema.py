@@ -278,6 +278,9 @@ class Parallelism(Section):
     the other degrees leave."""
     tensor_parallel_degree: Positive = 1
     """Ranks that each matrix and the sequence are split over."""
+    expert_parallel_degree: Positive = 1
+    """Ranks that share out the experts of each layer, in models that have some. They are some of those that
+    data_parallel_shard_degree counts. Tokens are sent to their experts and back."""
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"
     """always: gathered parameters are freed after a block's forward and gathered again for its
     backward. never: kept, for more memory and less communication."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from torchtitan_style.config.schema import ActivationCheckpoint
 
-__all__ = ["apply_activation_checkpoint", "recomputes_operations", "set_memory_budget"]
+__all__ = ["apply_activation_checkpoint", "keep_outputs_of", "recomputes_operations", "set_memory_budget"]
 
 _aten = torch.ops.aten
 _SAVED = {
@@ -27,6 +28,11 @@ _SAVED = {
 }
 """Operations whose outputs "selective" keeps: dear to compute for the memory they take. Under
 tensor parallelism the reduced sums too, as recomputing them would communicate again."""
+
+
+def keep_outputs_of(*operations: Any) -> None:
+    """Have "selective" keep the outputs of these, too."""
+    _SAVED.update(operations)
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -53,7 +59,7 @@ def recomputes_operations(config: ActivationCheckpoint) -> bool:
     return config.mode == "selective" and config.selective_ac_option == "op"
 
 
-def apply_activation_checkpoint(layers: nn.ModuleList, config: ActivationCheckpoint) -> None:
+def apply_activation_checkpoint(layers: Iterable[nn.Module], config: ActivationCheckpoint) -> None:
     """Make ``layers`` recompute their activations, as ``config`` says, in place.
 
     The forward method is wrapped, not the module: parameter names stay, and hooks that FSDP puts on

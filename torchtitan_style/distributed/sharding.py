@@ -7,13 +7,14 @@ nothing to gather or to sum: there ``compute_in`` makes the change of type alone
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.utils.stateless import _reparametrize_module
 
 __all__ = ["compute_in", "shard"]
@@ -27,20 +28,30 @@ def shard(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    placement: Callable[[nn.Parameter], Shard | None] | None = None,
+    apart: Mapping[nn.Module, DeviceMesh] | None = None,
 ) -> None:
     """Shard ``blocks`` one by one, and what is left of ``model`` as a last group, in place.
 
-    mesh: axes (dp_replicate, fsdp). Gradients are summed in ``reduce_dtype`` and kept in fp32. They are plain sums over
-    the ranks: the loss is divided by the global number of tokens beforehand, so FSDP must not average.
+    mesh: axes (dp_replicate, fsdp). placement: which dimension of a parameter to cut; None: the first. apart: modules
+    in the blocks whose parameters are sharded over a mesh of their own.
+
+    Gradients are summed in ``reduce_dtype`` and kept in fp32. They are plain sums over the ranks: the loss is divided
+    by the global number of tokens beforehand, so FSDP must not average.
     """
     replicate = mesh.size(0)
     fsdp_mesh = mesh if replicate > 1 else mesh["fsdp"]
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        "shard_placement_fn": placement,
+    }
+    for module, its_mesh in (apart or {}).items():
+        fully_shard(module, mesh=its_mesh, reshard_after_forward=reshard_after_forward, **options)
     for block in blocks:
-        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=fsdp_mesh, reshard_after_forward=reshard_after_forward, **options)
     # The root's parameters (embedding, final norm, head) are needed first and last: freeing them
     # in between would gather them twice.
-    fully_shard(model, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=fsdp_mesh, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A factor of 1 needs no pre-multiplied reduction, which gloo does not have.

@@ -54,6 +54,8 @@ class World:
     """The ranks whose tokens add up to the global batch: dp × cp."""
     stage_group: dist.ProcessGroup
     """All ranks of this pipeline stage."""
+    everyone: DeviceMesh
+    """All ranks, as the mesh that all others are views of."""
 
     @property
     def is_main(self) -> bool:
@@ -97,6 +99,7 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
         dp_group=tokens["dp"].get_group(),
         batch_group=_together(tokens, "dp", "cp"),
         stage_group=_together(parameters, "dp_replicate", "fsdp", "tp"),
+        everyone=everyone,
     )
 
 

@@ -98,7 +98,9 @@ def _adopt_weights(draft: Draft) -> None:
         except UserError as error:
             draft.problems.append(Problem((f"{section}.{name}",), str(error)))
             return
-        tree["model"] = dataclasses.asdict(found.config) | sections["model"]
+        dimensions = dataclasses.asdict(found.config)
+        in_toml = {name: list(value) if isinstance(value, tuple) else value for name, value in dimensions.items()}
+        tree["model"] = in_toml | sections["model"]
         has_trained_one = own is not None and _settings_of(own).get("data", {}).get("tokenizer") == "train"
         if found.tokenizer and not has_trained_one and sections["data"].get("tokenizer", "train") == "train":
             tree["data"] = sections["data"] | {"tokenizer": source}

@@ -37,8 +37,8 @@ def planned_figures(config: Config, *, world_size: int, ranks_here: int, on_gpus
         try:
             # Little memory: the run's own peak is compared with the plan.
             device = this_gpu() if on_gpus else measured_cpu(ranks_here, copied=2**22)
-        except UserError:  # a GPU that the table does not have
+            return make_plan(config, plan_layout(config.parallelism, world_size), device, Assumptions())
+        except UserError:  # a GPU that the table does not have, or a model with experts
             return None
-        return make_plan(config, plan_layout(config.parallelism, world_size), device, Assumptions())
 
     return plan

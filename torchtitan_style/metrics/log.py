@@ -43,6 +43,8 @@ class StepTensors(Protocol):
     def corpus_rows(self) -> tuple[int, ...]: ...
     @property
     def unreadable(self) -> int: ...
+    @property
+    def routing(self) -> Tensor | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,12 @@ class StepFigures:
     """Documents that could not be read."""
     padding: int = 0
     corpus_rows: tuple[int, ...] = ()
+    routing: Tensor | None = None
+    """``StepResult.routing``, on CPU."""
+
+
+DescribeRouting = Callable[[int, Tensor], dict[str, Any]]
+"""(step, ``StepResult.routing``) → figures."""
 
 
 class TrainingLog:
@@ -84,9 +92,12 @@ class TrainingLog:
         corpora: Sequence[str],
         report_padding: bool,
         plan: MakePlan | None = None,
+        describe_routing: DescribeRouting | None = None,
     ) -> None:
         """first_step: the one before the first step of this log. learning_rates: those of an update, by name. corpora:
-        names of the corpora of a mixture. plan: compared once with what is measured."""
+        names of the corpora of a mixture. plan: compared once with what is measured. describe_routing: of a
+        model with experts, (step, ``StepResult.routing``) → figures."""
+        self.describe_routing = describe_routing
         self._plan = plan if world.is_main else None
         self.config, self.world, self.display, self.meter = config, world, display, meter
         self.corpora, self.report_padding = corpora, report_padding
@@ -127,6 +138,9 @@ class TrainingLog:
         figures = self._read()
         speed, now = self.meter.read(), time.time()
         records = [self._record(step, speed, now) for step in figures]
+        for record, step in zip(records, figures, strict=True):
+            if self.describe_routing is not None and step.routing is not None:
+                record |= self.describe_routing(step.step, step.routing)
         line = self._compare_with_plan(records)
         if self._recorder:
             self._recorder.write(records)
@@ -149,8 +163,17 @@ class TrainingLog:
         dist.all_reduce(counts, group=self.world.dp_group)  # hashes wrap around, as they should
         numbers = zip(losses.tolist(), norms.tolist(), taken.tolist(), updates.tolist(), strict=True)
         figures = [
-            StepFigures(step, tokens_seen, *of_step, count[0], count[1], count[2], tuple(count[3:]))
-            for (step, tokens_seen, _), of_step, count in zip(self._pending, numbers, counts.tolist(), strict=True)
+            StepFigures(
+                step,
+                tokens_seen,
+                *of_step,
+                count[0],
+                count[1],
+                count[2],
+                tuple(count[3:]),
+                None if result.routing is None else result.routing.cpu(),
+            )
+            for (step, tokens_seen, result), of_step, count in zip(self._pending, numbers, counts.tolist(), strict=True)
         ]
         self._pending.clear()
         return figures

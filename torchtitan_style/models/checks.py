@@ -38,6 +38,15 @@ def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
                 ("parallelism.tensor_parallel_degree", *keys(name)),
                 f"{tp} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
             )
+    ep = config.parallelism.expert_parallel_degree
+    if ep > 1 and not spec.expert_parallel:
+        yield Problem(("parallelism.expert_parallel_degree", "model.name"), f"{spec.name} models have no experts")
+    for name, what in spec.expert_parallel:
+        if values[name] > 0 and values[name] % ep:
+            yield Problem(
+                ("parallelism.expert_parallel_degree", *keys(name)),
+                f"{ep} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
+            )
     seq_len = config.training.seq_len
     if 0 < values["max_position_embeddings"] < seq_len:
         yield Problem(

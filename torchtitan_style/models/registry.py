@@ -10,11 +10,12 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Model
 
 from .qwen3.spec import QWEN3
+from .qwen3_moe.spec import QWEN3_MOE
 from .spec import ModelSpec
 
 __all__ = ["model_config", "model_names", "read_hf_config", "register_model", "spec_of"]
 
-_SPECS = {QWEN3.name: QWEN3}
+_SPECS = {spec.name: spec for spec in (QWEN3, QWEN3_MOE)}
 
 
 def register_model(spec: ModelSpec) -> None:

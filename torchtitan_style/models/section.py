@@ -49,7 +49,7 @@ def _choice(section: type[Model], key: str, options: list[str], default: str) ->
 
 def _dimensions(config_class: type) -> dict[str, Any]:
     """One optional field per field of ``config_class``, with its type and docstring."""
-    types = {"int": int, "float": float, "bool": bool, "str": str}
+    types: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "tuple[int, ...]": list[int]}
     docs = _attribute_docstrings(config_class)
     return {
         f.name: (types[str(f.type)] | None, Field(None, description=docs[f.name]))

@@ -22,7 +22,8 @@ Shapes = dict[str, tuple[int, ...]]
 class ModelConfig(Protocol):
     """A frozen dataclass with a model's dimensions, under the names that Transformers has for them.
 
-    Every field has a docstring, which ``--help model`` prints, and one of the types int, float, bool and str.
+    Every field has a docstring, which ``--help model`` prints, and one of the types int, float, bool, str and
+    tuple[int, ...], which is a list in TOML.
     Constructing one raises ValueError if the dimensions contradict each other.
     """
 
@@ -117,11 +118,17 @@ class ModelSpec:
     """Name of a parameter → the dimension that tensor parallelism splits; None: each of its ranks holds it whole. The
     plan of a run counts with it; ``parallelize`` decides, and a test holds them together."""
 
+    expert_parallel: tuple[Dimension, ...] = ()
+    """What ``parallelism.expert_parallel_degree`` must divide; (): the family has no experts."""
+
     build: Callable[[Any], Any]
     """Config → the model: a module that maps (token ids, labels, documents, positions) to (sum of token losses, right
     guesses), and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and
     ``lm_head``, of which training sets two attributes: ``z_loss``, to ``training.z_loss``, and ``loss_function``, if
     ``training.loss`` names one of one's own."""
+    use_definition: Callable[[Any], None] | None = None
+    """Have a model that ``build`` has built compute by the plainest code there is, to compare others with; None: it
+    does so anyway."""
     parallelize: Callable[..., None]
     """Lays a model out over a mesh for training, in place; see ``qwen3/parallelize.py``."""
 
@@ -129,6 +136,9 @@ class ModelSpec:
     """(name, parameter) → whether it maps hidden states to hidden states, so that Muon takes it."""
     has_heads: Callable[[str], bool]
     """Name of a matrix → whether its rows are heads of ``head_dim`` rows each."""
+    stacked_rows: Callable[[str, tuple[int, ...]], int | None] = lambda name, shape: None
+    """Name and shape of a parameter → rows of each of the matrices that it is a stack of, one below the other; None: it
+    is one matrix."""
 
     hf_architecture: str = ""
     """The class in Transformers, as "Qwen3ForCausalLM"; empty: the family is not in Transformers."""

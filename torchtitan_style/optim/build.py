@@ -63,7 +63,12 @@ class Optimizers:
                     lr=config.muon_lr,
                     weight_decay=config.muon_weight_decay,
                     dtype=dtype,
-                    head_dims=[head_dim if config.muon.per_head and spec.has_heads(name) else None for name in hidden],
+                    block_rows=[
+                        head_dim
+                        if config.muon.per_head and spec.has_heads(name)
+                        else spec.stacked_rows(name, tuple(p.shape))
+                        for name, p in hidden.items()
+                    ],
                     group=group,
                 )
                 self.peaks["lr_muon"], self.schedulers["lr_muon"] = config.muon_lr, config.muon.schedule(scheduler)

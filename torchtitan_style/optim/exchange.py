@@ -8,6 +8,7 @@ small ones, so that memory is bounded and small models need few rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,8 +127,7 @@ class Exchange:
         return [i for i in self._of(matrices, self.rank) if rank in self.senders[i]]
 
     def _size(self, matrix: int, rank: int) -> int:
-        rows, columns = self.places[matrix][rank]
-        return (rows.stop - rows.start) * (columns.stop - columns.start)
+        return math.prod(part.stop - part.start for part in self.places[matrix][rank])
 
     def _start(self, sends: list[Tensor], send_counts: list[int], receive_counts: list[int]) -> Transfer:
         """The all-to-all of ``sends``, in the order of the ranks they go to."""

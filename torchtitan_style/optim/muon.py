@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchtitan_style.config.schema import Muon as MuonConfig
 from torchtitan_style.distributed.local import local_tensor
@@ -24,8 +25,10 @@ __all__ = ["Muon"]
 class Muon(torch.optim.Optimizer):
     """All ``matrices`` in one parameter group. Made and stepped by all ranks of ``group`` together.
 
-    head_dims: for each matrix, how many rows are a matrix of their own; None: all of them. group: the ranks that hold
-    the matrices; None: all ranks.
+    A matrix may be a stack of several, [S, M, N].
+
+    block_rows: for each matrix, how many rows, of all in a stack, are a matrix of their own; None: all of them. group:
+    the ranks that hold the matrices; None: all ranks.
     dtype: type that matrices are orthogonalised, and sent, in. The state is one fp32 "momentum_buffer" a matrix,
     sharded as the matrix is, and made here, so that a checkpoint can be read into it.
     """
@@ -38,15 +41,22 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         dtype: torch.dtype,
-        head_dims: Sequence[int | None] | None = None,
+        block_rows: Sequence[int | None] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.matrices, self.config, self.dtype = list(matrices), config, dtype
-        self.head_dims = list(head_dims or [None] * len(self.matrices))
+        self.block_rows = list(block_rows or [None] * len(self.matrices))
         for matrix in self.matrices:
             self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
-        self.exchange = Exchange(self.matrices, dtype=dtype, group=group) if _ranks(group) > 1 else None
+        self.exchange: Exchange | None = None
+        self.alone = list(range(len(self.matrices)))
+        """Those that no rank needs more of than it has: all, or stacks that are cut between matrices."""
+        if _ranks(group) > 1:
+            self.alone = [i for i in self.alone if _is_cut_between_matrices(self.matrices[i])]
+            self.shared = [i for i in range(len(self.matrices)) if i not in self.alone]
+            """The others; the exchange numbers them from 0."""
+            self.exchange = Exchange([self.matrices[i] for i in self.shared], dtype=dtype, group=group)
 
     @torch.no_grad()
     def step_if(self, sound: Tensor) -> None:
@@ -54,9 +64,10 @@ class Muon(torch.optim.Optimizer):
 
         sound: a 0-dim bool on the device, which nobody waits for; the same on all ranks.
         """
-        if self.exchange is None:
-            for i in range(len(self.matrices)):
+        for i in self.alone:
+            if local_tensor(self.matrices[i]).numel():
                 self._apply(i, self._orthogonal(i, self._direction(i, sound)), sound)
+        if self.exchange is None:
             return
         # While a round is computed, the next one is on its way in and the last one on its way out.
         rounds = self.exchange.rounds
@@ -67,7 +78,7 @@ class Muon(torch.optim.Optimizer):
             incoming = self._collect(following, sound) if following else None
             assert arriving is not None
             whole = self.exchange.assemble(this, arriving)
-            results = {i: self._orthogonal(i, direction) for i, direction in whole.items()}
+            results = {i: self._orthogonal(self.shared[i], direction) for i, direction in whole.items()}
             if outgoing:
                 self._apply_round(*outgoing, sound)
             outgoing = this, self.exchange.distribute(this, results)
@@ -76,12 +87,12 @@ class Muon(torch.optim.Optimizer):
 
     def _collect(self, matrices: list[int], sound: Tensor) -> Transfer:
         assert self.exchange is not None
-        return self.exchange.collect(matrices, {i: self._direction(i, sound) for i in matrices})
+        return self.exchange.collect(matrices, {i: self._direction(self.shared[i], sound) for i in matrices})
 
     def _apply_round(self, matrices: list[int], transfer: Transfer, sound: Tensor) -> None:
         assert self.exchange is not None
         for i, piece in self.exchange.pieces(matrices, transfer).items():
-            self._apply(i, piece, sound)
+            self._apply(self.shared[i], piece, sound)
 
     def _direction(self, index: int, sound: Tensor) -> Tensor:
         """Take the gradient into the momentum; this rank's part of what is to be made orthogonal."""
@@ -93,7 +104,9 @@ class Muon(torch.optim.Optimizer):
         return direction.to(self.dtype)
 
     def _orthogonal(self, index: int, direction: Tensor) -> Tensor:
-        return orthogonalize(direction, rounds=self.config.ns_steps, head_dim=self.head_dims[index])
+        rows = direction.flatten(0, -2)  # [M, N] or, of a stack, [S·M, N]
+        orthogonal = orthogonalize(rows, rounds=self.config.ns_steps, head_dim=self.block_rows[index])
+        return orthogonal.view(direction.shape)
 
     def _apply(self, index: int, orthogonal: Tensor, sound: Tensor) -> None:
         """Decay and update this rank's part of a matrix."""
@@ -104,8 +117,16 @@ class Muon(torch.optim.Optimizer):
         weight.sub_(orthogonal.to(weight.dtype) * (lr * self._scale(index)))
 
     def _scale(self, index: int) -> float:
-        rows, columns = self.matrices[index].shape
-        return step_scale(self.head_dims[index] or rows, columns, self.config.adjust_lr)
+        *_, rows, columns = self.matrices[index].shape
+        return step_scale(self.block_rows[index] or rows, columns, self.config.adjust_lr)
+
+
+def _is_cut_between_matrices(matrix: Tensor) -> bool:
+    """Whether ``matrix`` is a stack of which each rank has whole matrices."""
+    if matrix.ndim < 3:
+        return False
+    placements = matrix.placements if isinstance(matrix, DTensor) else ()
+    return all(getattr(placement, "dim", 0) == 0 for placement in placements)  # a replica has none
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
+from torchtitan_style.models.registry import spec_of
 
 from .devices import Assumptions, Device
 from .memory import MemoryPlan, memory_of
@@ -42,10 +44,12 @@ def make_plan(
     *,
     kinds: tuple[Kind, ...] | None = None,
 ) -> Plan:
-    """Raises ValueError if the batch cannot be shared out over ``layout``.
+    """Raises ValueError if the batch cannot be shared out over ``layout``, UserError for a model with experts.
 
     A CPU is shared by all its ranks: its rates are the host's, its memory is a rank's share.
     """
+    if spec_of(config.model.name).expert_parallel:
+        raise UserError(f"{config.model.name}: a plan counts dense models only, and not yet experts")
     work = Workload.of(config, layout, on_gpu=device.on_gpu, kinds=kinds)
     sharing = 1 if device.on_gpu else min(layout.world_size, device.per_host)
     return Plan(

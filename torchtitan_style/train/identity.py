@@ -31,8 +31,10 @@ REPLACEABLE = ("weights", "tokenizer", "content")
 def identity(config: Config, *, dp: int) -> Identity:
     """The settings that must stay the same for the whole run; ``RunData.identity`` adds what depends on the data."""
     shape = dataclasses.asdict(model_config(config.model))
-    for name in ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings"):
-        del shape[name]
+    changeable = ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings")
+    for name in (*changeable, "router_aux_loss_coef", "router_z_loss_coef"):
+        shape.pop(name, None)
+    shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}  # as in JSON
     data, streams = config.data, None
     if data.streaming:
         streams = plan_streams(data, plan_batch(config.training, dp).global_batch_size, dp)

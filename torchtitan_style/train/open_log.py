@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from torchtitan_style.config import Config, to_toml
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.distributed.world import World
 from torchtitan_style.metrics.display import Display
-from torchtitan_style.metrics.log import TrainingLog
+from torchtitan_style.metrics.experts import ExpertUse
+from torchtitan_style.metrics.log import DescribeRouting, TrainingLog
 from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.throughput import Meter
-from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.registry import model_config, spec_of
 
 from .data import RunData
 from .preempted import clear_preempted
@@ -58,6 +60,19 @@ def open_log(
         corpora=data.mixture,
         report_padding=config.data.packing == "best_fit",
         plan=plan,
+        describe_routing=_describe_routing(config, display),
+    )
+
+
+def _describe_routing(config: Config, display: Display) -> DescribeRouting | None:
+    """How the log reads ``StepResult.routing``; None if the model has no experts."""
+    if not spec_of(config.model.name).expert_parallel:
+        return None
+    shape = model_config(config.model)
+    return functools.partial(
+        ExpertUse(display.warn).figures,
+        sparse_layers=[layer for layer in range(shape.num_hidden_layers) if shape.is_sparse(layer)],
+        experts_per_token=shape.num_experts_per_tok,
     )
 
 

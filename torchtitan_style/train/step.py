@@ -24,6 +24,7 @@ from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.custom_loss import custom_loss
+from torchtitan_style.distributed.experts import expert_mesh
 from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
@@ -32,6 +33,7 @@ from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
 
+from .balance import Balance
 from .observer import NO_OBSERVER, Observer
 
 __all__ = ["DTYPES", "StepResult", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
@@ -59,6 +61,8 @@ class StepResult:
     """This rank's rows from each corpus."""
     unreadable: int = 0
     """Documents that this rank could not read."""
+    routing: Tensor | None = None
+    """Of a model with experts: how they were used, see ``balance.py``; the same on all ranks."""
 
 
 def build_training_model(config: Config, world: World, *, warn: Callable[[str], None]) -> Any:
@@ -83,6 +87,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
             param_dtype=param_dtype,
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+            **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
         )
 
     def draw(model: Any) -> None:
@@ -131,8 +136,9 @@ def train_step(
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.batch_group)
+    balance = Balance.of(model, batch.microbatches, world)
     reduce_each = config.parallelism.fsdp_reduce_gradients == "each_microbatch" and world.layout.fsdp > 1
-    loss = forward_backward(model, batch.microbatches, tokens, reduce_each=reduce_each)
+    loss = forward_backward(model, batch.microbatches, tokens, balance, reduce_each=reduce_each)
     loss *= world.counts
     observer.after_backward(step, model, loss)
     grad_norm = clip_grad_norm_(model.parameters(), config.training.max_norm, beside=loss)
@@ -149,19 +155,28 @@ def train_step(
         padding=batch.padding,
         corpus_rows=batch.corpus_rows,
         unreadable=len(batch.problems),
+        routing=None if balance is None else balance.sums(),
     )
 
 
 def forward_backward(
-    model: nn.Module, microbatches: Sequence[Microbatch], tokens: Tensor, *, reduce_each: bool = False
+    model: nn.Module,
+    microbatches: Sequence[Microbatch],
+    tokens: Tensor,
+    balance: Balance | None = None,
+    *,
+    reduce_each: bool = False,
 ) -> Tensor:
     """Add the gradients of this rank's share of the loss to those that are there.
 
-    tokens: how many labels the whole step has; a 0-dim integer. reduce_each: sum sharded gradients over the ranks after
+    tokens: how many labels the whole step has; a 0-dim integer. balance: of a model with experts, whose losses have
+    their gradients added, but are not part of what is returned. reduce_each: sum sharded gradients over the ranks after
     each microbatch, so that none is held whole; replicas are summed after the last in any case. Returns the share,
     0-dim fp64: the loss is the sum of the shares of all ranks that hold different tokens.
     """
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    if balance is not None:
+        balance.start()
     for i, microbatch in enumerate(microbatches, start=1):
         if isinstance(model, FSDPModule):
             last = i == len(microbatches)
@@ -169,7 +184,7 @@ def forward_backward(
             model.set_requires_all_reduce(last)
         loss_sum, _ = model(*microbatch)
         share = loss_sum / tokens
-        share.backward()
+        (share if balance is None else share + balance.loss()).backward()
         loss += share.detach()
     return loss
 

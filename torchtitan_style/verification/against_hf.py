@@ -20,6 +20,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.train.balance import balance_loss
 
 from .report import SMALLEST, Check, gradient_check, gradient_difference
 
@@ -61,6 +62,7 @@ def compare_with_transformers(
         *_parameters(theirs, ours),
         _logits(theirs, ours, folder.config, tolerances["logits"], device),
         _greedy(theirs, ours, folder.config, tolerances["logits"], device),
+        *(_routing(theirs, ours, folder.config, tolerances, device) if folder.spec.expert_parallel else ()),
         *_loss_and_gradients(theirs, ours, folder.config, tolerances, device),
     ]
 
@@ -169,10 +171,17 @@ def _loss_and_gradients(
     labels = ids.clone()
     labels[1, length // 2 :] = -100
     ids, labels = ids.to(device), labels.to(device)
-    a = theirs(ids, labels=labels).loss
+    sparse = hasattr(ours.model, "routing")
+    a = theirs(ids, labels=labels, **({"output_router_logits": True} if sparse else {})).loss
     a.backward()
-    loss_sum, _ = ours(ids[:, :-1], labels[:, 1:].contiguous())
-    b = loss_sum / (labels[:, 1:] != -100).sum()
+    if sparse:
+        # All of Transformers' tokens are routed, those without a label too, and the last is one of them.
+        shifted = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], -100)), dim=1)
+        loss_sum, _ = ours(ids, shifted)
+        b = loss_sum / (shifted != -100).sum() + config.router_aux_loss_coef * _aux_loss(ours, config, ids.numel())
+    else:
+        loss_sum, _ = ours(ids[:, :-1], labels[:, 1:].contiguous())
+        b = loss_sum / (labels[:, 1:] != -100).sum()
     b.backward()
     difference = (abs(b - a) / abs(a)).item()
     fault = () if difference <= tolerances["loss"] else (f"{b.item():.6f} instead of {a.item():.6f}",)
@@ -186,6 +195,52 @@ def _loss_and_gradients(
         if name in right
     ]
     yield gradient_check("every gradient", found, tolerances["gradients"])
+
+
+@torch.no_grad()
+def _routing(
+    theirs: Any, ours: Any, config: Any, tolerances: dict[str, float], device: torch.device
+) -> Iterator[Check]:
+    """What the routers of all layers make of random rows."""
+    generator = torch.Generator().manual_seed(_SEEDS + 2)
+    ids = torch.randint(0, config.vocab_size, (2, min(64, config.max_position_embeddings)), generator=generator)
+    ids = ids.to(device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    gates = [module for name, module in ours.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(lambda _module, _inputs, output: found.append(output)) for gate in gates]
+    ours(ids)
+    for hook in hooks:
+        hook.remove()
+    right = theirs(ids, output_router_logits=True)
+    worst, otherwise, ties, faults = 0.0, 0, 0, []
+    for layer, ((logits, _, experts), expected) in enumerate(zip(found, right.router_logits, strict=True)):
+        logits, expected = logits.float(), expected.float()
+        worst = _larger(worst, _relative(logits, expected))
+        best = expected.topk(config.num_experts_per_tok).indices
+        other = (experts.sort(-1).values != best.sort(-1).values).any(-1)  # [N]
+        # By how much the least likely of the experts that ours chose is behind the least likely of the right ones.
+        behind = (expected.gather(1, best).amin(-1) - expected.gather(1, experts).amin(-1)) / expected.abs().max()
+        wrong = other & ~(behind <= tolerances["logits"])
+        ties += int((other & ~wrong).sum())
+        otherwise += int(wrong.sum())
+        faults += [f"router {layer}, token {int(token)}" for token in wrong.nonzero()]
+    yield Check("router logits", len(found), worst, tolerances["logits"])
+    name = "chosen experts" + (f" ({ties} tokens had others that are as likely)" if ties else "")
+    yield Check(name, len(found) * ids.numel(), otherwise, 0, tuple(faults))
+    a, b = right.aux_loss.item(), _aux_loss(ours, config, ids.numel()).item()
+    fault = f"{b:.6f} instead of {a:.6f}"
+    difference = abs(b - a) / abs(a)
+    passed = difference <= tolerances["loss"]
+    yield Check("auxiliary loss", 1, difference, tolerances["loss"], () if passed else (fault,))
+
+
+def _aux_loss(ours: Any, config: Any, tokens: int) -> Tensor:
+    """Of the last forward pass."""
+    counts, probabilities = (
+        torch.stack([getattr(routing, name) for routing in ours.model.routing]).sum(0)
+        for name in ("counts", "probabilities")
+    )
+    return balance_loss(counts, probabilities, tokens * config.num_sparse_layers)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

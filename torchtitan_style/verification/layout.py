@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchtitan_style.common.extensions import LOSSES
@@ -37,6 +37,7 @@ from torchtitan_style.optim.schedule import lr_factor
 from torchtitan_style.train.step import DTYPES, build_optimizer, build_training_model, train_step
 
 from .report import SMALLEST, Check, Difference, gradient_check, gradient_difference
+from .routing import check_routing, routed_otherwise
 
 __all__ = ["STEPS", "TOLERANCES", "compare", "reference"]
 
@@ -94,6 +95,8 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
         model.lm_head.loss_function = plain_loss(LOSSES.get(config.training.loss))
     weights = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
     model.to(device)
+    if spec.use_definition:
+        spec.use_definition(model)
     muon = config.optimizer.name == "muon"
     hidden = {n: p for n, p in model.named_parameters() if muon and spec.is_hidden_matrix(n, p)}
     momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
@@ -101,13 +104,18 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     batch = global_batch(config, rows=rows)
     tokens = (batch.labels != -100).sum().to(device)
     losses, norms = [], []
+    routers = _RoutersByDefinition(model, shape, batch) if spec.expert_parallel else None
     for step in range(1, STEPS + 1):
         model.zero_grad()
+        if routers is not None:
+            logits = routers.count(device)
+            if step == 1:
+                save_file({"logits": logits}, folder / "routing.safetensors")
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for row in range(rows):  # one by one: full logits of many are more than memory holds
             for inputs, labels in _documents(batch, row):
                 share = model(inputs.to(device), labels.to(device))[0] / tokens
-                share.backward()
+                (share if routers is None else share + routers.loss()).backward()
                 loss += share.detach()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         norm = torch.stack([g.double().pow(2).sum() for g in gradients.values()]).sum().sqrt()
@@ -122,11 +130,51 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
         optimizer.step()
         for name, matrix in hidden.items():
             per_head = config.optimizer.muon.per_head and spec.has_heads(name)
-            _muon(matrix, momenta[name], config, step, shape.head_dim if per_head else None)
+            stacked = spec.stacked_rows(name, tuple(matrix.shape))
+            _muon(matrix, momenta[name], config, step, shape.head_dim if per_head else stacked)
         losses.append(loss.item())
         norms.append(norm.item())
     found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
     (folder / "reference.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+class _RoutersByDefinition:
+    """The routers' losses as Transformers defines them, on the routers' logits for all tokens at once."""
+
+    def __init__(self, model: Any, shape: Any, batch: Microbatch) -> None:
+        self.model, self.shape, self.batch = model, shape, batch
+        self.logits: list[Tensor] = []
+        """Of each layer in turn, [N, E], in the last forward pass."""
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(lambda _module, _inputs, output: self.logits.append(output[0].float()))
+
+    @torch.no_grad()
+    def count(self, device: torch.device) -> Tensor:
+        """Find out how often each expert is chosen in the whole batch. → the logits, [rows, T, L, E]"""
+        every: list[Tensor] = []
+        experts = self.shape.num_experts
+        self.counts, self.rows = torch.zeros(experts, device=device), 0
+        for row in range(len(self.batch.inputs)):
+            for inputs, labels in _documents(self.batch, row):
+                self.logits.clear()
+                self.model(inputs.to(device), labels.to(device))
+                for logits in self.logits:
+                    chosen = logits.softmax(-1).topk(self.shape.num_experts_per_tok).indices
+                    self.counts += torch.nn.functional.one_hot(chosen, experts).sum((0, 1))
+                    self.rows += len(logits)
+                every.append(torch.stack(self.logits, dim=1).cpu())  # [N, L, E]
+        self.logits.clear()
+        return torch.cat(every).view(*self.batch.inputs.shape, *every[0].shape[1:])
+
+    def loss(self) -> Tensor:
+        """The part that the tokens of the last forward pass have."""
+        logits = torch.cat(self.logits)  # [L·N, E]
+        self.logits.clear()
+        shares, probabilities = self.counts / self.rows, logits.softmax(-1).sum(0) / self.rows
+        z = logits.logsumexp(-1).square().sum() / self.rows
+        balance = self.shape.num_experts * (shares * probabilities).sum()
+        return self.shape.router_aux_loss_coef * balance + self.shape.router_z_loss_coef * z
 
 
 def compare(
@@ -156,6 +204,12 @@ def compare(
 
     guard = StepGuard(0.0, 2, world.device)
     batch = _batch(config, world)
+    if (folder / "routing.safetensors").exists():
+        right = load_file(folder / "routing.safetensors")["logits"]
+        mine = routed_otherwise(model, batch.microbatches, right, world, precision=precision)
+        check, more = check_routing(_gathered(mine))
+        checks.append(check)
+        tolerances = tolerances | {"gradients": tolerances["gradients"] + more}
     losses, norms, gradients = [], [], []
     for step in range(1, STEPS + 1):
         clipped = training.model_copy(update={"max_norm": _max_norm(config, step)})
@@ -219,8 +273,8 @@ def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.A
 
 
 @torch.no_grad()
-def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, head_dim: int | None) -> None:
-    """Muon by its definition, on a whole matrix in fp32."""
+def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, rows: int | None) -> None:
+    """Muon by its definition, in fp32, on a whole matrix or on each of so many rows."""
     muon = config.optimizer.muon
     assert matrix.grad is not None
     momentum.mul_(muon.momentum).add_((1 - muon.momentum) * matrix.grad)
@@ -229,8 +283,9 @@ def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, hea
     lr = config.optimizer.muon_lr * lr_factor(
         step, muon.schedule(config.lr_scheduler), total_steps=config.training.steps
     )
-    scale = step_scale(head_dim or matrix.shape[0], matrix.shape[1], muon.adjust_lr)
-    update = orthogonalize(direction, rounds=muon.ns_steps, head_dim=head_dim)
+    scale = step_scale(rows or matrix.shape[0], matrix.shape[-1], muon.adjust_lr)
+    parts = direction.flatten(0, -2).split(rows or matrix.shape[0])
+    update = torch.cat([orthogonalize(part, rounds=muon.ns_steps) for part in parts]).view(matrix.shape)
     matrix.copy_((1 - lr * decay) * matrix - lr * scale * update)
 
 

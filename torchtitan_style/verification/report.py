@@ -26,6 +26,8 @@ class Check:
     tolerance: float
     faults: tuple[str, ...] = ()
     """What is wrong, a line each, the worst first."""
+    notes: tuple[str, ...] = ()
+    """What is otherwise, but not wrong, a line each."""
 
     @property
     def passed(self) -> bool:
@@ -97,6 +99,12 @@ def print_checks(title: str, checks: Sequence[Check], *, most_faults: int = 20) 
         )
     console.print(table)
     for check in checks:
+        if check.notes:
+            console.print(f"\n{check.name}: {len(check.notes)} of {check.cases:,} otherwise, but not wrong:")
+            for note in check.notes[:3]:
+                console.print(f"  {note}")
+            if len(check.notes) > 3:
+                console.print(f"  and {len(check.notes) - 3} more")
         if not check.passed:
             console.print(f"\n{check.name}:", style="bold")
             for fault in check.faults[:most_faults]:

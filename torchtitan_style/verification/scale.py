@@ -59,8 +59,9 @@ def for_verification(
             "divide evenly by the ranks still does not"
         )
         shape = small
+    dimensions = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(shape).items()}
     update = {
-        "model": config.model.model_copy(update={"hf_assets_path": "", **dataclasses.asdict(shape)}),
+        "model": config.model.model_copy(update={"hf_assets_path": "", **dimensions}),
         "training": config.training.model_copy(
             update={
                 "seq_len": seq_len,
@@ -89,8 +90,16 @@ def _small_copy(shape: Any, layout: Layout, config: Config) -> Any:
     ranks = layout.dp_shard * layout.tp
     option = config.activation_checkpoint.selective_ac_option
     layers = min(shape.num_hidden_layers, max(4, int(option) if option.isdecimal() else 0))
+    experts: dict[str, Any] = {}
+    if hasattr(shape, "num_experts"):
+        experts = {
+            "moe_intermediate_size": min(shape.moe_intermediate_size, 64),
+            "mlp_only_layers": tuple(layer for layer in shape.mlp_only_layers if layer < layers - 1),
+            "decoder_sparse_step": min(shape.decoder_sparse_step, layers),
+        }
     return dataclasses.replace(
         shape,
+        **experts,
         num_hidden_layers=layers,
         max_window_layers=min(shape.max_window_layers, layers // 2 if shape.use_sliding_window else layers),
         hidden_size=_like(shape.hidden_size, 256, ranks),

@@ -119,6 +119,11 @@ class Qwen3Config:
         per_layer = self.num_hidden_layers * (norms + bias)
         return self.num_matmul_parameters + embedding + per_layer + self.hidden_size
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that a token meets: all."""
+        return self.num_parameters
+
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations to train on one token of a row of ``seq_len`` tokens.
 

@@ -6,12 +6,13 @@ the configuration do, here and there. Plain data: nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 from .config import Qwen3Config
 
-__all__ = ["from_hf", "parameter_shapes", "to_hf"]
+__all__ = ["common_fields", "field_of", "from_hf", "mlp_shapes", "parameter_shapes", "to_hf"]
 
 # What Transformers takes a field for that config.json leaves out (its Qwen3Config).
 _ABSENT = {
@@ -20,6 +21,7 @@ _ABSENT = {
     "intermediate_size": 22_016,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
+    "num_key_value_heads": 32,
     "head_dim": 128,
     "max_position_embeddings": 32_768,
     "initializer_range": 0.02,
@@ -39,27 +41,38 @@ def from_hf(settings: dict[str, Any]) -> Qwen3Config:
     Raises ValueError, naming the field, for what is not implemented
     (rope scaling, quantization, another activation), and for values that contradict each other.
     """
+    values = common_fields(settings, _ABSENT)
+    if values["use_sliding_window"]:
+        values["sliding_window"] = field_of(settings, "sliding_window", int, 0, absent=4096)
+        if not values["sliding_window"]:
+            raise ValueError("use_sliding_window is true, but sliding_window is null")
+    return _with_layer_types(Qwen3Config(**values), settings.get("layer_types"))
+
+
+def common_fields(settings: dict[str, Any], if_absent: dict[str, Any]) -> dict[str, Any]:
+    """The fields that Qwen3 and families built on it have in common.
+
+    if_absent: fields to read, with what Transformers takes each for where ``settings`` has none.
+    """
     if settings.get("quantization_config") is not None:
-        method = _field(settings, "quantization_config", dict, {}).get("quant_method", "unknown")
+        method = field_of(settings, "quantization_config", dict, {}).get("quant_method", "unknown")
         raise ValueError(
             f"quantization_config: quantized weights ({method}) are not implemented; use the model's bf16 folder"
         )
     if (activation := settings.get("hidden_act", "silu")) != "silu":
         raise ValueError(f'hidden_act is "{activation}"; only "silu" is implemented')
 
-    values = {name: _field(settings, name, type(absent), absent) for name, absent in _ABSENT.items()}
+    values = {name: field_of(settings, name, type(absent), absent) for name, absent in if_absent.items()}
     heads = values["num_attention_heads"]
     # Null is as many as query heads, left out is the class's default.
-    values["num_key_value_heads"] = _field(settings, "num_key_value_heads", int, heads, absent=32)
+    values["num_key_value_heads"] = field_of(
+        settings, "num_key_value_heads", int, heads, absent=if_absent["num_key_value_heads"]
+    )
     values["rope_theta"] = _rope_theta(settings)
-    if values["use_sliding_window"]:
-        values["sliding_window"] = _field(settings, "sliding_window", int, 0, absent=4096)
-        if not values["sliding_window"]:
-            raise ValueError("use_sliding_window is true, but sliding_window is null")
-    return _with_layer_types(Qwen3Config(**values), settings.get("layer_types"))
+    return values
 
 
-def _field(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, absent: Any = None) -> Any:
+def field_of(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, absent: Any = None) -> Any:
     """``settings[name]`` as ``kind``. Raises ValueError if it is something else."""
     if name not in settings and absent is not None:
         return absent
@@ -81,7 +94,7 @@ def _rope_theta(settings: dict[str, Any]) -> float:
     """
     found: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
-        parameters = _field(settings, name, dict, {})
+        parameters = field_of(settings, name, dict, {})
         if any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError(f"{name}: another rotary embedding for each kind of layer is not implemented")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -94,7 +107,7 @@ def _rope_theta(settings: dict[str, Any]) -> float:
     partial = found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor is {partial}; only 1 (the whole head) is implemented")
-    return _field(found, "rope_theta", float, _field(settings, "rope_theta", float, _ROPE_THETA))
+    return field_of(found, "rope_theta", float, field_of(settings, "rope_theta", float, _ROPE_THETA))
 
 
 def _with_layer_types(config: Qwen3Config, types: Any) -> Qwen3Config:
@@ -126,9 +139,24 @@ def to_hf(config: Qwen3Config) -> dict[str, Any]:
     return fields
 
 
-def parameter_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's parameters, in the order of the layers; a tied head is not one."""
+def mlp_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a dense MLP's parameters."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
+    return {
+        "mlp.gate_proj.weight": (intermediate, hidden),
+        "mlp.up_proj.weight": (intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, intermediate),
+    }
+
+
+def parameter_shapes(
+    config: Qwen3Config, mlp: Callable[[int], dict[str, tuple[int, ...]]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters, in the order of the layers; a tied head is not one.
+
+    mlp: layer → those of its MLP; None: a dense one in each.
+    """
+    hidden = config.hidden_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     projections = {
         "q_proj": (query, hidden),
@@ -141,18 +169,15 @@ def parameter_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
         block[f"self_attn.{name}.weight"] = shape
         if config.attention_bias:
             block[f"self_attn.{name}.bias"] = shape[:1]
-    block |= {
-        "self_attn.q_norm.weight": (config.head_dim,),
-        "self_attn.k_norm.weight": (config.head_dim,),
-        "mlp.gate_proj.weight": (intermediate, hidden),
-        "mlp.up_proj.weight": (intermediate, hidden),
-        "mlp.down_proj.weight": (hidden, intermediate),
+    block |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
+    norms: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+        layer = block | (mlp_shapes(config) if mlp is None else mlp(i)) | norms
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)

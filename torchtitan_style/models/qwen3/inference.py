@@ -27,7 +27,7 @@ from torchtitan_style.distributed.local import local_tensor
 
 from .attention import attend
 from .config import Qwen3Config
-from .model import Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary, loss_of_logits
+from .model import MLP, Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary, loss_of_logits
 
 __all__ = ["fuse", "packs", "split", "split_problem"]
 
@@ -172,6 +172,7 @@ class _Layer(nn.Module):
     def __init__(self, layer: DecoderLayer, group: dist.ProcessGroup | None, compile: bool) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
+        assert isinstance(mlp, MLP)
         self.layer, self.head_dim, self.eps = attention.layer, attention.head_dim, attention.q_norm.eps
         rows = (local_tensor(linear.weight).shape[0] for linear in (attention.q_proj, attention.k_proj))
         self.queries, self.keys = (count // self.head_dim for count in rows)  # H, K

@@ -19,7 +19,7 @@ D head size, C hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -142,10 +142,10 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer block: attention and MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: Qwen3Config, layer: int) -> None:
+    def __init__(self, config: Qwen3Config, layer: int, mlp: nn.Module | None = None) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if mlp is None else mlp
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -170,9 +170,18 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.build_layer(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+
+    def build_layer(self, layer: int) -> DecoderLayer:
+        """Block ``layer``, from 0."""
+        return DecoderLayer(self.config, layer)
+
+    def run_layer(self, layer: nn.Module, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        """What a block makes of the residual stream x [B, T, C]."""
+        y: Tensor = layer(x, *inputs, **named)
+        return y
 
     def forward(
         self,
@@ -194,14 +203,14 @@ class Qwen3Model(nn.Module):
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
         if cache is not None:  # it knows what may be attended to
             for layer in self.layers:
-                x = layer(x, cos, sin, cache=cache)
+                x = self.run_layer(layer, x, cos, sin, cache=cache)
             return self.norm(x)
         # FlexAttention has no backward pass on CPU, and no dropout.
         flex = input_ids.is_cuda and not (self.training and self.config.attention_dropout)
         windows = self.config.windows
         masks = {window: attention_mask(documents, t, window, flex=flex, device=x.device) for window in set(windows)}
         for layer, window in zip(self.layers, windows, strict=True):
-            x = layer(x, cos, sin, masks[window])
+            x = self.run_layer(layer, x, cos, sin, masks[window])
         return self.norm(x)
 
 
@@ -249,10 +258,14 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.config = config
-        self.model = Qwen3Model(config)
+        self.model = self.build_model()
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.reset_parameters()
+
+    def build_model(self) -> Qwen3Model:
+        """All but the head."""
+        return Qwen3Model(self.config)
 
     def tie_weights(self) -> None:
         """Let the LM head use the embedding's parameter, if the config says so."""

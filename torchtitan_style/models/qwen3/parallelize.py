@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -25,7 +28,7 @@ from torchtitan_style.distributed.tensor import NormOfShard, VocabParallelHead, 
 from .attention import attend
 from .model import DecoderLayer, Qwen3ForCausalLM
 
-__all__ = ["parallelize_qwen3"]
+__all__ = ["dense_mlp_plan", "parallelize_qwen3"]
 
 
 def parallelize_qwen3(
@@ -37,15 +40,19 @@ def parallelize_qwen3(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    mlp_plan: Callable[[DecoderLayer], dict[str, ParallelStyle]] | None = None,
+    placement: Callable[[nn.Parameter], Shard | None] | None = None,
+    apart: Mapping[nn.Module, DeviceMesh] | None = None,
 ) -> None:
     """Lay ``model`` (best on the meta device) out over ``mesh``, in place.
 
-    mesh: axes ("dp_replicate", "fsdp", "tp"). The order below matters: each step wraps what the
-    one before has made. Recomputing single operations comes before compilation, whole blocks after it.
+    mesh: axes ("dp_replicate", "fsdp", "tp"). mlp_plan: a block's tensor parallelism from the MLP on; None: that of a
+    dense MLP. placement, apart: as of ``shard``. The order below matters: each step wraps what the one before has made.
+    Recomputing single operations comes before compilation, whole blocks after it.
     """
     # 1. Tensor parallelism first: it replaces parameters, which breaks the tie of embedding and head.
     if mesh["tp"].size() > 1:
-        _apply_tensor_parallel(model, mesh["tp"])
+        _apply_tensor_parallel(model, mesh["tp"], mlp_plan or dense_mlp_plan)
         model.tie_weights()
     model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
     if mesh.device_type == "cpu" and compile.enable:
@@ -57,12 +64,17 @@ def parallelize_qwen3(
     # a block recomputed whole is compiled first and just run again.
     layers = model.model.layers
     set_memory_budget(activation_checkpoint, device_type=mesh.device_type, tp=mesh["tp"].size())
-    recompute_first = recomputes_operations(activation_checkpoint)
-    if recompute_first:
+    if not recomputes_operations(activation_checkpoint):
+        apply_compile(layers, compile, device_type=mesh.device_type)
         apply_activation_checkpoint(layers, activation_checkpoint)
-    apply_compile(layers, compile, device_type=mesh.device_type)
-    if not recompute_first:
-        apply_activation_checkpoint(layers, activation_checkpoint)
+    else:
+        # FSDP's hooks on a module within a block cannot be replayed operation by operation: there, whole blocks are
+        # recomputed.
+        hooked = [layer for layer in layers if any(module in (apart or {}) for module in layer.modules())]
+        others = [layer for layer in layers if layer not in hooked]
+        apply_activation_checkpoint(others, activation_checkpoint)
+        apply_compile(layers, compile, device_type=mesh.device_type)
+        apply_activation_checkpoint(hooked, ActivationCheckpoint(mode="full"))
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block. One process has
     # nothing to gather.
     if dist.get_world_size() == 1 and activation_checkpoint.mode in ("none", "memory_budget"):
@@ -75,10 +87,24 @@ def parallelize_qwen3(
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
         reshard_after_forward=reshard_after_forward,
+        placement=placement,
+        apart=apart,
     )
 
 
-def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None:
+def dense_mlp_plan(_layer: DecoderLayer) -> dict[str, ParallelStyle]:
+    """Gate and up split by features, down by what goes in."""
+    return {
+        "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def _apply_tensor_parallel(
+    model: Qwen3ForCausalLM, tp_mesh: DeviceMesh, mlp_plan: Callable[[DecoderLayer], dict[str, ParallelStyle]]
+) -> None:
     """Megatron's split of matrices (Shoeybi et al. 2019, section 3) with sequence parallelism
     (Korthikanti et al. 2022, section 4.2.2).
 
@@ -104,12 +130,9 @@ def _apply_tensor_parallel(model: Qwen3ForCausalLM, tp_mesh: DeviceMesh) -> None
         "self_attn.k_norm": NormOfShard(),
         "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "post_attention_layernorm": NormOfShard(),
-        "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
-    for i in range(len(model.model.layers)):
-        plan |= {f"model.layers.{i}.{name}": style for name, style in block_plan.items()}
+    for i, layer in enumerate(model.model.layers):
+        assert isinstance(layer, DecoderLayer)
+        plan |= {f"model.layers.{i}.{name}": style for name, style in (block_plan | mlp_plan(layer)).items()}
     parallelize_module(model, tp_mesh, plan)
     model.model.embed_tokens.register_forward_hook(wait_for_output)

@@ -1,0 +1,64 @@
+"""Qwen3-MoE in every layout against one process with the loop over experts and Transformers' auxiliary loss, in fp32:
+every parameter's gradient, over two microbatches."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from gradients_of_experts import CONFIG, combinations
+
+# dp_replicate, dp_shard, tp, ep
+LAYOUTS = {
+    "1 process": (1, 1, 1, 1),
+    "dp2": (1, 2, 1, 1),
+    "ep2": (1, 2, 1, 2),
+    "tp2": (1, 1, 2, 1),
+    "ep2 × tp2": (1, 2, 2, 2),
+    "ep2 × dp2": (1, 4, 1, 2),
+    "dp_replicate2 × ep2": (2, 2, 1, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def differences(run_ranks, tmp_path_factory):
+    """Differences of a layout, computed when first asked for: one start of processes per layout."""
+    cache: dict[str, dict[str, dict[str, float]]] = {}
+
+    def get(layout: str) -> dict[str, dict[str, float]]:
+        if layout not in cache:
+            degrees = LAYOUTS[layout]
+            output = tmp_path_factory.mktemp("gradients") / "differences.json"
+            run_ranks(Path(__file__).parent / "gradients_of_experts.py", math.prod(degrees[:3]), *degrees, output)
+            cache[layout] = json.loads(output.read_text())
+        return cache[layout]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("layout", "combination"),
+    [(name, "/".join(c)) for name, degrees in LAYOUTS.items() for c in combinations(*degrees)],
+)
+def test_losses_and_gradients_equal_those_of_the_loop(differences, layout: str, combination: str) -> None:
+    found = dict(differences(layout)[combination])
+    del found["bytes"]
+    # Sums of up to a few hundred fp32 terms in another order: 1e-7 each. A dropped or doubled term is above 1e-2.
+    assert found.pop("loss") < 1e-6
+    assert found.pop("aux loss") < 1e-6
+    assert found.pop("norm") < 1e-6
+    wrong = {name: difference for name, difference in found.items() if not difference < 1e-5}
+    assert not wrong
+
+
+def test_bytes_sent_for_a_token(differences) -> None:
+    """At most k hidden states there and k back, forward and backward: about half stay with two ranks. The second
+    microbatch is routed once more beforehand, for the counts."""
+    found = differences("ep2")["eager/none"]["bytes"]
+    tokens, layers = 8 * 32, CONFIG.num_sparse_layers
+    passes = 2 + 1 / 2  # forward, backward, and forward once more for one of two microbatches
+    most = passes * tokens * layers * 2 * CONFIG.num_experts_per_tok * CONFIG.hidden_size * 4
+    assert 0.35 * most < found < 0.65 * most
+    assert differences("dp2")["eager/none"]["bytes"] == 0
