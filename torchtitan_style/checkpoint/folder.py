@@ -23,8 +23,6 @@ from torchtitan_style.common.files import write_in_one_go
 
 from .manifest import aside, problem_of, seal
 
-__all__ = ["CheckpointFolder"]
-
 
 class CheckpointFolder:
     """Names, verification and retention. Knows nothing of tensors; used by one process at a time.

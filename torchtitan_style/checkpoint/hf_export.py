@@ -19,8 +19,6 @@ from torchtitan_style.models.hf_folder import HFFolder, copy_assets, disk_shapes
 from .saved import SavedModel
 from .weights import load_weights, stored_dtypes
 
-__all__ = ["export_hf"]
-
 
 def export_hf(
     source: HFFolder | SavedModel,

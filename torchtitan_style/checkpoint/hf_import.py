@@ -24,8 +24,6 @@ from .manifest import seal
 from .reader import without_warnings
 from .weights import load_weights, stored_dtypes
 
-__all__ = ["import_hf"]
-
 
 def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] = lambda count: None) -> None:
     """Write the checkpoint folder ``output`` with the weights of ``source`` as they are, bit for bit, its

@@ -20,8 +20,6 @@ from typing import Any
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import fsync, sha256
 
-__all__ = ["MANIFEST", "aside", "file_entry", "problem_of", "read_manifest", "seal"]
-
 MANIFEST = "manifest.json"
 
 

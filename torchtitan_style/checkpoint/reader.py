@@ -30,8 +30,6 @@ from torch.futures import Future
 
 from torchtitan_style.common.errors import UserError
 
-__all__ = ["SafeReader", "without_warnings"]
-
 _FILES_AT_ONCE = 4
 
 _PATHS = ("Path", "PosixPath", "WindowsPath")  # of pathlib, which is a package of its own in Python 3.13

@@ -25,7 +25,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["SavedModel", "find_checkpoint", "open_model", "with_model"]
 
 T = TypeVar("T")
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from torchtitan_style.distributed.local import local_tensor
 
-__all__ = ["Staging"]
-
 
 class Staging:
     """Buffers for copies, pinned for CUDA, made at the first use and used again: one set of copies at a time."""

@@ -17,8 +17,6 @@ from torchtitan_style.models.hf_folder import HFFolder
 from .reader import SafeReader, without_warnings
 from .saved import SavedModel
 
-__all__ = ["load_weights", "stored_dtypes"]
-
 
 @torch.no_grad()
 def load_weights(

@@ -24,8 +24,6 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-__all__ = ["HashingWriter", "StagedPlanner"]
-
 FILE_SIZE = 256 * 2**20
 """Bytes after which a rank begins another file: files are verified side by side."""
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torchtitan_style.evaluation.figures import Document, Sums
     from torchtitan_style.inference.generate import TextModel
 
-__all__ = ["main"]
 
 USAGE = """\
 usage: python -m torchtitan_style eval --checkpoint DIR --data FILE ... [...]

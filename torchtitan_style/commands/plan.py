@@ -24,8 +24,6 @@ from torchtitan_style.planner.search import as_dict, global_batch, least_ranks, 
 
 from .cli import Arguments
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style plan [--config FILE] [--section.key VALUE ...] [--world-size N] [--device NAME]
 

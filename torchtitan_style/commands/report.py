@@ -13,8 +13,6 @@ from torchtitan_style.common.reporting import reported_errors
 
 from .cli import Arguments
 
-__all__ = ["main"]
-
 USAGE = """\
 usage: python -m torchtitan_style report RUN [RUN ...] [--output FILE]
 

@@ -5,8 +5,6 @@ What a run allocates and what ``plan`` predicts come from the same functions.
 
 from __future__ import annotations
 
-__all__ = ["FP32", "LOGITS_PER_CHUNK", "MIN_TOKENS_PER_CHUNK", "generation_bytes", "local_shape", "logits_rows"]
-
 FP32 = 4
 """Bytes of a number of master weights, gradients and optimizer state."""
 

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["with_fast_gradient"]
-
 
 def with_fast_gradient(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``attend``, but for causal bf16 attention without dropout in compiled graphs, which is computed here.

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from torchtitan_style.common.device import is_fast
 
-__all__ = ["multiply_in_fp32"]
-
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 

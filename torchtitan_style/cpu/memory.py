@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["keep_freed_memory", "keep_tensors_apart"]
-
 
 def keep_tensors_apart(device: torch.device) -> None:
     """Have the C library map each tensor by itself, for the time until ``keep_freed_memory``.

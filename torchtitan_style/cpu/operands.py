@@ -15,8 +15,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.inductor_prims import force_stride_order
 from torch.fx import Graph, Node
 
-__all__ = ["OperandsInRows"]
-
 _aten = torch.ops.aten
 _SWAP = {2: [1, 0], 3: [0, 2, 1]}  # of the last two dimensions, for mm and bmm
 

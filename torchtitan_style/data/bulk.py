@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-__all__ = ["BulkEncoder", "bulk_encoder"]
-
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """The pieces of GPT-2, which tokenizers' ByteLevel has built in."""
 _CHECKED = 16

@@ -17,8 +17,6 @@ from .corpus import SourceFile, source_files
 from .prepared import Prepared
 from .tokenizer import Tokenizer
 
-__all__ = ["change_of", "sample_hash", "source_entry", "tokenizer_in_folder"]
-
 _SAMPLE, _SAMPLES = 2**16, 16
 """Bytes and number of the pieces of a streamed file that stand for the whole of it."""
 

@@ -17,8 +17,6 @@ from torchtitan_style.config.schema import Corpus
 from .network import patiently
 from .paths import expand
 
-__all__ = ["SourceFile", "source_files"]
-
 # Its tests, what pip puts beside it, and generated tables: no code to learn from.
 _SKIPPED = re.compile(
     r"(^|/)(test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|_sysconfigdata\w*\.py)(/|$)"

@@ -27,17 +27,6 @@ from .json_values import json_values
 from .network import is_permanent, wait_before
 from .signatures import HEAD, layout_of_json, why_not_text
 
-__all__ = [
-    "EMPTY",
-    "PLACE_NAMES",
-    "Lost",
-    "Record",
-    "is_one_piece",
-    "lost_file",
-    "parquet_groups",
-    "read_records",
-]
-
 EMPTY = "empty"
 """The problem of a document that is well but holds no text."""
 PLACE_NAMES = {"jsonl": "line", "parquet": "row", "text": "byte", "source": "byte"}

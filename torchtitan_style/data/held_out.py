@@ -15,8 +15,6 @@ from .texts import texts_of
 from .tokenize import PARTS, Recipe, file_entry, is_held_out
 from .tokenizer import Tokenizer
 
-__all__ = ["hold_out"]
-
 
 def hold_out(
     files: list[SourceFile], place: Path, recipe: Recipe, wanted: int, say: Callable[[str], None]

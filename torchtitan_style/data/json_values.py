@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-__all__ = ["json_values"]
-
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 

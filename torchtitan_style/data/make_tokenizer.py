@@ -13,8 +13,6 @@ from .corpus import SourceFile
 from .texts import texts_of
 from .tokenizer import Tokenizer, copy_pretrained, train
 
-__all__ = ["make_tokenizer"]
-
 _TOKENIZER_TRAINING_CHARACTERS = 2**28
 """Text that a tokenizer is trained on at most: more does not change a small vocabulary much."""
 

@@ -10,8 +10,6 @@ from typing import TypeVar
 
 from torchtitan_style.common.errors import RunError
 
-__all__ = ["ATTEMPTS", "is_permanent", "patiently", "wait_before"]
-
 T = TypeVar("T")
 
 ATTEMPTS = 8

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Piece", "best_fit", "pieces_of", "text_lengths"]
-
 
 class Piece(NamedTuple):
     """Consecutive pairs of one document."""

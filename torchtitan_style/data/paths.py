@@ -10,8 +10,6 @@ import fnmatch
 import os
 from collections.abc import Iterator
 
-__all__ = ["expand"]
-
 
 def expand(pattern: str) -> list[str]:
     """The files that ``pattern`` matches, sorted."""

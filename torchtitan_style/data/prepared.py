@@ -32,8 +32,6 @@ from .shards import TokenShards
 from .tokenize import PARTS
 from .tokenizer import Tokenizer
 
-__all__ = ["FORMAT", "Prepared", "read_prepared"]
-
 FORMAT = 2
 
 

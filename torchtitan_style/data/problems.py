@@ -20,23 +20,6 @@ from torchtitan_style.common.errors import UserError
 from .corpus import SourceFile
 from .documents import EMPTY, PLACE_NAMES, Record
 
-__all__ = [
-    "FILE_NAME",
-    "BadDocuments",
-    "LostFiles",
-    "Problem",
-    "TooManyBadDocuments",
-    "counted",
-    "describe",
-    "describe_left_out",
-    "describe_loss",
-    "is_allowed",
-    "is_bad_document",
-    "is_lost",
-    "lost_files",
-    "problem_of",
-]
-
 FILE_NAME = "data_errors.jsonl"
 _EMPTY_LISTED = 1000
 """Empty documents that are listed at most: a large corpus may have very many."""

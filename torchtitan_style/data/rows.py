@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from .shards import TokenShards
 
-__all__ = ["BestFitRows", "ConcatRows", "RowSource", "Rows", "batch_hash", "permute", "row_order"]
-
 _U64 = np.uint64
 NO_LABEL = -100
 """The label of a position that has nothing to predict: padding."""

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TokenShards"]
-
 
 class TokenShards:
     """Token ids start … stop - 1 of several files in a row. Can be sent to other processes: they map the files anew."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["HEAD", "layout_of_json", "why_not_text"]
-
 HEAD = 4096
 """Bytes at the beginning of a file that are looked at."""
 

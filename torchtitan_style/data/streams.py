@@ -26,8 +26,6 @@ from .rows import Rows, permute
 from .tokenize import Recipe, is_held_out
 from .tokenizer import Tokenizer
 
-__all__ = ["Stream", "StreamedCorpus"]
-
 _READ_AHEAD = 16
 """Documents tokenized at once."""
 _BLOCK_ROWS = 64

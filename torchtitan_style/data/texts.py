@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from .corpus import SourceFile
 from .documents import read_records
 
-__all__ = ["texts_of"]
-
 
 def texts_of(files: Sequence[SourceFile], *, text_key: str, max_bytes: int) -> Iterator[str]:
     """The texts of all documents that can be read."""

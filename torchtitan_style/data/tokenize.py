@@ -36,18 +36,6 @@ from .packing import text_lengths
 from .problems import Problem, is_allowed, is_bad_document, is_lost, problem_of
 from .tokenizer import Tokenizer
 
-__all__ = [
-    "PARTS",
-    "Progress",
-    "Recipe",
-    "Unit",
-    "file_entry",
-    "is_held_out",
-    "lines_of_progress",
-    "plan_units",
-    "tokenize",
-]
-
 PARTS = ("train", "validation")
 _BATCH_BYTES = 2**19
 """Text that is tokenized at once, about."""

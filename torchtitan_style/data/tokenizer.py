@@ -22,8 +22,6 @@ from torchtitan_style.models.hf_folder import copy_assets, special_tokens
 
 from .bulk import bulk_encoder
 
-__all__ = ["END_OF_TEXT", "Tokenizer", "copy_pretrained", "train"]
-
 END_OF_TEXT = "<|endoftext|>"
 """The token between documents, as in Qwen's vocabulary."""
 

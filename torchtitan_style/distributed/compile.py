@@ -9,8 +9,6 @@ from torch import nn
 
 from torchtitan_style.config.schema import Compile
 
-__all__ = ["apply_compile"]
-
 
 def apply_compile(layers: Iterable[nn.Module], config: Compile, *, device_type: str) -> None:
     """Compile ``layers``, in place. One graph serves all, as they differ in their weights only.

@@ -20,8 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .loss import IGNORE, LOGITS_PER_CHUNK, chunked_cross_entropy
 
-__all__ = ["custom_loss", "plain_loss"]
-
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits [N, V] in fp32, labels [N]) → the loss of each token, [N]."""
 

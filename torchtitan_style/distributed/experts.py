@@ -10,8 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from .gloo import one_thread_each
 from .world import World
 
-__all__ = ["ExpertMesh", "expert_mesh"]
-
 
 @dataclass(frozen=True)
 class ExpertMesh:

@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["one_thread_each"]
-
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from .local import local_part
 
-__all__ = ["init_weights"]
-
 _TILE = 2**20
 """Elements drawn from one generator, about: many enough for speed, few enough to hold."""
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["local_part", "local_tensor", "whole_tensor"]
-
 
 def local_tensor(tensor: Any) -> Tensor:
     """What this rank holds of ``tensor``, plain or DTensor."""

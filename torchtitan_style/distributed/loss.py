@@ -24,8 +24,6 @@ from torch.distributed.tensor import DTensor, Partial
 
 from torchtitan_style.common.sizes import LOGITS_PER_CHUNK, MIN_TOKENS_PER_CHUNK, logits_rows
 
-__all__ = ["chunked_cross_entropy"]
-
 IGNORE = -100
 """Label of a position with nothing to predict."""
 

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from torchtitan_style.config.schema import ActivationCheckpoint
 
-__all__ = ["apply_activation_checkpoint", "keep_outputs_of", "recomputes_operations", "set_memory_budget"]
-
 _aten = torch.ops.aten
 _SAVED = {
     _aten.mm.default,

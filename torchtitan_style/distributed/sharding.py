@@ -17,8 +17,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.utils.stateless import _reparametrize_module
 
-__all__ = ["compute_in", "shard"]
-
 
 def shard(
     model: nn.Module,

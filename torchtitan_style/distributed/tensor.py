@@ -9,8 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
-__all__ = ["NormOfShard", "VocabParallelHead", "wait_for_output"]
-
 
 class NormOfShard(ParallelStyle):
     """A norm of the rows that a rank holds, on plain tensors: a norm is a dozen small operations, each of which

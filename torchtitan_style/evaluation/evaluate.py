@@ -20,8 +20,6 @@ from .figures import Document, Sums
 from .score import score
 from .windows import Window, batches, split_document
 
-__all__ = ["evaluate", "gather"]
-
 _LONGEST = 2**30
 """Bytes of text in a document at most."""
 _WARNINGS = 10

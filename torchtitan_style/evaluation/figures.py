@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Document", "Sums"]
-
 
 @dataclass
 class Document:

@@ -27,8 +27,6 @@ from torchtitan_style.inference.generate import TextModel
 from .score import score
 from .windows import Window, batches, stack
 
-__all__ = ["HarnessModel", "run_tasks"]
-
 _NEW_TOKENS = 256
 """The harness's own number where a task names none."""
 

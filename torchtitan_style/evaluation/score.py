@@ -12,8 +12,6 @@ from torchtitan_style.common.errors import UserError
 
 from .windows import IGNORE, Window, stack
 
-__all__ = ["row_sums", "score"]
-
 Source = TypeVar("Source")
 
 _LOGITS_AT_ONCE = 2**25

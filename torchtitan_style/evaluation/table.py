@@ -8,8 +8,6 @@ from typing import Any
 
 from .figures import Document, Sums
 
-__all__ = ["document_line", "table"]
-
 _HEADINGS = ("file", "documents", "tokens", "bytes", "loss", "± s.e.", "perplexity", "bits/byte", "accuracy")
 _LONGEST_NAME = 40
 

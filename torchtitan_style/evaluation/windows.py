@@ -14,8 +14,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Window", "batches", "split_document", "stack"]
-
 Source = TypeVar("Source")
 
 IGNORE = -100

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from torchtitan_style.models.spec import ModelConfig
 
-__all__ = ["KVCache", "bytes_per_token"]
-
 _BLOCK = 256
 """Positions that the storage grows by, at least."""
 

@@ -20,8 +20,6 @@ from torchtitan_style.models.spec import ModelConfig
 
 from .cache import KVCache
 
-__all__ = ["CompiledStep"]
-
 
 class CompiledStep:
     """Logits [B, 1, V] after one more token of each row, for a cache that has some already.

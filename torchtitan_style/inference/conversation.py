@@ -17,8 +17,6 @@ from .generate import Finish, TextModel
 from .settings import Sampling
 from .text import overlap
 
-__all__ = ["ChatTemplate", "Conversation", "split_at_special_token"]
-
 THINK, END_THINK = "<think>", "</think>"
 """What Qwen3 puts around its thoughts."""
 

@@ -21,8 +21,6 @@ from .cache import KVCache
 from .compiled import CompiledStep
 from .sampling import Sampler
 
-__all__ = ["Decoder", "Speed"]
-
 _PREFILL = 1024
 """Positions of a row that go through the model at once: the memory that they take is bounded, and Ctrl-C is heard."""
 

@@ -26,8 +26,6 @@ from .sampling import Sampler
 from .settings import Sampling
 from .text import TextStream
 
-__all__ = ["Finish", "Piece", "Speed", "TextModel"]
-
 Finish = Literal["stop", "length", "positions"]
 """Why a text ended: a stop token or string, enough tokens, or no position left in the model."""
 

@@ -15,8 +15,6 @@ from .cache import KVCache
 from .sampling import Sampler
 from .settings import Sampling
 
-__all__ = ["sample"]
-
 
 @torch.no_grad()
 def sample(

@@ -18,8 +18,6 @@ from torchtitan_style.common.errors import UserError
 
 from .settings import Sampling
 
-__all__ = ["Sampler", "filter_logits"]
-
 _CANDIDATES = 1024
 """The likeliest tokens that top-p looks at first; sorting the whole vocabulary takes longer than a small model."""
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torchtitan_style.common.errors import UserError
 
-__all__ = ["Sampling"]
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["TextStream", "overlap"]
-
 _UNKNOWN = "\ufffd"
 """What a decoder writes for bytes that are no character, as for the first bytes of one that is not complete."""
 _LONGEST = 4

@@ -12,8 +12,6 @@ from torchtitan_style.planner.report import plan_lines
 
 from .arguments import Hosts
 
-__all__ = ["DRY_RUN", "dry_run", "planned_figures"]
-
 DRY_RUN = "--dry-run"
 
 

@@ -20,8 +20,6 @@ from torchtitan_style.train.trainer import Trainer
 
 from .run_lock import run_lock
 
-__all__ = ["train"]
-
 
 def train(config: Config, *, world_size: int, plan: MakePlan | None = None) -> None:
     """Train as ``config`` says. Called by every rank; rank 0 holds the lock of the dump folder meanwhile.

@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EVENTS", "add_event"]
-
 EVENTS = "events.jsonl"
 
 

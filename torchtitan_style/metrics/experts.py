@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ExpertUse"]
-
 _IDLE_STEPS = 100
 """An expert that gets nothing for so many steps is reported."""
 

@@ -21,8 +21,6 @@ from .planned import MakePlan, compared
 from .recorder import Recorder
 from .throughput import Meter
 
-__all__ = ["StepFigures", "StepTensors", "TrainingLog"]
-
 
 class StepTensors(Protocol):
     """What the log collects of a step; see ``train.step.StepResult``."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["MakePlan", "Planned", "compared"]
-
 
 class PlannedMemory(Protocol):
     @property

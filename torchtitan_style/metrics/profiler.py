@@ -10,8 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchtitan_style.config.schema import Profiling
 
-__all__ = ["profile_step"]
-
 
 def profile_step(config: Profiling, step: int, *, folder: Path, rank: int) -> AbstractContextManager[object]:
     """Record the step run inside of this context, if it is one of every ``profile_freq``."""

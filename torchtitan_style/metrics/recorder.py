@@ -16,8 +16,6 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import write_in_one_go
 from torchtitan_style.config.schema import Metrics
 
-__all__ = ["Recorder"]
-
 
 class Recorder:
     """Appends records to a run's files. One process has it.

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torchtitan_style.common import device as devices
 from torchtitan_style.distributed.world import World
 
-__all__ = ["Meter"]
-
 _SHARE = 0.005
 """Of the time of training, what measuring the peak may take."""
 

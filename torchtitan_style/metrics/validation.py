@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["validate"]
-
 
 @torch.no_grad()
 def validate(

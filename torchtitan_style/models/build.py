@@ -9,8 +9,6 @@ import torch
 
 from .spec import ModelSpec
 
-__all__ = ["build_model"]
-
 
 def build_model(
     spec: ModelSpec,

@@ -11,8 +11,6 @@ from torchtitan_style.config.schema import Config
 
 from .spec import ModelSpec
 
-__all__ = ["model_problems"]
-
 
 def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
     """Everything that is wrong with the shape of the model, by itself and with rows, ranks and tokenizer."""

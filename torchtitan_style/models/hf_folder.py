@@ -23,7 +23,6 @@ from .spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GENERATION", "TOKENIZER_FILES", "HFFolder", "copy_assets", "disk_shapes", "part_shape", "special_tokens"]
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (

@@ -15,8 +15,6 @@ from torchtitan_style.config.schema import Config, Model
 from .registry import model_names
 from .spec import ModelSpec
 
-__all__ = ["schema_of"]
-
 
 def schema_of(spec: ModelSpec) -> type[Config]:
     """The schema of a configuration whose model is of this family."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from torchtitan_style.config.schema import Optimizer
 
-__all__ = ["adamw", "is_decayed", "step_if"]
-
 
 def adamw(parameters: Mapping[str, Tensor], config: Optimizer) -> torch.optim.AdamW:
     """AdamW over ``parameters``, by name (Loshchilov & Hutter 2019), one fused kernel per group.

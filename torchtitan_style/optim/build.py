@@ -18,9 +18,6 @@ from .custom import CustomOptimizer
 from .muon import Muon
 from .schedule import lr_factor
 
-__all__ = ["Optimizers"]
-
-
 _RATES_AT_ONCE = 1024
 """Learning rates that are computed together. How many updates are taken of as many steps, the device decides."""
 

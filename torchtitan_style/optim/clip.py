@@ -12,8 +12,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan_style.distributed.local import local_tensor
 
-__all__ = ["clip_grad_norm_"]
-
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Tensor | None = None) -> Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CustomOptimizer"]
-
 
 class CustomOptimizer:
     """Steps that can be left out, and a state that exists before the first one, so that a checkpoint can be read into

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from torchtitan_style.distributed.local import local_part
 
-__all__ = ["Exchange"]
-
 Slices = tuple[slice, ...]
 
 OWNED_ELEMENTS = 2**24

@@ -19,8 +19,6 @@ from torchtitan_style.distributed.local import local_tensor
 from .exchange import Exchange, Transfer
 from .orthogonalize import orthogonalize, step_scale
 
-__all__ = ["Muon"]
-
 
 class Muon(torch.optim.Optimizer):
     """All ``matrices`` in one parameter group. Made and stepped by all ranks of ``group`` together.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonalize", "step_scale"]
-
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic a·σ + b·σ³ + c·σ⁵. They are chosen for the steepest rise at 0: five rounds take every
 singular value from 0.001 on to somewhere in 0.7 … 1.2, and need not take it to 1 (Jordan 2024)."""

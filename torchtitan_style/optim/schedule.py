@@ -11,8 +11,6 @@ from collections.abc import Callable
 from torchtitan_style.common.extensions import SCHEDULES
 from torchtitan_style.config.schema import LRScheduler
 
-__all__ = ["lr_factor"]
-
 
 def lr_factor(update: int, config: LRScheduler, *, total_steps: int) -> float:
     """Share of the full learning rate at ``update`` (from 1).

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from .workload import Workload
 
-__all__ = ["block_inside", "kept_by_block", "kept_by_layers", "kept_outside"]
-
 
 def kept_by_layers(work: Workload) -> int:
     """Of a microbatch, by all blocks, with what ``activation_checkpoint`` says is recomputed."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from torchtitan_style.common.errors import UserError
 
-__all__ = ["DEVICES", "Assumptions", "Device", "device_named", "generic_device", "with_assumptions"]
-
 MiB = 2**20
 GiB = 2**30
 

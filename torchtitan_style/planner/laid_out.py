@@ -25,8 +25,6 @@ from torchtitan_style.models.registry import model_config, spec_of
 
 from .parameters import State
 
-__all__ = ["Held", "fake_world", "lay_out", "state_held"]
-
 
 @dataclass(frozen=True)
 class Held:

@@ -14,8 +14,6 @@ from .devices import Assumptions
 from .parameters import State, parameter_kinds, state_of
 from .workload import Workload
 
-__all__ = ["KINDS", "MemoryPlan", "checkpoint_bytes", "memory_of", "plan_memory", "reference_bytes"]
-
 KINDS = {
     "weights": "weights",
     "gradients": "gradients",

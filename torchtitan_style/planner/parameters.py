@@ -19,8 +19,6 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.models.registry import model_config, spec_of
 
-__all__ = ["Kind", "State", "parameter_kinds", "state_of"]
-
 
 @dataclass(frozen=True)
 class Kind:

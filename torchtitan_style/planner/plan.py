@@ -15,8 +15,6 @@ from .parameters import Kind
 from .timing import TimePlan, time_of
 from .workload import Workload
 
-__all__ = ["Plan", "make_plan"]
-
 
 @dataclass(frozen=True)
 class Plan:

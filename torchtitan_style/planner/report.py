@@ -13,8 +13,6 @@ from .parameters import Kind
 from .plan import Plan
 from .search import Found, as_dict, overrides_of, shortfall, why
 
-__all__ = ["plan_as_dict", "plan_lines", "search_lines"]
-
 _HOSTS_SHOWN = 4
 
 

@@ -14,18 +14,6 @@ from .devices import Assumptions, Device
 from .parameters import Kind, parameter_kinds
 from .plan import Plan, make_plan
 
-__all__ = [
-    "Found",
-    "as_dict",
-    "global_batch",
-    "least_ranks",
-    "nearest_that_fits",
-    "overrides_of",
-    "search",
-    "shortfall",
-    "why",
-]
-
 _RECOMPUTE = (("none", "op"), ("selective", "op"), ("selective", "2"), ("full", "op"))
 _LOCAL_BATCHES = 12
 """Sizes tried, the smallest first."""

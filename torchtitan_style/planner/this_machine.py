@@ -13,8 +13,6 @@ from torchtitan_style.common.memory import gpu_memory, host_memory
 
 from .devices import DEVICES, Device
 
-__all__ = ["measured_cpu", "this_gpu"]
-
 
 def this_gpu() -> Device:
     """The GPU of this machine. Raises UserError if the table does not have it."""

@@ -15,8 +15,6 @@ from .memory import checkpoint_bytes
 from .traffic import Traffic, traffic_of
 from .workload import Workload
 
-__all__ = ["Phase", "TimePlan", "time_of"]
-
 
 @dataclass(frozen=True)
 class Phase:

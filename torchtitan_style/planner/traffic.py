@@ -13,8 +13,6 @@ from torchtitan_style.common.sizes import FP32
 
 from .workload import Workload
 
-__all__ = ["Traffic", "traffic_of"]
-
 
 @dataclass(frozen=True)
 class Traffic:

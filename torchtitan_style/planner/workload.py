@@ -19,8 +19,6 @@ from torchtitan_style.models.registry import model_config
 
 from .parameters import Kind, State, parameter_kinds, state_of
 
-__all__ = ["Workload", "number_bytes"]
-
 
 def number_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2

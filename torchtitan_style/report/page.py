@@ -17,8 +17,6 @@ from torchtitan_style.common.errors import UserError
 
 from .run import Run
 
-__all__ = ["MOST_POINTS", "page", "thin"]
-
 MOST_POINTS = 5000
 """Of a curve."""
 _PANELS = [

@@ -15,8 +15,6 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.files import read_toml
 from torchtitan_style.metrics.events import EVENTS
 
-__all__ = ["Run", "read_run"]
-
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 

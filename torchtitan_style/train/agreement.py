@@ -9,8 +9,6 @@ import torch.distributed as dist
 
 from torchtitan_style.distributed.gloo import one_thread_each
 
-__all__ = ["Agreement"]
-
 
 class Agreement:
     """Maximum over ranks, delivered one call late.

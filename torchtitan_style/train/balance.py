@@ -23,8 +23,6 @@ from torch import Tensor
 from torchtitan_style.data.loader import Microbatch
 from torchtitan_style.distributed.world import World
 
-__all__ = ["Balance", "balance_loss"]
-
 
 def balance_loss(counts: Tensor, probabilities: Tensor, rows: Tensor | float) -> Tensor:
     """E · Σₑ fₑ · Pₑ, or the part of it that some tokens have.

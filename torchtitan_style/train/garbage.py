@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 
-__all__ = ["GarbageCollector"]
-
 
 class GarbageCollector:
     """Turns automatic collection off and collects every so many steps.

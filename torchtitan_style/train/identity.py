@@ -20,7 +20,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Identity", "changed_settings", "check_before_start", "check_same_run", "flat", "identity"]
 
 Identity = dict[str, dict[str, Any]]
 

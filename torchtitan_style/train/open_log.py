@@ -22,8 +22,6 @@ from .preempted import clear_preempted
 from .state import TrainState
 from .step import DTYPES
 
-__all__ = ["open_log"]
-
 
 def open_log(
     config: Config,

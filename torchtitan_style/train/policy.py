@@ -21,8 +21,6 @@ from torchtitan_style.metrics.log import StepFigures
 
 from .state import TrainState
 
-__all__ = ["Decision", "StepPolicy"]
-
 
 class Decision(enum.Enum):
     """How to go on after some steps."""

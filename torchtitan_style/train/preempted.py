@@ -9,8 +9,6 @@ from pathlib import Path
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.files import write_in_one_go
 
-__all__ = ["clear_preempted", "is_preempted", "leave_preempted", "write_preempted"]
-
 _NAME = "preempted.json"
 
 

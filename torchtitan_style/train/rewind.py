@@ -11,8 +11,6 @@ from .policy import StepPolicy
 from .resume import Resume
 from .state import TrainState
 
-__all__ = ["rewind"]
-
 
 def rewind(state: TrainState, policy: StepPolicy, resume: Resume) -> bool:
     """Set ``state`` and the parts that ``resume`` knows back to the newest checkpoint. Called by all ranks.

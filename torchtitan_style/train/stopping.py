@@ -31,18 +31,6 @@ from torchtitan_style.common.program import received as _received
 
 from .preempted import leave_preempted
 
-__all__ = [
-    "end_at_once",
-    "ending_at_once",
-    "ignore_stops",
-    "interrupted",
-    "interruptible",
-    "on_interrupt",
-    "stop_gracefully",
-    "stops_end_at_once",
-    "told_to_stop",
-]
-
 _farewell: list[Callable[[], None]] = []
 _graceful = False
 

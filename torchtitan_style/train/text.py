@@ -13,8 +13,6 @@ from torchtitan_style.models.registry import model_config
 
 from .step import evaluating, mix
 
-__all__ = ["continue_prompt"]
-
 
 def continue_prompt(
     model: Any,

@@ -45,8 +45,6 @@ from .text import continue_prompt
 from .validator import Validator
 from .watchdog import Watchdog
 
-__all__ = ["Trainer"]
-
 
 class Trainer:
     """The parts of a run, and its loop. Made and run by all ranks together.

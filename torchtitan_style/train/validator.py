@@ -15,8 +15,6 @@ from .observer import Observer
 from .state import TrainState
 from .step import evaluating
 
-__all__ = ["Validator"]
-
 
 class Validator:
     """Called by all ranks together. batches: this rank's held-out rows; group: the ranks that have others."""

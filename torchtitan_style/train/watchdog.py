@@ -26,8 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Watchdog"]
-
 _TICK = 1.0
 """Seconds between signs of life."""
 

@@ -24,8 +24,6 @@ from torchtitan_style.train.balance import balance_loss
 
 from .report import SMALLEST, Check, gradient_check, gradient_difference
 
-__all__ = ["TOLERANCES", "compare_with_transformers"]
-
 TOLERANCES = {
     # The same sums in another order: 1e-7 each, growing with depth.
     # Trained models have a few activations thousands of times larger than the rest, which amplify that.

@@ -12,8 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-__all__ = ["SMALLEST", "Check", "Difference", "gradient_check", "gradient_difference", "print_checks"]
-
 
 @dataclass(frozen=True)
 class Check:

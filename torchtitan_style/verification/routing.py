@@ -21,8 +21,6 @@ from torchtitan_style.train.step import evaluating
 
 from .report import Check
 
-__all__ = ["Otherwise", "check_routing", "routed_otherwise"]
-
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2}
 """How far an expert's logit may be behind that of the one in whose place it was taken, as a share of the largest."""
 

@@ -13,8 +13,6 @@ from torchtitan_style.planner.memory import reference_bytes
 
 from .layout import STEPS
 
-__all__ = ["for_verification"]
-
 _ROW = 256
 """Tokens of a row at most: longer ones show no more, and take longer."""
 

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-__all__ = ["attend", "attention_mask", "document_positions"]
-
 
 def document_positions(documents: Tensor) -> Tensor:
     """Each token's position in its document. documents: [B, T], a number that changes from one to the next."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["FLAVORS", "Qwen3Config"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config:

@@ -12,8 +12,6 @@ from typing import Any
 
 from .config import Qwen3Config
 
-__all__ = ["common_fields", "field_of", "from_hf", "mlp_shapes", "parameter_shapes", "to_hf"]
-
 # What Transformers takes a field for that config.json leaves out (its Qwen3Config).
 _ABSENT = {
     "vocab_size": 151_936,

@@ -29,8 +29,6 @@ from .attention import attend
 from .config import Qwen3Config
 from .model import MLP, Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary, loss_of_logits
 
-__all__ = ["fuse", "packs", "split", "split_problem"]
-
 
 def split_problem(config: Qwen3Config, ranks: int) -> str | None:
     """Why a model of ``config`` cannot be split over so many ranks, or None if it can."""

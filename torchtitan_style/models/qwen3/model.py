@@ -29,8 +29,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from .attention import attend, attention_mask, document_positions
 from .config import Qwen3Config
 
-__all__ = ["Cache", "Qwen3ForCausalLM", "Qwen3Model"]
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019)."""

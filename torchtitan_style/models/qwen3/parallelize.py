@@ -28,8 +28,6 @@ from torchtitan_style.distributed.tensor import NormOfShard, VocabParallelHead, 
 from .attention import attend
 from .model import DecoderLayer, Qwen3ForCausalLM
 
-__all__ = ["dense_mlp_plan", "parallelize_qwen3"]
-
 
 def parallelize_qwen3(
     model: Qwen3ForCausalLM,

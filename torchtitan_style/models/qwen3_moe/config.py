@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from torchtitan_style.models.qwen3.config import Qwen3Config
 
-__all__ = ["FLAVORS", "Qwen3MoeConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3MoeConfig(Qwen3Config):

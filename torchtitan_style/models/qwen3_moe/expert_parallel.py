@@ -19,8 +19,6 @@ from torchtitan_style.distributed.local import local_tensor
 
 from .experts import permute
 
-__all__ = ["expert_parallel"]
-
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

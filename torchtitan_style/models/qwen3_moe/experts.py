@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from .grouped import grouped_linear
 
-__all__ = ["Experts", "grouped_experts", "loop_over_experts", "permute"]
-
 
 def loop_over_experts(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row by its expert: the definition, one expert after the other.

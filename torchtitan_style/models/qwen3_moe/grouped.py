@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["grouped_linear"]
-
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each expert's weight times its rows. rows: [M, K], those of the first expert first. weight: [E, O, K]. ends: [E]

@@ -12,8 +12,6 @@ from torchtitan_style.models.qwen3 import hf as qwen3
 
 from .config import Qwen3MoeConfig
 
-__all__ = ["from_hf", "parameter_shapes", "to_hf"]
-
 # What Transformers takes a field for that config.json leaves out (its Qwen3MoeConfig).
 _ABSENT = {
     "vocab_size": 151_936,

@@ -24,8 +24,6 @@ from .config import Qwen3MoeConfig
 from .experts import Experts
 from .router import Router, Routing, measure, sort_by_expert
 
-__all__ = ["MoE", "Qwen3MoeForCausalLM", "Qwen3MoeModel", "SparseLayer"]
-
 
 class MoE(nn.Module):
     """Each token's sum over its experts, weighted by the router (Shazeer et al. 2017, equation 1)."""

@@ -20,8 +20,6 @@ from .expert_parallel import expert_parallel
 from .experts import Experts
 from .model import MoE, Qwen3MoeForCausalLM
 
-__all__ = ["parallelize_qwen3_moe"]
-
 
 def parallelize_qwen3_moe(
     model: Qwen3MoeForCausalLM, mesh: DeviceMesh, *, expert_mesh: ExpertMesh | None, **options: Any

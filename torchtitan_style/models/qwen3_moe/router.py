@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Router", "Routing", "measure", "sort_by_expert"]
-
 
 class Routing(NamedTuple):
     """How one layer has routed some tokens: sums over them, fp32, for the load-balancing loss and the metrics."""

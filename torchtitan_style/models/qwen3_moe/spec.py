@@ -13,7 +13,6 @@ from .hf import from_hf, parameter_shapes, to_hf
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["QWEN3_MOE"]
 
 # Torch is imported by what needs it, when it is called.
 
