@@ -106,8 +106,6 @@ class Trainer:
         flops = model_config(config.model).flops_per_token(config.training.seq_len)
         self.meter = Meter(world, flops_per_token=flops, dtype=DTYPES[config.training.mixed_precision_param])
 
-    # The loop
-
     def run(self) -> None:
         """Resume if there is a checkpoint, train, and close everything."""
         state = self.state = self.resume.start()
