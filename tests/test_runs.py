@@ -101,7 +101,7 @@ def one_process(launch, config, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_is_documented(one_process) -> None:
     assert {path.name for path in one_process.iterdir()} == {
-        "config.toml", "metrics.jsonl", "tokenizer", "data", "checkpoint",
+        "config.toml", "metrics.jsonl", "events.jsonl", "tokenizer", "data", "checkpoint",
     }  # fmt: skip
     assert (one_process / "checkpoint" / "step-30" / "manifest.json").exists()
     best = (one_process / "checkpoint" / "best").read_text().strip()
