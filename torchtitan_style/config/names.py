@@ -111,7 +111,6 @@ _NO_COUNTERPART = {
     "checkpoint.last_save_in_hf": "export-hf writes a model in Transformers' format",
     "parallelism.context_parallel_degree": "context parallelism is not built",
     "parallelism.pipeline_parallel_degree": "pipeline parallelism is not built",
-    "parallelism.expert_parallel_degree": "the models have no experts",
     "num_train_epochs": "training.steps says how long to train; the run prints the epochs",
     "num_epochs": "training.steps says how long to train; the run prints the epochs",
     "epochs": "training.steps says how long to train; the run prints the epochs",
