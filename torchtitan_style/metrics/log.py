@@ -205,7 +205,7 @@ class TrainingLog:
         plan, self._plan = self._plan(), None
         if plan is None:
             return ""
-        figures, line = compared(plan, records[-1], self.tokens_per_step)
+        figures, line = compared(plan, records[-1])
         records[-1] |= figures
         self.meter.restart()  # planning is no training
         return line
