@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan_style.config.files import DEFAULT_CONFIG
-from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.layout import Layout, reduces_each_microbatch
 from torchtitan_style.distributed.gloo import one_thread_each
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.launch.configure import load_config
@@ -77,7 +77,7 @@ def found(case: dict[str, Any]) -> dict[str, Any]:
     model = build_training_model(config, world, warn=print)
     ids = torch.randint(0, 256, (config.training.local_batch_size, config.training.seq_len))
     tokens = torch.tensor(ids.numel())
-    each = config.parallelism.fsdp_reduce_gradients == "each_microbatch" and world.layout.fsdp > 1
+    each = reduces_each_microbatch(config.parallelism, world.layout)
     forward_backward(
         model, [(ids, ids)] * case["microbatches"], tokens, reduce_each=each
     )  # the first pass sets FSDP up

@@ -86,6 +86,11 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
     return layout
 
 
+def reduces_each_microbatch(parallelism: Parallelism, layout: Layout) -> bool:
+    """Whether FSDP sums gradients over its ranks after each microbatch, and not after a step's last alone."""
+    return parallelism.fsdp_reduce_gradients == "each_microbatch" and layout.fsdp > 1
+
+
 def plan_batch(training: Training, dp: int) -> BatchPlan:
     """Local, global and accumulated batch on ``dp`` data-parallel ranks.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torchtitan_style.common.sizes import FP32, LOGITS_PER_CHUNK, MIN_TOKENS_PER_CHUNK, logits_rows
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.layout import Layout, reduces_each_microbatch
 
 from .activations import block_inside, kept_by_layers, kept_outside
 from .devices import Assumptions
@@ -155,7 +155,7 @@ def _accumulated(work: Workload) -> int:
     """Gradients that earlier microbatches have left. FSDP2 keeps them whole until they are summed over the ranks."""
     if work.batch.accumulation_steps == 1:
         return 0
-    if work.config.parallelism.fsdp_reduce_gradients == "each_microbatch" and work.layout.fsdp > 1:
+    if reduces_each_microbatch(work.config.parallelism, work.layout):
         return work.state.gradients
     return work.gathered_numbers * work.r if work.is_sharded else work.state.gradients
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from torchtitan_style.common.sizes import FP32
+from torchtitan_style.config.layout import reduces_each_microbatch
 
 from .workload import Workload
 
@@ -60,8 +61,7 @@ def _sharding(work: Workload) -> list[Traffic]:
 
 def _when_reduced(work: Workload) -> str:
     """The phase in which FSDP sums the gradients of what it shards."""
-    each = work.config.parallelism.fsdp_reduce_gradients == "each_microbatch" and work.layout.fsdp > 1
-    return "backward" if each else "reduce"
+    return "backward" if reduces_each_microbatch(work.config.parallelism, work.layout) else "reduce"
 
 
 def _tensor_parallel(work: Workload) -> list[Traffic]:

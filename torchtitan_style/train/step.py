@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan_style.common import device as devices
 from torchtitan_style.common.extensions import LOSSES
 from torchtitan_style.config import Config
+from torchtitan_style.config.layout import reduces_each_microbatch
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
@@ -137,7 +138,7 @@ def train_step(
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.batch_group)
     balance = Balance.of(model, batch.microbatches, world)
-    reduce_each = config.parallelism.fsdp_reduce_gradients == "each_microbatch" and world.layout.fsdp > 1
+    reduce_each = reduces_each_microbatch(config.parallelism, world.layout)
     loss = forward_backward(model, batch.microbatches, tokens, balance, reduce_each=reduce_each)
     loss *= world.counts
     observer.after_backward(step, model, loss)
