@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PYTEST = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k rows"
 
 # Stands in for uv: notes its arguments, and "makes" an environment whose Python notes its own.
 UV = """#!/usr/bin/env bash
@@ -52,7 +53,7 @@ def test_another_torch_gets_an_environment_of_its_own(checkout: Path) -> None:
     assert lines[0].endswith(" ./.venv-torch-2.14.1")
     constraints = "./.venv-torch-2.14.1.txt"
     assert lines[1] == f"uv pip install --python {python} --constraint {constraints} --editable .[dev]"
-    assert lines[2:] == ["torch==2.14.1", f"python {python} -m pytest -n 2 --dist loadfile -k rows"]
+    assert lines[2:] == ["torch==2.14.1", f"python {python} {PYTEST}"]
     assert run(checkout, TORCH="2.14.1") == lines[3:]  # installed once
     assert not (checkout / ".venv").exists()
 
@@ -63,12 +64,12 @@ def test_the_default_environment_has_the_tested_torch(checkout: Path) -> None:
     assert lines[1] == f"uv pip install --python {python} --constraint ./constraints.txt --editable .[dev]"
     assert "torch==2.14.1" not in lines
     assert f"python {python} -m mypy" in lines
-    assert lines[-1] == f"python {python} -m pytest -n 2 --dist loadfile -k rows"
+    assert lines[-1] == f"python {python} {PYTEST}"
 
 
 def test_an_active_environment_with_everything_is_used_but_not_for_another_torch(checkout: Path) -> None:
     active = checkout.parent / "bin/python3"
     active.write_text('#!/bin/sh\necho "python $0 $*" >>"$LOG"\n')
     active.chmod(0o755)
-    assert run(checkout)[-1] == f"python {active} -m pytest -n 2 --dist loadfile -k rows"
+    assert run(checkout)[-1] == f"python {active} {PYTEST}"
     assert run(checkout, TORCH="2.11.0")[-1].startswith("python ./.venv-torch-2.11.0/bin/python -m pytest ")

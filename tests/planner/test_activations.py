@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from typing import Any
@@ -40,7 +41,8 @@ def alive() -> Kept:
         warnings.simplefilter("ignore")
         for each in gc.get_objects():
             if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
-                keep(kept, each)
+                with contextlib.suppress(NotImplementedError):  # a tensor of torch.vmap, left over in a cache
+                    keep(kept, each)
     return kept
 
 
