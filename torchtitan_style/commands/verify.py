@@ -79,6 +79,7 @@ def _load(path: str | None, overrides: list[str], world_size: int | None) -> tup
         degrees = load_config(file, overrides, world_size=None).parallelism
         shards = degrees.data_parallel_shard_degree
         others = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
+        others *= degrees.pipeline_parallel_degree
         world_size = others * (2 if shards == -1 else shards)
     if world_size < 1:
         raise UserError(f"--world-size: must be at least 1, not {world_size}")

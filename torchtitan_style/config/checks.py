@@ -11,7 +11,8 @@ from pathlib import Path
 from torchtitan_style.common.extensions import LOSSES, OPTIMIZERS, SCHEDULES, SOURCES
 from torchtitan_style.common.hub import FILE_ENDINGS
 
-from .layout import plan_batch, plan_layout, plan_streams
+from .layout import Layout, plan_batch, plan_layout, plan_streams, reshards_after_forward
+from .pipeline import schedule_problem
 from .schema import Config, Corpus, Data, Muon, Validation
 
 _TAKEN_NAMES = ("tokenizer", "manifest", "plan", "data_errors")
@@ -37,6 +38,7 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
         f"parallelism.{key}"
         for key in (
             "tensor_parallel_degree",
+            "pipeline_parallel_degree",
             "data_parallel_shard_degree",
             "data_parallel_replicate_degree",
             "expert_parallel_degree",
@@ -52,11 +54,54 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(("training.global_batch_size", "training.local_batch_size", *degrees), str(error))
         return
+    if text := schedule_problem(config.parallelism, batch.accumulation_steps):
+        yield Problem(
+            ("parallelism.pipeline_parallel_schedule", "training.global_batch_size", "training.local_batch_size"), text
+        )
+    yield from _sharded_pipeline(config, layout)
     if config.data.streaming:
         try:
             plan_streams(config.data, batch.global_batch_size, layout.dp)
         except ValueError as error:
             yield Problem(("data.num_streams", "training.global_batch_size", *degrees), str(error))
+
+
+def _sharded_pipeline(config: Config, layout: Layout) -> Iterator[Problem]:
+    """How FSDP treats the stages of a pipeline."""
+    parallelism = config.parallelism
+    if layout.pp == 1:
+        return
+    if parallelism.fsdp_reduce_gradients == "each_microbatch":
+        yield Problem(
+            ("parallelism.fsdp_reduce_gradients", "parallelism.pipeline_parallel_degree"),
+            '"each_microbatch" is not possible with a pipeline, whose stages sum their gradients once a step: leave it '
+            'out, or set "last_microbatch"',
+        )
+    if parallelism.pipeline_parallel_schedule == "ZBVZeroBubble" and reshards_after_forward(parallelism):
+        yield Problem(
+            ("parallelism.fsdp_reshard_after_forward", "parallelism.pipeline_parallel_schedule"),
+            "ZBVZeroBubble computes the gradients of weights after those of inputs, and needs the weights gathered: "
+            'leave it out, or set "never"',
+        )
+
+
+def _pipeline(config: Config) -> Iterator[Problem]:
+    """What a pipeline cannot be combined with, whatever the number of processes."""
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
+        for key in ("pipeline_parallel_schedule", "pipeline_parallel_blocks"):
+            if getattr(parallelism, key) != type(parallelism).model_fields[key].default:
+                yield Problem(
+                    (f"parallelism.{key}", "parallelism.pipeline_parallel_degree"),
+                    "is only read with pipeline_parallel_degree of 2 or more",
+                )
+        return
+    if parallelism.pipeline_parallel_schedule == "ZBVZeroBubble" and config.compile.enable:
+        yield Problem(
+            ("parallelism.pipeline_parallel_schedule", "compile.enable"),
+            "ZBVZeroBubble computes the gradients of inputs and of weights apart, which a compiled block does at once: "
+            "set compile.enable = false, or use Interleaved1F1B",
+        )
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -75,6 +120,7 @@ def _names(config: Config) -> Iterator[Problem]:
 
 def _rest(config: Config) -> Iterator[Problem]:
     yield from _names(config)
+    yield from _pipeline(config)
     tp, seq_len = config.parallelism.tensor_parallel_degree, config.training.seq_len
     if seq_len % tp:
         yield Problem(

@@ -62,9 +62,13 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
     Raises ValueError if it does not come out even.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    tp, ep = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
-    fixed = replicate * tp * (1 if shard == -1 else shard)
+    pp, tp = parallelism.pipeline_parallel_degree, parallelism.tensor_parallel_degree
+    ep = parallelism.expert_parallel_degree
+    others = pp * replicate * tp
+    fixed = others * (1 if shard == -1 else shard)
     given = f"data_parallel_replicate_degree {replicate} × tensor_parallel_degree {tp}"
+    if pp > 1:
+        given = f"pipeline_parallel_degree {pp} × {given}"
     if shard != -1:
         given += f" × data_parallel_shard_degree {shard}"
         if fixed != world_size:
@@ -77,18 +81,25 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
             f"{given} = {fixed} does not divide the {world_size} processes: "
             f"start a multiple of {fixed} (NPROC={fixed}), or lower a degree"
         )
-    layout = Layout(dp_replicate=replicate, dp_shard=world_size // (replicate * tp), tp=tp, ep=ep)
+    layout = Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // others, tp=tp, ep=ep)
     if layout.fsdp % ep:
         raise ValueError(
             f"expert_parallel_degree {ep} does not divide the {layout.fsdp} ranks that parameters are sharded over: "
-            f"start a multiple of {replicate * tp * ep} processes, or lower it"
+            f"start a multiple of {others * ep} processes, or lower it"
         )
     return layout
 
 
 def reduces_each_microbatch(parallelism: Parallelism, layout: Layout) -> bool:
     """Whether FSDP sums gradients over its ranks after each microbatch, and not after a step's last alone."""
-    return parallelism.fsdp_reduce_gradients == "each_microbatch" and layout.fsdp > 1
+    when = parallelism.fsdp_reduce_gradients or ("each_microbatch" if layout.pp == 1 else "last_microbatch")
+    return when == "each_microbatch" and layout.fsdp > 1
+
+
+def reshards_after_forward(parallelism: Parallelism) -> bool:
+    """Whether FSDP frees the parameters that it has gathered for a block's forward pass."""
+    default = "always" if parallelism.pipeline_parallel_degree == 1 else "never"
+    return (parallelism.fsdp_reshard_after_forward or default) == "always"
 
 
 def plan_batch(training: Training, dp: int) -> BatchPlan:

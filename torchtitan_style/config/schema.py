@@ -24,6 +24,8 @@ def _positive_or_rest(value: int) -> int:
     return value
 
 
+PipelineSchedule = Literal["1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble"]
+
 PositiveOrRest = Annotated[int, AfterValidator(_positive_or_rest)]
 """A count, or -1 for whatever the other settings leave."""
 
@@ -278,16 +280,28 @@ class Parallelism(Section):
     the other degrees leave."""
     tensor_parallel_degree: Positive = 1
     """Ranks that each matrix and the sequence are split over."""
+    pipeline_parallel_degree: Positive = 1
+    """Pipeline stages: groups of ranks that each hold some of the blocks. A step's microbatches (global_batch_size /
+    local_batch_size / data-parallel ranks) go through them one after another."""
+    pipeline_parallel_schedule: PipelineSchedule = "1F1B"
+    """The order of forward and backward passes. 1F1B (Narayanan et al. 2019): a stage keeps the activations of at most
+    as many microbatches as there are stages after it. GPipe (Huang et al. 2019): all forward passes first.
+    Interleaved1F1B (Narayanan et al. 2021) and ZBVZeroBubble (Qi et al. 2023): two stages on each rank, which halves
+    the idle time; ZBVZeroBubble fills more of it with the gradients of weights, and cannot be compiled."""
+    pipeline_parallel_blocks: list[NonNegative] = []
+    """Blocks of each stage, first to last, as [21, 19]; left out: shared out by what they, the embedding and the head
+    cost."""
     expert_parallel_degree: Positive = 1
     """Ranks that share out the experts of each layer, in models that have some. They are some of those that
     data_parallel_shard_degree counts. Tokens are sent to their experts and back."""
-    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
+    fsdp_reshard_after_forward: Literal["always", "never"] | None = None
     """always: gathered parameters are freed after a block's forward and gathered again for its
-    backward. never: kept, for more memory and less communication."""
-    fsdp_reduce_gradients: Literal["each_microbatch", "last_microbatch"] = "each_microbatch"
+    backward. never: kept, for more memory and less communication. Left out: always; never with a pipeline, which would
+    gather them for each microbatch."""
+    fsdp_reduce_gradients: Literal["each_microbatch", "last_microbatch"] | None = None
     """When a step has several microbatches. each_microbatch: gradients are summed over the ranks, and only this rank's
     shard is kept. last_microbatch: each rank keeps whole gradients until the last, for less communication and
-    4 bytes of memory a parameter."""
+    4 bytes of memory a parameter. Left out: each_microbatch; last_microbatch with a pipeline, which has no other."""
 
 
 class ActivationCheckpoint(Section):

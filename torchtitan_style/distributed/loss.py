@@ -110,10 +110,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.grads
-        del ctx.grads
         factor = grad_outputs[0]
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # a zero-bubble pipeline asks again
+            hidden_grad = hidden_grad * factor
+        else:
+            del ctx.grads
+            hidden_grad.mul_(factor)
         return (
-            hidden_grad.mul_(factor),
+            hidden_grad,
             ctx.finish(weight_grad, factor, hidden_grad.dtype),
             None, None, None, None, None,
         )  # fmt: skip

@@ -52,6 +52,9 @@ class World:
     """The ranks that see other rows than this one, and the same slice of everything else."""
     batch_group: dist.ProcessGroup
     """The ranks whose tokens add up to the global batch: dp × cp."""
+    result_group: dist.ProcessGroup
+    """The ranks that each have a share of the loss of the global batch: dp × cp of all pipeline stages, of which only
+    the last has any loss."""
     stage_group: dist.ProcessGroup
     """All ranks of this pipeline stage."""
     everyone: DeviceMesh
@@ -61,6 +64,16 @@ class World:
     def is_main(self) -> bool:
         """Whether this is the one rank that talks to the user and writes shared files."""
         return self.rank == 0
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """The ranks that pass the same rows on, one of each pipeline stage."""
+        return self.mesh["pp"].get_group()
+
+    @property
+    def stage(self) -> int:
+        """This rank's place on the pp axis."""
+        return self.mesh["pp"].get_local_rank()
 
     @property
     def counts(self) -> bool:
@@ -98,6 +111,7 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
         dp_rank=tokens["dp"].get_local_rank(),
         dp_group=tokens["dp"].get_group(),
         batch_group=_together(tokens, "dp", "cp"),
+        result_group=_together(tokens, "pp", "dp", "cp"),
         stage_group=_together(parameters, "dp_replicate", "fsdp", "tp"),
         everyone=everyone,
     )

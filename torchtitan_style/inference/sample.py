@@ -28,11 +28,13 @@ def sample(
     multiple_of: int,
     seed: int,
     device: torch.device,
+    source: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """Token ids that continue ``prompt``, up to end-of-text. Called by all ranks, the same on all.
 
-    model: token ids [1, T] → logits [1, T, V]. max_length: positions the model has. windows: of its layers.
+    model: token ids [1, T] → logits [1, T, V], or None on ranks that need not know them. source: a rank that does,
+    whose choice counts. max_length: positions the model has. windows: of its layers.
     multiple_of: T must be a multiple of it (tensor parallelism splits the positions). If it is above 1 there is no
     cache: the whole text so far goes through the model, with padding last, where a causal model does not see it.
     advance: called after each token.
@@ -45,16 +47,16 @@ def sample(
             break
         if cache is not None:
             new = torch.tensor([ids[cache.length :]], device=device)
-            logits = model(new, positions=cache.positions(new), cache=cache)[:, -1]
+            logits = model(new, positions=cache.positions(new), cache=cache)
             cache.advance(new.shape[1])
         else:
             length = -(-len(ids) // multiple_of) * multiple_of
             logits = model(torch.tensor([ids + [end_of_text] * (length - len(ids))], device=device))
             if isinstance(logits, DTensor):
                 logits = logits.full_tensor()
-            logits = logits[:, len(ids) - 1]
-        token = torch.tensor(sampler.pick(logits), device=device)
-        dist.broadcast(token, src=0)  # ranks must not part ways over a rounding error
+            logits = None if logits is None else logits[:, : len(ids)]
+        token = torch.tensor([-1] if logits is None else sampler.pick(logits[:, -1]), device=device)
+        dist.broadcast(token, src=source)  # ranks must not part ways over a rounding error
         if token.item() == end_of_text:
             break
         ids.append(int(token.item()))

@@ -17,7 +17,8 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import nearest_existing, readable_bytes
 from torchtitan_style.common.memory import gpu_memory, host_memory
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import Layout, plan_layout
+from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
+from torchtitan_style.config.pipeline import bubble
 from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.planner.devices import Assumptions, generic_device
 from torchtitan_style.planner.memory import KINDS, checkpoint_bytes, plan_memory
@@ -56,7 +57,10 @@ def preflight(
     check_patterns(config)
     layout = plan_layout(config.parallelism, world_size)
     check_before_start(config, dp=layout.dp)
-    check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
+    if layout.pp == 1:  # the plan does not count pipelines
+        check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
+    else:
+        check_pipeline(config, layout, say)
     check_room(config, say)
     for note in notes:
         say(f"warning: {note}")
@@ -127,6 +131,18 @@ def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, 
         say(f"warning: {text('about', total, plan.peak)}, but it has {readable_bytes(room.total)}; {what_fits}")
     elif total > room.free:
         say(f"warning: {text('about', total, plan.peak)}, but only {readable_bytes(room.free)} are free")
+
+
+def check_pipeline(config: Config, layout: Layout, say: Callable[[str], None]) -> None:
+    """Warn of a pipeline that stands idle for a third of its time or more."""
+    microbatches = plan_batch(config.training, layout.dp).accumulation_steps
+    extra = bubble(config.parallelism.pipeline_parallel_schedule, pp=layout.pp, microbatches=microbatches)
+    if (idle := extra / (1 + extra)) >= 1 / 3:
+        named = "1 microbatch" if microbatches == 1 else f"{microbatches} microbatches"
+        say(
+            f"warning: with {named} a step the {layout.pp} pipeline ranks stand idle {idle:.0%} of the time; a smaller "
+            "training.local_batch_size, or a larger training.global_batch_size, makes more"
+        )
 
 
 def _what_fits(config: Config, layout: Layout, memory: int, on_gpus: bool, ranks_here: int) -> str:

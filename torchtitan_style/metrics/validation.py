@@ -17,12 +17,14 @@ def validate(
     batches: Iterable[Sequence[Any]],
     group: dist.ProcessGroup,
     *,
+    copies: int = 1,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Mean over all tokens of the ``batches`` of all ranks of ``group``.
 
     batches: inputs and labels (-100 for none), each [B, T], and what else the model takes (``Microbatch``). model:
-    returns the sum of the token losses and the number of right guesses. stop: asked before every batch, by all ranks
+    returns the sum of the token losses and the number of right guesses. copies: ranks of ``group`` that have the same
+    batches, of which one returns the sums and the others 0. stop: asked before every batch, by all ranks
     equally often; once it says yes, None is returned.
     """
     sums = None
@@ -35,6 +37,7 @@ def validate(
     assert sums is not None, "there is at least one row"
     dist.all_reduce(sums, group=group)
     loss_sum, right_sum, tokens = sums.tolist()
+    tokens /= copies
     loss_mean = loss_sum / tokens
     return {
         "val_loss": loss_mean,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchtitan_style.config.checks import Problem
+from torchtitan_style.config.pipeline import num_stages
 from torchtitan_style.config.schema import Config
 
 from .spec import ModelSpec
@@ -45,6 +46,7 @@ def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
                 ("parallelism.expert_parallel_degree", *keys(name)),
                 f"{ep} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
             )
+    yield from _pipeline(config, spec, values["num_hidden_layers"], keys("num_hidden_layers"))
     seq_len = config.training.seq_len
     if 0 < values["max_position_embeddings"] < seq_len:
         yield Problem(
@@ -56,4 +58,33 @@ def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
         yield Problem(
             (*keys("vocab_size"), "data.tokenizer"),
             f"a byte-level tokenizer with Qwen3's special tokens needs at least 283 tokens, not {values['vocab_size']}",
+        )
+
+
+def _pipeline(config: Config, spec: ModelSpec, layers: int, keys: tuple[str, ...]) -> Iterator[Problem]:
+    """What is wrong with sharing out ``layers`` blocks over the stages of a pipeline. keys: that decide ``layers``."""
+    parallelism = config.parallelism
+    pp, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if pp == 1 or layers < 1:
+        return
+    if not spec.pipeline:
+        yield Problem(
+            ("parallelism.pipeline_parallel_degree", "model.name"),
+            f"{spec.name} models cannot be split into pipeline stages: set it to 1",
+        )
+        return
+    stages, chosen = num_stages(parallelism), parallelism.pipeline_parallel_blocks
+    named = f"{stages} stages ({pp} ranks, {schedule})"
+    # The first stage may have the embedding alone, the last the head; those between need a block.
+    if stages - 2 > layers:
+        most = (layers + 2) // (stages // pp)
+        yield Problem(
+            ("parallelism.pipeline_parallel_degree", "parallelism.pipeline_parallel_schedule", *keys),
+            f"{layers} blocks cannot be shared out over {named}: at most {most} ranks can have some",
+        )
+    elif chosen and (len(chosen) != stages or sum(chosen) != layers or 0 in chosen[1:-1]):
+        yield Problem(
+            ("parallelism.pipeline_parallel_blocks", "parallelism.pipeline_parallel_degree", *keys),
+            f"{chosen} are {len(chosen)} stages with {sum(chosen)} blocks; there must be {named} with {layers} blocks "
+            "in all, and at least one in each stage between the first and the last",
         )

@@ -126,6 +126,10 @@ class ModelSpec:
     guesses), and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and
     ``lm_head``, of which training sets two attributes: ``z_loss``, to ``training.z_loss``, and ``loss_function``, if
     ``training.loss`` names one of one's own."""
+    pipeline: bool = False
+    """Whether the model runs as a pipeline stage: with ``model.embed_tokens``, ``model.norm``, ``lm_head`` or some of
+    ``model.layers`` None. Without the embedding it takes hidden states [B, T, C] for token ids, and positions
+    with them; without the head it returns hidden states."""
     use_definition: Callable[[Any], None] | None = None
     """Have a model that ``build`` has built compute by the plainest code there is, to compare others with; None: it
     does so anyway."""

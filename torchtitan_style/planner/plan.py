@@ -48,6 +48,11 @@ def make_plan(
     """
     if spec_of(config.model.name).expert_parallel:
         raise UserError(f"{config.model.name}: a plan counts dense models only, and not yet experts")
+    if layout.pp > 1:
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree {layout.pp}: a plan does not count pipelines; plan with 1, and "
+            "tensor_parallel_degree or more ranks instead"
+        )
     work = Workload.of(config, layout, on_gpu=device.on_gpu, kinds=kinds)
     sharing = 1 if device.on_gpu else min(layout.world_size, device.per_host)
     return Plan(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import Layout, plan_batch, plan_layout, plan_streams
+from torchtitan_style.config.layout import Layout, plan_batch, plan_layout, plan_streams, reshards_after_forward
 from torchtitan_style.models.registry import model_config, spec_of
 
 from .devices import Assumptions, Device
@@ -183,7 +183,7 @@ def _choices(plan: Plan) -> dict[str, object]:
         "parallelism.data_parallel_replicate_degree": layout.dp_replicate,
         "parallelism.data_parallel_shard_degree": layout.dp_shard,
         "parallelism.tensor_parallel_degree": layout.tp,
-        "parallelism.fsdp_reshard_after_forward": config.parallelism.fsdp_reshard_after_forward,
+        "parallelism.fsdp_reshard_after_forward": "always" if reshards_after_forward(config.parallelism) else "never",
         "activation_checkpoint.mode": recompute.mode,
         "activation_checkpoint.selective_ac_option": recompute.selective_ac_option if selective else None,
         "training.local_batch_size": plan.work.batch.local_batch_size,

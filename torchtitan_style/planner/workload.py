@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch
+from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch, reshards_after_forward
 from torchtitan_style.models.registry import model_config
 
 from .parameters import Kind, State, parameter_kinds, state_of
@@ -111,12 +111,15 @@ class Workload:
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 wraps the model; a single process does without, unless blocks are recomputed."""
-        return self.layout.world_size > 1 or self.config.activation_checkpoint.mode in ("selective", "full")
+        return self.layout.world_size > self.layout.pp or self.config.activation_checkpoint.mode in (
+            "selective",
+            "full",
+        )
 
     @property
     def keeps_gathered(self) -> bool:
         """Whether gathered parameters stay until their gradients are there."""
-        return self.config.parallelism.fsdp_reshard_after_forward == "never"
+        return not reshards_after_forward(self.config.parallelism)
 
     @cached_property
     def block_numbers(self) -> int:

@@ -55,7 +55,7 @@ class Balance:
     @classmethod
     def of(cls, model: Any, microbatches: Sequence[Microbatch], world: World) -> Balance | None:
         """None if the model has no experts."""
-        return cls(model, microbatches, world) if hasattr(model.model, "routing") else None
+        return cls(model, microbatches, world) if hasattr(getattr(model, "model", None), "routing") else None
 
     @torch.no_grad()
     def start(self) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,19 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan_style.common import device as devices
 from torchtitan_style.common.extensions import LOSSES
 from torchtitan_style.config import Config
-from torchtitan_style.config.layout import reduces_each_microbatch
+from torchtitan_style.config.layout import reduces_each_microbatch, reshards_after_forward
+from torchtitan_style.config.pipeline import Stage, rank_of_stage
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.custom_loss import custom_loss
 from torchtitan_style.distributed.experts import expert_mesh
 from torchtitan_style.distributed.init import init_weights
+from torchtitan_style.distributed.pipeline import Activations, PipelinedModel, keep_stage
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.stages import stages_of
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
@@ -79,7 +83,9 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
     if config.data.document_mask:
         torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn_attention
 
-    def lay_out(model: Any) -> None:
+    def lay_out(model: Any, stage: Stage | None = None) -> None:
+        if stage is not None:
+            keep_stage(model, stage)
         spec.parallelize(
             model,
             world.mesh,
@@ -87,21 +93,39 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
             compile=compile,
             param_dtype=param_dtype,
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
+            reshard_after_forward=reshards_after_forward(config.parallelism),
             **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
         )
 
     def draw(model: Any) -> None:
         init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
 
-    model = build_model(spec, model_config(config.model), device=world.device, lay_out=lay_out, fill=draw)
-    # The attributes of the head that training sets: see ModelSpec.build.
-    model.lm_head.z_loss = config.training.z_loss
-    if LOSSES.added(config.training.loss):
-        function = LOSSES.get(config.training.loss)
-        model.lm_head.loss_function = custom_loss(function, world.mesh["tp"].get_group())
-    model.train()
-    return model
+    shape = model_config(config.model)
+
+    def build(stage: Stage | None = None) -> Any:
+        model = build_model(spec, shape, device=world.device, lay_out=partial(lay_out, stage=stage), fill=draw)
+        if model.lm_head is not None:  # its attributes that training sets: see ModelSpec.build
+            model.lm_head.z_loss = config.training.z_loss
+            if LOSSES.added(config.training.loss):
+                function = LOSSES.get(config.training.loss)
+                model.lm_head.loss_function = custom_loss(function, world.mesh["tp"].get_group())
+        return model
+
+    if world.layout.pp == 1:
+        return build().train()
+    schedule = config.parallelism.pipeline_parallel_schedule
+    mine = [
+        stage
+        for stage in stages_of(config)
+        if rank_of_stage(stage.index, pp=world.layout.pp, schedule=schedule) == world.stage
+    ]
+    return PipelinedModel(
+        [(stage, build(stage)) for stage in mine],
+        world=world,
+        schedule=schedule,
+        activations=Activations(shape.hidden_size, param_dtype, world.layout.tp),
+        tied=shape.tie_word_embeddings,
+    ).train()
 
 
 def build_optimizer(model: nn.Module, config: Config, world: World) -> Optimizers:
@@ -175,6 +199,8 @@ def forward_backward(
     each microbatch, so that none is held whole; replicas are summed after the last in any case. Returns the share,
     0-dim fp64: the loss is the sum of the shares of all ranks that hold different tokens.
     """
+    if isinstance(model, PipelinedModel):
+        return model.forward_backward(microbatches, tokens)
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
     if balance is not None:
         balance.start()
@@ -194,6 +220,8 @@ def forward_backward(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, no gradients, and no compiled graphs: other shapes would be compiled anew."""
     model.eval()
+    if isinstance(model, PipelinedModel):
+        model.prepare_evaluation()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), devices.without_cudnn_attention():
             yield

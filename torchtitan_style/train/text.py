@@ -7,6 +7,7 @@ from typing import Any
 
 from torchtitan_style.config import Config
 from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.distributed.pipeline import PipelinedModel
 from torchtitan_style.distributed.world import World
 from torchtitan_style.inference.sample import sample
 from torchtitan_style.models.registry import model_config
@@ -40,6 +41,7 @@ def continue_prompt(
             multiple_of=world.layout.tp,
             seed=mix(config.training.seed, step),
             device=world.device,
+            source=model.source if isinstance(model, PipelinedModel) else 0,
             advance=record_progress,
         )
     return tokenizer.decode(prompt + ids)[len(config.sample_prompt) :]

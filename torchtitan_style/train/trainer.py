@@ -96,7 +96,8 @@ class Trainer:
             self.model,
             self.data.validation_batches,
             last_step=config.training.steps,
-            group=world.batch_group,
+            group=world.result_group,
+            stages=world.layout.pp,
             observer=self.observer,
         )
         self.is_warm = False

@@ -17,7 +17,8 @@ from .step import evaluating
 
 
 class Validator:
-    """Called by all ranks together. batches: this rank's held-out rows; group: the ranks that have others."""
+    """Called by all ranks together. batches: this rank's held-out rows; group: the ranks that have others,
+    and the other ``stages`` of a pipeline."""
 
     def __init__(
         self,
@@ -27,10 +28,11 @@ class Validator:
         *,
         last_step: int,
         group: dist.ProcessGroup,
+        stages: int = 1,
         observer: Observer,
     ) -> None:
         self.config, self.model, self.batches = config, model, batches
-        self.last_step, self.group, self.observer = last_step, group, observer
+        self.last_step, self.group, self.stages, self.observer = last_step, group, stages, observer
 
     def due(self, state: TrainState) -> bool:
         """Whether the present step is to be validated and was not."""
@@ -50,4 +52,4 @@ class Validator:
             return found
 
         with evaluating(self.model):
-            return validate(forward, self.batches, self.group, stop=stop)
+            return validate(forward, self.batches, self.group, copies=self.stages, stop=stop)

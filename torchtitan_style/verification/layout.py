@@ -292,35 +292,38 @@ def _fingerprint(tensor: Tensor) -> str:
 
 
 def _names(model: nn.Module, expected: dict[str, str]) -> Check:
-    names = dict(model.named_parameters()).keys()
+    names = set().union(*_gathered(set(dict(model.named_parameters()))))  # of all pipeline stages
     faults = [f"{name} is missing, or shares another parameter" for name in expected.keys() - names]
     faults += [f"{name} is a parameter of its own, but should not be" for name in names - expected.keys()]
     return Check("names of parameters", len(expected), len(faults), 0, tuple(sorted(faults)))
 
 
 def _initial_weights(model: nn.Module, expected: dict[str, str]) -> Check:
-    faults = []
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            same = _fingerprint(whole_tensor(parameter)) == expected[name]
-            if not all(_gathered(same)):
-                faults.append(f"{name} starts from other values")
-    return Check("initial weights, bit for bit", len(expected), len(faults), 0, tuple(faults))
+    other = [
+        name
+        for name, parameter in model.named_parameters()
+        if name in expected and _fingerprint(whole_tensor(parameter)) != expected[name]
+    ]
+    everyone = dict.fromkeys(name for names in _gathered(other) for name in names)
+    faults = tuple(f"{name} starts from other values" for name in everyone)
+    return Check("initial weights, bit for bit", len(expected), len(faults), 0, faults)
 
 
 @torch.no_grad()
 def _gradients(model: nn.Module, right: Path, device: torch.device, *, smallest: float) -> list[Difference]:
     """Every parameter's gradient, as each rank sees it, against the one in ``right``; the worst rank counts."""
-    found = []
+    mine: dict[str, Difference] = {}
     parameters = dict(model.named_parameters())
     with safe_open(right, framework="pt", device=str(device)) as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
+        names = list(file.keys())
+        for name in names:
             if name in parameters:
                 gradient = parameters[name].grad
                 whole = None if gradient is None else whole_tensor(gradient)
-                mine = gradient_difference(name, whole, file.get_tensor(name), smallest=smallest)
-                found.append(max(_gathered(mine), key=lambda d: d.severity))
-    return found
+                mine[name] = gradient_difference(name, whole, file.get_tensor(name), smallest=smallest)
+    found = _gathered(mine)  # ranks of a pipeline hold different parameters
+    worst = {name: [each[name] for each in found if name in each] for name in names}
+    return [max(differences, key=lambda d: d.severity) for differences in worst.values() if differences]
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch
+from torchtitan_style.config.pipeline import num_stages
 from torchtitan_style.config.schema import Data
 from torchtitan_style.models.registry import model_config
 from torchtitan_style.planner.memory import reference_bytes
@@ -31,8 +32,9 @@ def for_verification(
     if shape.dropout or shape.attention_dropout:
         shape = dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0)
         notes.append("without dropout, which every layout draws otherwise")
-    plan = plan_batch(config.training, layout.dp)
-    local, accumulation = min(plan.local_batch_size, 2), min(plan.accumulation_steps, 2)
+    parallelism, plan = config.parallelism, plan_batch(config.training, layout.dp)
+    # With a pipeline twice as many microbatches as stages, so that its schedule has a middle.
+    local, accumulation = min(plan.local_batch_size, 2), min(plan.accumulation_steps, 2 * layout.pp)
     rows = local * accumulation * layout.dp
     seq_len = min(config.training.seq_len, max(_ROW // layout.tp, 1) * layout.tp)
     if shape.use_sliding_window and shape.sliding_window >= seq_len > 1:
@@ -57,6 +59,7 @@ def for_verification(
             "divide evenly by the ranks still does not"
         )
         shape = small
+        parallelism = parallelism.model_copy(update={"pipeline_parallel_blocks": []})
     dimensions = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(shape).items()}
     update = {
         "model": config.model.model_copy(update={"hf_assets_path": "", **dimensions}),
@@ -68,6 +71,7 @@ def for_verification(
                 "steps": max(config.training.steps, STEPS),
             }
         ),
+        "parallelism": parallelism,
         # Within the few steps that are compared the rate goes all the way up.
         "lr_scheduler": config.lr_scheduler.model_copy(
             update={"warmup_steps": min(config.lr_scheduler.warmup(config.training.steps), STEPS)}
@@ -87,7 +91,8 @@ def _small_copy(shape: Any, layout: Layout, config: Config) -> Any:
     """A model with the same heads, ties and windows, and dimensions that leave the same remainders."""
     ranks = layout.dp_shard * layout.tp
     option = config.activation_checkpoint.selective_ac_option
-    layers = min(shape.num_hidden_layers, max(4, int(option) if option.isdecimal() else 0))
+    stages = num_stages(config.parallelism)
+    layers = min(shape.num_hidden_layers, max(4, int(option) if option.isdecimal() else 0, stages + stages // 2))
     experts: dict[str, Any] = {}
     if hasattr(shape, "num_experts"):
         experts = {

@@ -190,9 +190,12 @@ class Qwen3Model(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """input_ids: [B, T]. documents: [B, T] integers, or None; tokens attend to those of the same number only.
-        positions: [B, T]; left out: counted from where each document begins. cache: of the positions before."""
-        t = input_ids.shape[1]
-        x = self.dropout(self.embed_tokens(input_ids))
+        positions: [B, T]; left out: counted from where each document begins. cache: of the positions before.
+
+        Any of the parts may be None and is left out: without ``embed_tokens``, ``input_ids`` are the hidden states
+        [B, T, C] that the blocks before these made, and positions must be given."""
+        t = (input_ids if positions is None else positions).shape[1]
+        x = input_ids if self.embed_tokens is None else self.dropout(self.embed_tokens(input_ids))
         if positions is None and documents is not None:
             positions = document_positions(documents)
         elif positions is None:
@@ -201,15 +204,15 @@ class Qwen3Model(nn.Module):
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
         if cache is not None:  # it knows what may be attended to
             for layer in self.layers:
-                x = self.run_layer(layer, x, cos, sin, cache=cache)
-            return self.norm(x)
+                x = x if layer is None else self.run_layer(layer, x, cos, sin, cache=cache)
+            return x if self.norm is None else self.norm(x)
         # FlexAttention has no backward pass on CPU, and no dropout.
         flex = input_ids.is_cuda and not (self.training and self.config.attention_dropout)
         windows = self.config.windows
         masks = {window: attention_mask(documents, t, window, flex=flex, device=x.device) for window in set(windows)}
         for layer, window in zip(self.layers, windows, strict=True):
-            x = self.run_layer(layer, x, cos, sin, masks[window])
-        return self.norm(x)
+            x = x if layer is None else self.run_layer(layer, x, cos, sin, masks[window])
+        return x if self.norm is None else self.norm(x)
 
 
 def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -267,7 +270,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     def tie_weights(self) -> None:
         """Let the LM head use the embedding's parameter, if the config says so."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.model.embed_tokens is not None and self.lm_head is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
@@ -315,7 +318,9 @@ class Qwen3ForCausalLM(nn.Module):
         -100 where there is none to predict. documents: [B, T], which document of its row each token belongs to,
         if each is to be by itself. positions: [B, T], counted from where its document begins if left out. cache:
         keys and values of the positions before these, which are added to it; then only the last one's logits,
-        [B, 1, V].
+        [B, 1, V]. Without ``lm_head`` (None): the hidden states [B, T, C].
         """
         hidden = self.model(input_ids, documents, positions=positions, cache=cache)
+        if self.lm_head is None:
+            return hidden
         return self.lm_head(hidden if cache is None else hidden[:, -1:], labels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
@@ -44,23 +43,25 @@ def parallelize_qwen3(
 ) -> None:
     """Lay ``model`` (best on the meta device) out over ``mesh``, in place.
 
-    mesh: axes ("dp_replicate", "fsdp", "tp"). mlp_plan: a block's tensor parallelism from the MLP on; None: that of a
-    dense MLP. placement, apart: as of ``shard``. The order below matters: each step wraps what the one before has made.
+    model: the whole, or a pipeline stage of it (``ModelSpec.pipeline``). mesh: axes ("dp_replicate", "fsdp", "tp").
+    mlp_plan: a block's tensor parallelism from the MLP on; None: that of a dense MLP. placement, apart: as of
+    ``shard``. The order below matters: each step wraps what the one before has made.
     Recomputing single operations comes before compilation, whole blocks after it.
     """
     # 1. Tensor parallelism first: it replaces parameters, which breaks the tie of embedding and head.
     if mesh["tp"].size() > 1:
         _apply_tensor_parallel(model, mesh["tp"], mlp_plan or dense_mlp_plan)
         model.tie_weights()
-    model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
+    layers = [layer for layer in model.model.layers if layer is not None]  # a pipeline stage has some of them
+    if model.lm_head is not None:
+        model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
     if mesh.device_type == "cpu" and compile.enable:
         fast = with_fast_gradient(attend)  # one function for all layers: a compiled graph is made for it
-        for layer in model.model.layers:
+        for layer in layers:
             assert isinstance(layer, DecoderLayer)
             layer.self_attn.attend = fast
     # 2. Recomputation and compilation. The compiler must see which operations of a block to recompute;
     # a block recomputed whole is compiled first and just run again.
-    layers = model.model.layers
     set_memory_budget(activation_checkpoint, device_type=mesh.device_type, tp=mesh["tp"].size())
     if not recomputes_operations(activation_checkpoint):
         apply_compile(layers, compile, device_type=mesh.device_type)
@@ -74,8 +75,9 @@ def parallelize_qwen3(
         apply_compile(layers, compile, device_type=mesh.device_type)
         apply_activation_checkpoint(hooked, ActivationCheckpoint(mode="full"))
     # 3. FSDP last: it gathers and frees parameters around the compiled graphs, block by block. One process has
-    # nothing to gather.
-    if dist.get_world_size() == 1 and activation_checkpoint.mode in ("none", "memory_budget"):
+    # nothing to gather, nor has the only one of a pipeline stage.
+    alone = all(mesh[axis].size() == 1 for axis in ("dp_replicate", "fsdp", "tp"))
+    if alone and activation_checkpoint.mode in ("none", "memory_budget"):
         compute_in(model, param_dtype)
         return
     shard(
@@ -111,7 +113,7 @@ def _apply_tensor_parallel(
     """
     # Norms over C see a part of the positions; those over D (QK-norm) a part of the heads. Their weights
     # are on the tp mesh either way, and their gradients are summed over it.
-    plan: dict[str, ParallelStyle] = {
+    outer: dict[str, ParallelStyle] = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": NormOfShard(),
         "lm_head": VocabParallelHead(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
@@ -129,8 +131,12 @@ def _apply_tensor_parallel(
         "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "post_attention_layernorm": NormOfShard(),
     }
+    parts = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm, "lm_head": model.lm_head}
+    plan = {name: style for name, style in outer.items() if parts[name] is not None}
     for i, layer in enumerate(model.model.layers):
-        assert isinstance(layer, DecoderLayer)
-        plan |= {f"model.layers.{i}.{name}": style for name, style in (block_plan | mlp_plan(layer)).items()}
+        if layer is not None:
+            assert isinstance(layer, DecoderLayer)
+            plan |= {f"model.layers.{i}.{name}": style for name, style in (block_plan | mlp_plan(layer)).items()}
     parallelize_module(model, tp_mesh, plan)
-    model.model.embed_tokens.register_forward_hook(wait_for_output)
+    if model.model.embed_tokens is not None:
+        model.model.embed_tokens.register_forward_hook(wait_for_output)

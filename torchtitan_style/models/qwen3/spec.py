@@ -75,6 +75,7 @@ QWEN3 = ModelSpec(
     ),
     tensor_parallel_dim=_tensor_parallel_dim,
     build=_build,
+    pipeline=True,
     parallelize=_parallelize,
     is_hidden_matrix=_is_hidden_matrix,
     has_heads=_has_heads,
