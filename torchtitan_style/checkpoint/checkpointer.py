@@ -23,6 +23,7 @@ from torchtitan_style.config.schema import Checkpoint
 from torchtitan_style.distributed.world import on_main, patient_group
 from torchtitan_style.optim.build import Optimizers
 
+from .base import BASE, Base
 from .folder import CheckpointFolder
 from .manifest import problem_of
 from .reader import SafeReader, without_warnings
@@ -40,8 +41,8 @@ class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks.
 
     settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint. about: what else
-    their manifests say. advance: called as saving and reading get on, from any thread. before_write, after_write:
-    called with the step of each save, by the thread that writes it.
+    their manifests say. saves: name of a parameter → whether it is saved. advance: called as saving and reading get on,
+    from any thread. before_write, after_write: called with the step of each save, by the thread that writes it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Checkpointer:
         tokenizer: Path,
         about: Mapping[str, Any],
         say: Callable[[str], None],
+        saves: Callable[[str], bool] = lambda name: True,
         advance: Callable[[], None] = lambda: None,
         before_write: Callable[[int], None] = lambda step: None,
         after_write: Callable[[int], None] = lambda step: None,
@@ -66,6 +68,9 @@ class Checkpointer:
         self.settings = settings
         self.tokenizer = tokenizer
         self.about = about
+        self.saves = saves
+        self.base: Base | None = None
+        """Of adapters: the weights that they belong to, which are not saved."""
         self.say, self.advance = say, advance
         self.before_write, self.after_write = before_write, after_write
         self.saved_step: int | None = None
@@ -188,6 +193,8 @@ class Checkpointer:
 
         def complete() -> None:
             (temporary / "config.toml").write_text(self.settings, encoding="utf-8")
+            if self.base is not None:
+                (temporary / BASE).write_text(self.base.to_json(), encoding="utf-8")
             shutil.copytree(self.tokenizer, temporary / "tokenizer")
             self.folder.commit(step, train_state, about=about, known=known)
             if about["best"]:
@@ -274,8 +281,9 @@ class Checkpointer:
         tensors: dict[str, Any] = {}
         state = self.optimizer.state
         for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
-            for key, value in state[parameter].items():
+            if self.saves(name):
+                tensors[f"model.{name}"] = parameter.detach()
+            for key, value in state.get(parameter, {}).items():  # none of what is frozen
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 

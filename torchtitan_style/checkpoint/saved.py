@@ -5,6 +5,7 @@ Opening one tells its dimensions and its tokenizer, without torch; ``weights.py`
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from typing import Any, TypeVar
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.hub import fetch
+from torchtitan_style.config.schema import Lora
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.registry import spec_of
 
+from .base import Base
 from .folder import CheckpointFolder
 from .manifest import MANIFEST, problem_of
 
@@ -33,20 +36,29 @@ _TRIES = 10
 
 
 class SavedModel:
-    """The model in one checkpoint of ours. Raises UserError if the checkpoint does not say what it is."""
+    """The model in one checkpoint of ours: all its weights, or adapters of others. Raises UserError if the checkpoint
+    does not say what it is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            model = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))["model"]
+            settings = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+            model = settings["model"]
             self.spec = spec_of(model.get("name", "qwen3"))
             names = [field.name for field in fields(self.spec.config_class)]
             dimensions = {name: model[name] for name in names if name in model}
             if missing := set(self.spec.shape_fields) - dimensions.keys():
                 raise KeyError(*sorted(missing))
             self.config = self.spec.config_class(**dimensions)
+            self.lora = Lora(**settings.get("lora", {}))
+            """With a rank of 0 there are no adapters."""
         except (OSError, ValueError, TypeError, KeyError, UserError) as error:
             raise UserError(f"{path}: its config.toml does not describe a model: {error}") from None
+
+    @functools.cached_property
+    def base(self) -> HFFolder | SavedModel:
+        """The weights that its adapters belong to; not verified. Raises UserError if they are not there."""
+        return open_base(self, verify=False)
 
     @property
     def assets(self) -> Path:
@@ -78,15 +90,18 @@ def open_model(
 ) -> HFFolder | SavedModel:
     """A run folder (its newest verified checkpoint), one checkpoint, or a model folder by path or Hub name.
 
-    verify: make sure that the files are whole, and fetch weights that are on the Hub; without it a
-    look at the dimensions costs no time. say: told of checkpoints that were passed over. advance: called as
-    verification gets on, from any thread.
+    verify: make sure that the files are whole, also of the weights that adapters belong to, and fetch weights that are
+    on the Hub; without it a look at the dimensions costs no time. say: told of checkpoints that were passed over.
+    advance: called as verification gets on, from any thread.
 
     Raises UserError, saying what is wrong with ``source``.
     """
     folder = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that there is not
     if (checkpoint := find_checkpoint(folder, verify=verify, say=say, advance=advance)) is not None:
-        return SavedModel(checkpoint)
+        saved = SavedModel(checkpoint)
+        if saved.lora.rank and verify:
+            saved.base = open_base(saved, verify=True, say=say, advance=advance)
+        return saved
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(
             f"{source} holds neither checkpoints nor a model: it has no {MANIFEST}, no checkpoint/step-N "
@@ -96,6 +111,37 @@ def open_model(
     if verify:
         model.check()
     return model
+
+
+def open_base(
+    adapted: SavedModel,
+    source: str = "",
+    *,
+    verify: bool,
+    say: Callable[[str], None] = lambda line: None,
+    advance: Callable[[], None] = lambda: None,
+) -> HFFolder | SavedModel:
+    """The weights that the adapters in ``adapted`` belong to.
+
+    source: where they are, if not where they were. verify: as of ``open_model``, and that they are the same as then.
+
+    Raises UserError if they are not there, or have changed.
+    """
+    record = Base.read(adapted.path)
+    place = source or record.source
+    if place == record.source and Path(record.path).exists():
+        place = record.path
+    try:
+        found = open_model(place, verify=verify, say=say, advance=advance)
+        found.check(adapted.config)
+    except UserError as error:
+        raise UserError(f"{adapted.path}: the weights that its adapters belong to cannot be used: {error}") from None
+    if verify and (change := record.change(found, advance=advance)):
+        raise UserError(
+            f"{adapted.path}: its adapters belong to other weights than those that are in {place} now: {change}; put "
+            f"back those of {record.source} that the run has started from"
+        )
+    return found
 
 
 def with_model(source: str, use: Callable[[HFFolder | SavedModel], T], *, say: Callable[[str], None]) -> T:

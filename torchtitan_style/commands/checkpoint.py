@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchtitan_style.checkpoint.base import Base
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.checkpoint.manifest import MANIFEST, problem_of, read_manifest
+from torchtitan_style.checkpoint.saved import SavedModel
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.common.hub import similar_folder
@@ -24,6 +27,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.files import read_toml
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.models.registry import model_names, spec_of
+from torchtitan_style.models.trained import adapter_shapes
 from torchtitan_style.train.identity import flat
 
 from .cli import Arguments
@@ -158,6 +162,7 @@ def _show(path: Path, *, as_json: bool, hashes: bool) -> None:
         "torch": about.get("torch", ""),
         "tokenizer": about.get("tokenizer", ""),
         "data": ", ".join(about.get("data", [])),
+        "adapters": _adapters(path),
         "files": about["problem"] or ("whole" if hashes else "sizes are right"),
     }
     for name, value in lines.items():
@@ -170,6 +175,18 @@ def _show(path: Path, *, as_json: bool, hashes: bool) -> None:
         print(f"\nsettings that are not the defaults (all are in {settings}):")
         for line in _changed(settings):
             print(f"  {line}")
+
+
+def _adapters(path: Path) -> str:
+    """What adapters a checkpoint holds and of which weights, if that is what it holds."""
+    try:
+        model = SavedModel(path)
+        if not model.lora.rank:
+            return ""
+        count = sum(map(math.prod, adapter_shapes(model.spec, model.config, model.lora).values()))
+        return f"{count / 1e6:,.2f} M parameters of rank {model.lora.rank}, for the weights of {Base.read(path).source}"
+    except UserError:
+        return ""
 
 
 def _rounded(figure: float | None) -> str:

@@ -19,14 +19,16 @@ from .cli import Arguments
 
 USAGE = """\
 usage: python -m torchtitan_style export-hf --checkpoint DIR --output DIR [--dtype TYPE] [--max-shard-size SIZE]
+       python -m torchtitan_style export-hf --checkpoint DIR --output DIR --adapter [--dtype TYPE]
 
 Write a folder that Transformers, vLLM and SGLang load: config.json, safetensors, tokenizer. Needs
-memory for one file of it.
+memory for one file of it. Adapters are merged into the weights that they belong to.
 
   --checkpoint DIR        a run (its newest verified checkpoint), one checkpoint, or a model folder
   --output DIR            the model folder, a new one
   --dtype TYPE            bfloat16, float16 or float32; as they are stored if left out (training stores float32)
   --max-shard-size SIZE   of one file, as in 500MB; 5GB if left out
+  --adapter               of a run with lora.rank: the adapters alone, as a folder that PEFT loads
 """
 
 
@@ -36,19 +38,27 @@ def main(arguments: list[str]) -> None:
         parser.add_argument("--checkpoint", required=True)
         parser.add_argument("--output", required=True, type=Path)
         parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-        parser.add_argument("--max-shard-size", default="5GB")
+        parser.add_argument("--max-shard-size")
+        parser.add_argument("--adapter", action="store_true")
         options = parser.parse(arguments)
-        max_shard_size = _bytes(options.max_shard_size)
+        if options.adapter and options.max_shard_size:
+            raise UserError("--max-shard-size: adapters are one file; leave it out with --adapter")
+        max_shard_size = _bytes(options.max_shard_size or "5GB")
         check_torch()
 
         def export(source: HFFolder | SavedModel) -> None:
             import torch
 
             from torchtitan_style.checkpoint.hf_export import export_hf
+            from torchtitan_style.checkpoint.peft_export import export_adapter
 
             from .progress import progress_bar
 
             dtype = getattr(torch, options.dtype) if options.dtype else None
+            if options.adapter:
+                count = export_adapter(source, options.output, dtype=dtype)
+                print(f"{options.output}: adapters of {count / 1e6:,.1f} M parameters of {source.path}")
+                return
             bytes_each = dtype.itemsize if dtype else 4
             with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
                 export_hf(source, options.output, dtype=dtype, max_shard_size=max_shard_size, advance=advance)

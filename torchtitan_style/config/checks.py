@@ -141,6 +141,7 @@ def _rest(config: Config) -> Iterator[Problem]:
             (f"optimizer.muon.{changed[0]}", "optimizer.name"),
             f'is only read with optimizer.name = "muon", not with "{config.optimizer.name}"',
         )
+    yield from _lora(config)
     option = config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdecimal() and int(option) >= 1):
         yield Problem(
@@ -163,6 +164,20 @@ def _rest(config: Config) -> Iterator[Problem]:
             ("checkpoint.load_step", "training.steps"),
             f"step {config.checkpoint.load_step} is past the {config.training.steps} training steps",
         )
+
+
+def _lora(config: Config) -> Iterator[Problem]:
+    if not config.lora.rank:
+        if changed := [key for key, value in config.lora if value != getattr(Lora(), key)]:
+            yield Problem((f"lora.{changed[0]}", "lora.rank"), "is only read with a lora.rank of at least 1")
+        return
+    if config.training.freeze:
+        yield Problem(
+            ("training.freeze", "lora.rank"),
+            "with adapters all weights are frozen; lora.target_modules says where there are adapters",
+        )
+    if config.optimizer.muon.per_head:
+        yield Problem(("optimizer.muon.per_head", "lora.rank"), "adapters have no heads: leave it out")
 
 
 def _data(data: Data, validation: Validation) -> Iterator[Problem]:

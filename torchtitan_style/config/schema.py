@@ -174,9 +174,32 @@ class Training(Section):
     spike_action: Literal["skip", "rewind"] = "skip"
     """skip: as with a loss that is not finite. rewind: go back to the newest checkpoint, and on from there with
     the data after the spike (PaLM, Chowdhery et al. 2022, section 5.1)."""
+    freeze: list[str] = []
+    """Parameters that are not trained, by name; wildcards allowed, as "*embed_tokens*" or "model.layers.0.*". They take
+    no gradients and no optimizer state. With [lora] all but the adapters are frozen anyway."""
     gc_freq: Positive = 50
     """Steps between garbage collections. Left to itself Python collects on each rank at another
     moment, and the others wait for it."""
+
+
+class Lora(Section):
+    """Fine-tune low-rank adapters instead of the weights (LoRA, Hu et al. 2021). The run starts from the weights of
+    model.hf_assets_path or checkpoint.initial_load_path, which it keeps in training.mixed_precision_param."""
+
+    rank: NonNegative = 0
+    """Rank of the adapters; 0: no adapters, all weights are trained."""
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
+    """The adapters' output is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping an element of the adapters' input while training."""
+    target_modules: list[str] = Field(["*"], min_length=1)
+    """Linear layers of attention and MLP to adapt, by name or the end of it; wildcards allowed, as "q_proj", "mlp.*"
+    or "model.layers.0.*". The default is all of them. Experts cannot be adapted."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the adapters' output."""
+        return self.alpha / self.rank
 
 
 class LRScheduler(Section):
@@ -435,6 +458,7 @@ class Config(Section):
     model: Model = Model()
     data: Data = Data()
     training: Training = Training()
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     parallelism: Parallelism = Parallelism()

@@ -9,6 +9,7 @@ they do not depend on the device either.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,8 @@ _TILE = 2**20
 def init_weights(model: nn.Module, *, seed: int, initial_std: Callable[[str], float | None]) -> None:
     """Fill every parameter of ``model``, plain or DTensor, in place.
 
-    initial_std: parameter name → standard deviation, or None for all ones.
+    initial_std: parameter name → standard deviation, None for all ones, or NaN for what is to be read later: it is NaN
+    until then.
     """
     for name, parameter in model.named_parameters():
         std = initial_std(name)
@@ -32,6 +34,8 @@ def init_weights(model: nn.Module, *, seed: int, initial_std: Callable[[str], fl
             parameter.fill_(1.0)
         elif std == 0.0:
             parameter.zero_()
+        elif math.isnan(std):
+            parameter.fill_(math.nan)
         else:
             _draw(parameter, std, f"{seed}/{name}")
 

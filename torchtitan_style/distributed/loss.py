@@ -41,8 +41,9 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
             # finds for the hidden states is the part that comes from its slice.
             hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
         needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        weight_needs_grad = needs_grad and weight.requires_grad  # not where it is frozen
         return _ChunkedCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, labels.flatten(), group, operations, z_loss, needs_grad
+            hidden.flatten(0, 1), weight, labels.flatten(), group, operations, z_loss, needs_grad, weight_needs_grad
         )
 
     return loss_function
@@ -73,6 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         operations: _Operations,
         z_loss: float,
         needs_grad: bool,
+        weight_needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """hidden: [B·T, C]; weight: [V, C]; labels: [B·T]."""
         least = MIN_TOKENS_PER_CHUNK[hidden.device.type]
@@ -84,7 +86,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         logits = hidden.new_empty(rows, weight.shape[0])
         logits_grad = torch.empty_like(logits) if operations.compiled and needs_grad else logits
         if needs_grad:
-            hidden_grad, product = torch.empty_like(hidden), hidden.new_empty(weight.T.shape)
+            hidden_grad = torch.empty_like(hidden)
+        if weight_needs_grad:
+            product = hidden.new_empty(weight.T.shape)
         weight_grad: Tensor | None = None  # [C, V]
         for start in range(0, len(hidden), rows):
             h, y = hidden[start : start + rows], labels[start : start + rows]
@@ -95,6 +99,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             right += correct
             if needs_grad:
                 torch.mm(grad, weight, out=hidden_grad[start : start + rows])
+            if weight_needs_grad:
                 # Twice as fast on CPU in bf16 as grad.T @ h: the matrix that is to be read by columns is the small one,
                 # and is copied in that order (docs/performance.md).
                 torch.mm(h.T.contiguous(), grad, out=product)
@@ -118,8 +123,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad.mul_(factor)
         return (
             hidden_grad,
-            ctx.finish(weight_grad, factor, hidden_grad.dtype),
-            None, None, None, None, None,
+            None if weight_grad is None else ctx.finish(weight_grad, factor, hidden_grad.dtype),
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

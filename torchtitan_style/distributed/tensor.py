@@ -18,8 +18,9 @@ class NormOfShard(ParallelStyle):
         """module: an ``RMSNorm``, or something in its place without a weight, which is left as it is."""
         if getattr(module, "weight", None) is None:
             return module
-        weight = DTensor.from_local(module.weight.detach(), device_mesh, [Replicate()], run_check=False)  # type: ignore[arg-type, operator]
-        module.weight = nn.Parameter(weight)
+        given: Any = module.weight
+        weight = DTensor.from_local(given.detach(), device_mesh, [Replicate()], run_check=False)
+        module.weight = nn.Parameter(weight, requires_grad=given.requires_grad)
         module.read_weight = _read_weight  # type: ignore[assignment]
         return module
 

@@ -20,6 +20,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout
 from torchtitan_style.config.pipeline import bubble
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.trained import trained_shapes
 from torchtitan_style.planner.devices import Assumptions, generic_device
 from torchtitan_style.planner.memory import KINDS, checkpoint_bytes, plan_memory
 from torchtitan_style.planner.search import nearest_that_fits, overrides_of
@@ -54,6 +55,7 @@ def preflight(
         check_free(folder)
         if config.metrics.enable_wandb:  # by the first rank, which is here
             check_wandb()
+    check_adapters(config)
     check_patterns(config)
     layout = plan_layout(config.parallelism, world_size)
     check_before_start(config, dp=layout.dp)
@@ -95,14 +97,30 @@ def check_writable(folder: Path) -> None:
 
 
 def check_patterns(config: Config) -> None:
-    """Raise UserError if a pattern matches no parameter name: it would silently have no effect."""
-    names = spec_of(config.model.name).parameter_shapes(model_config(config.model))
-    for pattern in config.optimizer.no_decay:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f'optimizer.no_decay: "{pattern}" matches no parameter; names are as model.embed_tokens.weight, and '
-                "* matches anything, as in *embed_tokens*"
-            )
+    """Raise UserError if a pattern matches no parameter name, which silently has no effect, or nothing is trained."""
+    trained = trained_shapes(config)
+    every = spec_of(config.model.name).parameter_shapes(model_config(config.model))
+    for key, patterns, names, what in (
+        ("optimizer.no_decay", config.optimizer.no_decay, trained, "parameter that is trained"),
+        ("training.freeze", config.training.freeze, every, "parameter"),
+    ):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(
+                    f'{key}: "{pattern}" matches no {what}; names are as {next(iter(names), "?")}, and * matches '
+                    "anything, as in *embed_tokens*"
+                )
+    if not trained:
+        raise UserError("training.freeze: freezes every parameter; leave something to train")
+
+
+def check_adapters(config: Config) -> None:
+    """Raise UserError if there are no weights to adapt."""
+    if config.lora.rank and not config.initial_weights:
+        raise UserError(
+            "lora.rank: adapters need weights that they adapt: name them with model.hf_assets_path, or "
+            "checkpoint.initial_load_path for a checkpoint of this program"
+        )
 
 
 def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, ranks_here: int, on_gpus: bool) -> None:

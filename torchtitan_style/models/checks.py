@@ -8,9 +8,10 @@ from typing import Any
 
 from torchtitan_style.config.checks import Problem
 from torchtitan_style.config.pipeline import num_stages
-from torchtitan_style.config.schema import Config
+from torchtitan_style.config.schema import Config, Lora
 
 from .spec import ModelSpec
+from .trained import adaptable_modules, selects
 
 
 def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
@@ -27,8 +28,11 @@ def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
     # A shape that contradicts itself cannot be constructed, so its fields are judged one by one.
     shape: Any = object.__new__(spec.config_class)
     shape.__dict__.update(values)
-    for fields, text in shape.problems():
+    impossible = shape.problems()
+    for fields, text in impossible:
         yield Problem(keys(*fields), text)
+    if config.lora.rank and not impossible:
+        yield from _targets(config.lora, spec, shape)
 
     tp = config.parallelism.tensor_parallel_degree
     for name, what in spec.tensor_parallel:
@@ -88,3 +92,16 @@ def _pipeline(config: Config, spec: ModelSpec, layers: int, keys: tuple[str, ...
             f"{chosen} are {len(chosen)} stages with {sum(chosen)} blocks; there must be {named} with {layers} blocks "
             "in all, and at least one in each stage between the first and the last",
         )
+
+
+def _targets(lora: Lora, spec: ModelSpec, shape: Any) -> Iterator[Problem]:
+    """Entries of lora.target_modules that name nothing that can be adapted."""
+    modules = adaptable_modules(spec, shape)
+    kinds = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    for pattern in lora.target_modules:
+        if not any(selects(pattern, module) for module in modules):
+            experts = "; experts and their router cannot be adapted" if spec.expert_parallel else ""
+            yield Problem(
+                ("lora.target_modules",),
+                f'"{pattern}" names no linear layer of attention or MLP: there are {kinds}{experts}',
+            )

@@ -178,7 +178,7 @@ class HFFolder:
         if embedding is None:
             return
         same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-        if not (same and all(a == b for a, b in zip(_blocks(head), _blocks(embedding), strict=True))):
+        if not (same and all(a == b for a, b in zip(blocks(head), blocks(embedding), strict=True))):
             raise UserError(
                 f"{self.path}: lm_head.weight is not model.embed_tokens.weight, though config.json says "
                 "tie_word_embeddings = true; if they are two, say false there"
@@ -259,7 +259,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _blocks(tensor: StoredTensor) -> Iterator[bytes]:
+def blocks(tensor: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a tensor, a part at a time."""
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         left = tensor.stop - tensor.start

@@ -134,7 +134,8 @@ class ModelSpec:
     """Have a model that ``build`` has built compute by the plainest code there is, to compare others with; None: it
     does so anyway."""
     parallelize: Callable[..., None]
-    """Lays a model out over a mesh for training, in place; see ``qwen3/parallelize.py``."""
+    """Lays a model out over a mesh for training, in place; see ``qwen3/parallelize.py``. Called with ``adapt`` only for
+    LoRA."""
 
     is_hidden_matrix: Callable[[str, torch.Tensor], bool]
     """(name, parameter) → whether it maps hidden states to hidden states, so that Muon takes it."""

@@ -34,12 +34,17 @@ def identity(config: Config, *, dp: int) -> Identity:
     for name in (*changeable, "router_aux_loss_coef", "router_z_loss_coef"):
         shape.pop(name, None)
     shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}  # as in JSON
-    data, streams = config.data, None
+    data, streams, lora = config.data, None, config.lora
     if data.streaming:
         streams = plan_streams(data, plan_batch(config.training, dp).global_batch_size, dp)
     return {
         "model": shape,
-        "training": {"seq_len": config.training.seq_len, "seed": config.training.seed},
+        "training": {
+            "seq_len": config.training.seq_len,
+            "seed": config.training.seed,
+            "freeze": config.training.freeze or None,
+        },
+        "lora": {key: getattr(lora, key) if lora.rank else None for key in ("rank", "alpha", "target_modules")},
         "optimizer": {"name": config.optimizer.name},
         "data": {
             "streaming": data.streaming,
@@ -63,7 +68,7 @@ def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: P
         elif section == "data" and key in REPLACEABLE and config.checkpoint.allow_changed_data:
             allowed.append(f"{key} of the data changed; continuing at the same position in the new data")
         else:
-            differences.append((section, key, f"{section}.{key} was {before}, is {after}"))
+            differences.append((section, key, f"{section}.{key} was {_shown(before)}, is {_shown(after)}"))
     if not differences:
         return allowed
     hint = ""
@@ -75,6 +80,10 @@ def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: P
         f"{checkpoint} belongs to a different run: {'; '.join(text for *_, text in differences)}; restore the "
         f"setting{hint}, or start a new run with another --job.dump_folder"
     )
+
+
+def _shown(value: Any) -> Any:
+    return "unset" if value is None else value
 
 
 def _differences(saved: Identity, now: Identity) -> Iterator[tuple[str, str, Any, Any]]:

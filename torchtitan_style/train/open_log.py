@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torchtitan_style.metrics.log import DescribeRouting, TrainingLog
 from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.trained import adapted_modules, trained_shapes
 
 from .data import RunData
 from .preempted import clear_preempted
@@ -86,6 +88,8 @@ def _header(config: Config, world: World, state: TrainState, data: RunData, mete
         f"{model_config(config.model).num_parameters / 1e6:,.1f} M parameters, "
         f"{precision}, on {processes}{devices.name(world.device)}" + (f" ({layout})" if processes else "")
     )
+    if config.lora.rank or training.freeze:
+        yield _describe_trained(config)
     if peak := meter.describe_peak():
         yield peak
     microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
@@ -95,3 +99,16 @@ def _header(config: Config, world: World, state: TrainState, data: RunData, mete
     )
     if state.step:
         yield f"resuming after step {state.step}{data.resuming(state.data)}"
+
+
+def _describe_trained(config: Config) -> str:
+    """How many of the parameters are trained."""
+    spec, shape = spec_of(config.model.name), model_config(config.model)
+    trained = sum(math.prod(size) for size in trained_shapes(config).values())
+    adapted = adapted_modules(spec, shape, config.lora)
+    adapters = trained if adapted else 0
+    text = f"training {trained / 1e6:,.2f} M of {(shape.num_parameters + adapters) / 1e6:,.2f} M parameters"
+    if not adapted:
+        return text
+    kinds = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in adapted))
+    return f"{text}: adapters of rank {config.lora.rank} on {kinds}"

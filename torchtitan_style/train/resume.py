@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from torchtitan_style.checkpoint.base import Base
 from torchtitan_style.checkpoint.checkpointer import Checkpointer
 from torchtitan_style.checkpoint.manifest import read_manifest
-from torchtitan_style.checkpoint.saved import open_model
+from torchtitan_style.checkpoint.saved import SavedModel, open_base, open_model
 from torchtitan_style.checkpoint.weights import load_weights
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config, to_toml
@@ -24,6 +25,7 @@ from torchtitan_style.config.layout import Layout
 from torchtitan_style.distributed.world import on_main
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.trained import is_adapter
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.guard import StepGuard
 
@@ -68,6 +70,7 @@ def build_checkpointer(
             "data": identity["data"]["content"],
         },
         say=warn,
+        saves=is_adapter if config.lora.rank else lambda name: True,
         advance=record_progress,
         before_write=observer.before_save,
         after_write=observer.after_save,
@@ -110,6 +113,8 @@ class Resume:
         self._check(step, saved_identity)
         if self.config.checkpoint.load_step > 0:
             state.went_back_to = self.config.checkpoint.load_step
+        if self.config.lora.rank:
+            self._read_base(self._same_base(step))
         self.restore(step, state, saved_identity)
         return state
 
@@ -162,16 +167,35 @@ class Resume:
         if not source:
             return
 
-        def verified() -> Path:
+        def verified() -> tuple[Path, Base | None]:
             found = open_model(source, verify=True, say=self.display.warn, advance=advance)
             found.check(shape)
-            return found.path
+            return found.path, Base.of(source, found, advance=advance) if self.config.lora.rank else None
 
-        found = open_model(str(on_main(verified)), verify=False)
-        load_weights(found, dict(self.checkpointer.model.named_parameters()), advance=advance)
+        path, self.checkpointer.base = on_main(verified)
+        self._read_base(path)
+        found = open_model(str(path), verify=False)
         self.display.say(f"starting from the weights of {source}")
         if found.tokenizer is None and self.config.data.tokenizer == "train":
             self.display.warn(
                 f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
                 "weights have learnt; data.tokenizer names the right one"
             )
+
+    def _same_base(self, step: int) -> Path:
+        """Where the weights are that the adapters of ``step`` belong to. Raises UserError if they have changed."""
+        saved, source = SavedModel(self.checkpointer.folder.path(step)), self.config.initial_weights
+
+        def verified() -> tuple[Path, Base]:
+            record = Base.read(saved.path)
+            found = open_base(saved, source, verify=True, say=self.display.warn, advance=self.checkpointer.advance)
+            path = str(found.path.resolve())
+            return found.path, dataclasses.replace(record, source=source or record.source, path=path)
+
+        path, self.checkpointer.base = on_main(verified)
+        return path
+
+    def _read_base(self, path: Path) -> None:
+        """Fill the model with the weights in ``path``, but for its adapters."""
+        weights = {n: p for n, p in self.checkpointer.model.named_parameters() if not is_adapter(n)}
+        load_weights(open_model(str(path), verify=False), weights, advance=self.checkpointer.advance)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -32,8 +33,10 @@ from torchtitan_style.distributed.init import init_weights
 from torchtitan_style.distributed.pipeline import Activations, PipelinedModel, keep_stage
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
+from torchtitan_style.models.lora import add_adapters, initial_std
 from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.models.stages import stages_of
+from torchtitan_style.models.trained import adapted_modules, is_frozen
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.optim.guard import StepGuard
@@ -41,7 +44,17 @@ from torchtitan_style.optim.guard import StepGuard
 from .balance import Balance
 from .observer import NO_OBSERVER, Observer
 
-__all__ = ["DTYPES", "StepResult", "build_optimizer", "build_training_model", "evaluating", "mix", "train_step"]
+__all__ = [
+    "DTYPES",
+    "StepResult",
+    "build_optimizer",
+    "build_training_model",
+    "draw_weights",
+    "evaluating",
+    "freeze",
+    "mix",
+    "train_step",
+]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -86,6 +99,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
     def lay_out(model: Any, stage: Stage | None = None) -> None:
         if stage is not None:
             keep_stage(model, stage)
+        freeze(model, config)
         spec.parallelize(
             model,
             world.mesh,
@@ -95,15 +109,21 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
             reshard_after_forward=reshards_after_forward(config.parallelism),
             **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
+            **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
         )
 
-    def draw(model: Any) -> None:
-        init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
-
     shape = model_config(config.model)
+    adapted = adapted_modules(spec, shape, config.lora)
 
     def build(stage: Stage | None = None) -> Any:
-        model = build_model(spec, shape, device=world.device, lay_out=partial(lay_out, stage=stage), fill=draw)
+        model = build_model(
+            spec,
+            shape,
+            device=world.device,
+            lay_out=partial(lay_out, stage=stage),
+            fill=partial(draw_weights, config=config),
+            dtype=param_dtype if adapted else torch.float32,
+        )
         if model.lm_head is not None:  # its attributes that training sets: see ModelSpec.build
             model.lm_head.z_loss = config.training.z_loss
             if LOSSES.added(config.training.loss):
@@ -126,6 +146,19 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
         activations=Activations(shape.hidden_size, param_dtype, world.layout.tp),
         tied=shape.tie_word_embeddings,
     ).train()
+
+
+def draw_weights(model: Any, config: Config) -> None:
+    """Draw the initial weights of ``model``. Those that LoRA adapts come from elsewhere, and are not drawn."""
+    read_later = config.lora.rank and config.initial_weights
+    of_base = (lambda name: math.nan) if read_later else None
+    init_weights(model, seed=config.training.seed, initial_std=initial_std(model, of_base=of_base))
+
+
+def freeze(model: nn.Module, config: Config) -> None:
+    """Have no gradients computed of parameters that are not trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, config))
 
 
 def build_optimizer(model: nn.Module, config: Config, world: World) -> Optimizers:

@@ -40,18 +40,21 @@ def parallelize_qwen3(
     mlp_plan: Callable[[DecoderLayer], dict[str, ParallelStyle]] | None = None,
     placement: Callable[[nn.Parameter], Shard | None] | None = None,
     apart: Mapping[nn.Module, DeviceMesh] | None = None,
+    adapt: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Lay ``model`` (best on the meta device) out over ``mesh``, in place.
 
     model: the whole, or a pipeline stage of it (``ModelSpec.pipeline``). mesh: axes ("dp_replicate", "fsdp", "tp").
     mlp_plan: a block's tensor parallelism from the MLP on; None: that of a dense MLP. placement, apart: as of
-    ``shard``. The order below matters: each step wraps what the one before has made.
-    Recomputing single operations comes before compilation, whole blocks after it.
+    ``shard``. adapt: adds adapters. The order below matters: each step wraps what the one before has made. Recomputing
+    single operations comes before compilation, whole blocks after it.
     """
     # 1. Tensor parallelism first: it replaces parameters, which breaks the tie of embedding and head.
     if mesh["tp"].size() > 1:
         _apply_tensor_parallel(model, mesh["tp"], mlp_plan or dense_mlp_plan)
         model.tie_weights()
+    if adapt is not None:  # adapters are cut as the matrices are that they adapt
+        adapt(model)
     layers = [layer for layer in model.model.layers if layer is not None]  # a pipeline stage has some of them
     if model.lm_head is not None:
         model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)

@@ -1,0 +1,74 @@
+"""Which parameters a run trains: all, all but those of ``training.freeze``, or LoRA's adapters. Needs no torch."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from types import SimpleNamespace
+from typing import Any
+
+from torchtitan_style.config import Config
+from torchtitan_style.config.schema import Lora
+
+from .registry import model_config, spec_of
+from .spec import ModelSpec, Shapes
+
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""Ends of the names of an adapter's two matrices, [rank, in] and [out, rank], as in PEFT."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter ``name`` belongs to an adapter."""
+    return name.endswith((DOWN, UP))
+
+
+def adaptable_modules(spec: ModelSpec, shape: Any) -> Shapes:
+    """The linear layers that can have adapters, and the shapes [out, in] of their weights: those of attention and dense
+    MLPs. Stacked experts are none."""
+    return {
+        name.removesuffix(".weight"): size
+        for name, size in spec.parameter_shapes(shape).items()
+        if len(size) == 2 and spec.is_hidden_matrix(name, shaped(size))
+    }
+
+
+def selects(pattern: str, module: str) -> bool:
+    """Whether an entry of ``lora.target_modules`` names ``module``."""
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
+
+
+def adapted_modules(spec: ModelSpec, shape: Any, lora: Lora) -> Shapes:
+    """The linear layers that have adapters, as ``adaptable_modules``; empty without LoRA."""
+    if not lora.rank:
+        return {}
+    return {
+        module: size
+        for module, size in adaptable_modules(spec, shape).items()
+        if any(selects(pattern, module) for pattern in lora.target_modules)
+    }
+
+
+def adapter_shapes(spec: ModelSpec, shape: Any, lora: Lora) -> Shapes:
+    """Names and shapes of the adapters' parameters."""
+    found: Shapes = {}
+    for module, (rows, columns) in adapted_modules(spec, shape, lora).items():
+        found |= {module + DOWN: (lora.rank, columns), module + UP: (rows, lora.rank)}
+    return found
+
+
+def is_frozen(name: str, config: Config) -> bool:
+    """Whether the parameter ``name`` stays as it is."""
+    if config.lora.rank:
+        return not is_adapter(name)
+    return any(fnmatchcase(name, pattern) for pattern in config.training.freeze)
+
+
+def trained_shapes(config: Config) -> Shapes:
+    """Names and shapes of the parameters that are trained."""
+    spec, shape = spec_of(config.model.name), model_config(config.model)
+    every = spec.parameter_shapes(shape) | adapter_shapes(spec, shape, config.lora)
+    return {name: size for name, size in every.items() if not is_frozen(name, config)}
+
+
+def shaped(shape: tuple[int, ...]) -> Any:
+    """What a question about a parameter's shape needs of a tensor."""
+    return SimpleNamespace(ndim=len(shape), shape=shape)
