@@ -43,8 +43,12 @@ class Base:
     @classmethod
     def of(cls, source: str, found: HFFolder | SavedModel, *, advance: Callable[[], None] = lambda: None) -> Base:
         """Reads all of the weights if they are in Transformers' format."""
-        path, on_hub = found.path.resolve(), not Path(os.path.expanduser(source)).exists()
-        return cls(source=source, path=str(path), on_hub=on_hub, hashes=hashes_of(found, advance=advance))
+        return cls("", "", False, hashes_of(found, advance=advance)).moved_to(source, found.path)
+
+    def moved_to(self, source: str, path: Path) -> Base:
+        """The same weights in another place."""
+        on_hub = not Path(os.path.expanduser(source)).exists()
+        return dataclasses.replace(self, source=source, path=str(path.resolve()), on_hub=on_hub)
 
     @classmethod
     def read(cls, checkpoint: Path) -> Base:

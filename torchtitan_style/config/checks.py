@@ -167,9 +167,13 @@ def _rest(config: Config) -> Iterator[Problem]:
 
 
 def _lora(config: Config) -> Iterator[Problem]:
+    key = "lora.rank" if config.lora.rank else "training.freeze"
+    if config.parallelism.pipeline_parallel_degree > 1 and (config.lora.rank or config.training.freeze):
+        yield Problem(
+            ("parallelism.pipeline_parallel_degree", key),
+            f"a pipeline trains all weights of its stages: set it to 1, or leave out {key}",
+        )
     if not config.lora.rank:
-        if changed := [key for key, value in config.lora if value != getattr(Lora(), key)]:
-            yield Problem((f"lora.{changed[0]}", "lora.rank"), "is only read with a lora.rank of at least 1")
         return
     if config.training.freeze:
         yield Problem(

@@ -187,7 +187,7 @@ class Lora(Section):
     model.hf_assets_path or checkpoint.initial_load_path, which it keeps in training.mixed_precision_param."""
 
     rank: NonNegative = 0
-    """Rank of the adapters; 0: no adapters, all weights are trained."""
+    """Rank of the adapters; 0: none, all weights are trained, and the other keys of this section are not read."""
     alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
     """The adapters' output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -189,8 +189,7 @@ class Resume:
         def verified() -> tuple[Path, Base]:
             record = Base.read(saved.path)
             found = open_base(saved, source, verify=True, say=self.display.warn, advance=self.checkpointer.advance)
-            path = str(found.path.resolve())
-            return found.path, dataclasses.replace(record, source=source or record.source, path=path)
+            return found.path, record.moved_to(source or record.source, found.path)
 
         path, self.checkpointer.base = on_main(verified)
         return path
