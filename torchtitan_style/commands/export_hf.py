@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> None:
         parser.add_argument("--max-shard-size")
         parser.add_argument("--adapter", action="store_true")
         options = parser.parse(arguments)
-        if options.adapter and options.max_shard_size:
+        if options.adapter and options.max_shard_size is not None:
             raise UserError("--max-shard-size: adapters are one file; leave it out with --adapter")
-        max_shard_size = _bytes(options.max_shard_size or "5GB")
+        max_shard_size = _bytes("5GB" if options.max_shard_size is None else options.max_shard_size)
         check_torch()
 
         def export(source: HFFolder | SavedModel) -> None:

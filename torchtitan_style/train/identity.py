@@ -68,7 +68,7 @@ def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: P
         elif section == "data" and key in REPLACEABLE and config.checkpoint.allow_changed_data:
             allowed.append(f"{key} of the data changed; continuing at the same position in the new data")
         else:
-            differences.append((section, key, f"{section}.{key} was {_shown(before)}, is {_shown(after)}"))
+            differences.append((section, key, f"{section}.{key} was {before}, is {after}"))
     if not differences:
         return allowed
     hint = ""
@@ -80,10 +80,6 @@ def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: P
         f"{checkpoint} belongs to a different run: {'; '.join(text for *_, text in differences)}; restore the "
         f"setting{hint}, or start a new run with another --job.dump_folder"
     )
-
-
-def _shown(value: Any) -> Any:
-    return "unset" if value is None else value
 
 
 def _differences(saved: Identity, now: Identity) -> Iterator[tuple[str, str, Any, Any]]:
