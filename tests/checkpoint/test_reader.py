@@ -45,14 +45,14 @@ def other_pythons(metadata: Metadata) -> list[bytes]:
     """The pickle of ``metadata`` by other releases of Python."""
     older = io.BytesIO()
     Pickler311(older).dump(metadata)
-    newer = pickle.dumps(metadata, protocol=3).replace(b"cpathlib\n", b"cpathlib._local\n")  # 3.13
+    newer = pickle.dumps(metadata).replace(b"\x8c\x07pathlib", b"\x8c\x0epathlib._local")  # 3.13
     return [older.getvalue(), newer]
 
 
 def test_reads_what_other_releases_of_python_write(tmp_path) -> None:
     dcp.save({"a": torch.ones(2)}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     file = tmp_path / ".metadata"
-    written = SafeReader(tmp_path).read_metadata()
+    written = pickle.loads(file.read_bytes())
     for content, sign in zip(other_pythons(written), (b"getattr", b"pathlib._local"), strict=True):
         assert sign in content
         file.write_bytes(content)
@@ -68,7 +68,7 @@ class Reaching:
 
 def test_reaches_into_nothing_but_the_enumeration(tmp_path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Reaching()))
-    with pytest.raises(UserError, match=r"it takes __init__ from .*Metadata.*which no checkpoint needs"):
+    with pytest.raises(UserError, match="it has a getattr where a Metadata should be"):
         SafeReader(tmp_path).read_metadata()
 
 

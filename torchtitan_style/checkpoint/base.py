@@ -17,14 +17,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reading import read_json_object
+from torchtitan_style.common.typed import Content, Sha256, typed
 from torchtitan_style.models.hf_folder import HFFolder, StoredTensor, blocks
 
-from .manifest import read_manifest
+from .manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from .saved import SavedModel
 
 BASE = "base.json"
+
+
+class _Saved(Content):
+    """As it is saved."""
+
+    source: str
+    path: str
+    on_hub: bool
+    hashes: dict[str, Sha256]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +65,9 @@ class Base:
     def read(cls, checkpoint: Path) -> Base:
         """That of a checkpoint. Raises UserError if it has none."""
         try:
-            return cls(**json.loads((checkpoint / BASE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            content = typed(_Saved, read_json_object(checkpoint / BASE, most=2**26))
+            return cls(**content.model_dump())
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{checkpoint / BASE}: does not say which weights the adapters belong to: {error}"
             ) from None
@@ -78,9 +90,12 @@ class Base:
 def hashes_of(found: HFFolder | SavedModel, *, advance: Callable[[], None]) -> dict[str, str]:
     """A checkpoint's manifest has them, and is verified when the checkpoint is opened."""
     if not isinstance(found, HFFolder):
-        files = read_manifest(found.path)["files"]
+        try:
+            files = read_manifest(found.path).files
+        except (OSError, ValueError) as error:
+            raise UserError(f"{found.path}: its {MANIFEST} cannot be used: {error}") from None
         read = (name for name in files if name in (".metadata", BASE) or name.endswith(".distcp"))
-        return {name: files[name]["sha256"] for name in read}
+        return {name: files[name].sha256 for name in read}
     tensors = found.tensors
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:  # hashing lets go of Python's lock
         return dict(zip(tensors, pool.map(lambda tensor: _hash(tensor, advance), tensors.values()), strict=True))

@@ -26,7 +26,7 @@ from torchtitan_style.optim.build import Optimizers
 from .base import BASE, Base
 from .folder import CheckpointFolder
 from .manifest import problem_of
-from .reader import SafeReader, without_warnings
+from .reader import SafeReader, reason_of, without_warnings
 from .staging import Staging
 from .writer import HashingWriter, StagedPlanner
 
@@ -140,7 +140,7 @@ class Checkpointer:
         """Clean up after a save that has failed. Raises RunError if ``on_error`` is "stop"."""
         on_main(self.folder.remove_unfinished)
         self._failure = RunError(
-            f"the checkpoint of step {self._step} could not be saved: {_reason(error)}; {self._last_good()}"
+            f"the checkpoint of step {self._step} could not be saved: {reason_of(error)}; {self._last_good()}"
         )
         if self.config.on_error == "stop":
             raise self._failure from None
@@ -272,7 +272,7 @@ class Checkpointer:
         try:
             dcp.load(tensors, storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
-            raise UserError(f"{self.folder.path(step)} cannot be loaded: {_reason(error)}") from None
+            raise UserError(f"{self.folder.path(step)} cannot be loaded: {reason_of(error)}") from None
         self.saved_step = step
         return tensors
 
@@ -286,11 +286,3 @@ class Checkpointer:
             for key, value in state.get(parameter, {}).items():  # none of what is frozen
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
-
-
-def _reason(error: OSError | UserError | CheckpointException) -> str:
-    """What went wrong, of one rank: the others mostly say the same."""
-    if isinstance(error, CheckpointException):
-        rank, (failure, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {failure}" if len(str(failure)) else f"rank {rank}: {failure!r}"
-    return str(error)

@@ -14,12 +14,14 @@ with its final name was whole once; the manifest tells whether it still is.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.files import write_in_one_go
+from torchtitan_style.common.reading import read_json_object, read_text
 
 from .manifest import aside, problem_of, seal
 
@@ -44,8 +46,11 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, newest first; verified or not."""
-        names = [p.name.removeprefix("step-") for p in self.root.glob("step-*") if p.is_dir()]
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        try:
+            names = [path.name.removeprefix("step-") for path in self.root.glob("step-*") if path.is_dir()]
+        except (OSError, ValueError):  # a name that there cannot be
+            return []
+        return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name)), reverse=True)
 
     def newest_verified(self, say: Callable[[str], None]) -> int | None:
         """The newest step whose files are as they were written; says which ones are not, and why."""
@@ -88,14 +93,15 @@ class CheckpointFolder:
         seal(temporary, self.path(step), about={"step": step, **(about or {})}, known=known)
 
     def train_state(self, step: int) -> dict[str, Any]:
-        return json.loads((self.path(step) / "train_state.json").read_text(encoding="utf-8"))
+        """Raises OSError or ValueError if it cannot be read."""
+        return read_json_object(self.path(step) / "train_state.json")
 
     def newest_state(self) -> dict[str, Any]:
         """What the newest checkpoint, whole or not, says of the run's state; {} if it cannot be read."""
         try:
-            state = self.train_state(self.steps()[0])["state"]
+            state = self.train_state(self.steps()[0]).get("state")
             return state if isinstance(state, dict) else {}
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, ValueError, IndexError):
             return {}
 
     def set_best(self, step: int) -> None:
@@ -104,7 +110,7 @@ class CheckpointFolder:
 
     def best(self) -> int | None:
         try:
-            return int((self.root / "best").read_text(encoding="utf-8").strip().removeprefix("step-"))
+            return int(read_text(self.root / "best", most=1000).strip().removeprefix("step-"))
         except (OSError, ValueError):
             return None
 

@@ -6,21 +6,69 @@ know of a checkpoint without opening it (mesh, torch version, tokenizer, data, l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
-from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import fsync, sha256
+from pydantic import AfterValidator, Field
+
+from torchtitan_style.common.errors import UserError, bounded
+from torchtitan_style.common.files import digest_of, fsync, sha256
+from torchtitan_style.common.reading import read_json_object
+from torchtitan_style.common.typed import Content, Count, Seconds, Sha256, typed
+from torchtitan_style.config.layout import Layout
 
 MANIFEST = "manifest.json"
+_MOST_BYTES = 2**26
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError("must be the name of a file in the folder")
+    return name
+
+
+def _axes(mesh: dict[str, int]) -> dict[str, int]:
+    known = [field.name for field in dataclasses.fields(Layout)]
+    if unknown := [axis for axis in mesh if axis not in known]:
+        raise ValueError(f"there is no axis {unknown[0][:40]}")
+    return mesh
+
+
+_Degree = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class FileEntry(Content):
+    """What a manifest says of a file."""
+
+    size: Count
+    sha256: Sha256
+
+
+class Manifest(Content):
+    """The manifest of a checkpoint. Not all of them have all of it: an imported model has no losses."""
+
+    files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
+    manifest_sha256: Sha256 | None = None
+    step: Count | None = None
+    mesh: Annotated[dict[str, Annotated[int, Field(ge=1, lt=2**31)]], AfterValidator(_axes)] = Field(
+        default_factory=dict
+    )
+    """Of an older version it has fewer axes."""
+    torch: str = ""
+    tokenizer: str = ""
+    data: list[str] = Field(default_factory=list)
+    time: Seconds | None = None
+    figures: dict[str, float | None] = Field(default_factory=dict)
+    best: bool = False
 
 
 def problem_of(
@@ -32,22 +80,24 @@ def problem_of(
     the files; otherwise only their sizes are compared. advance: called as reading gets on, from any thread.
     """
     try:
-        manifest = read_manifest(folder)
-        files = list(manifest["files"].items())
-        if not files:
+        content = read_json_object(folder / MANIFEST, most=_MOST_BYTES)
+        if not isinstance(content.get("files"), dict):
+            raise ValueError("it does not say which files there are")
+        if not content["files"]:
             return f"{MANIFEST} lists no files"
-        if "manifest_sha256" not in manifest:
+        if "manifest_sha256" not in content:
             return f"{MANIFEST} has no hash of itself: it has changed, or is of an older version"
-        if manifest["manifest_sha256"] != _digest(manifest):
+        if content["manifest_sha256"] != digest_of(content, but="manifest_sha256"):
             return f"{MANIFEST} has changed since it was written"
+        files = list(typed(Manifest, content).files.items())
         listed = {name for name, _ in files}
         read = (path for path in folder.iterdir() if _is_read(path.name))
         if unlisted := sorted({path.name for path in read} - listed):
             return f"{unlisted[0]} is not in {MANIFEST}"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
+    except (OSError, ValueError) as error:
+        return bounded(f"{MANIFEST} cannot be read: {error}")
     # Hashing is what takes the time, and lets go of Python's lock.
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         look = functools.partial(_problem_of_file, folder, hashes=hashes, advance=advance)
@@ -61,33 +111,43 @@ def _is_read(name: str) -> bool:
 
 
 def _problem_of_file(
-    folder: Path, name: str, expected: Any, *, hashes: bool, advance: Callable[[], None]
+    folder: Path, name: str, expected: FileEntry, *, hashes: bool, advance: Callable[[], None]
 ) -> str | None:
     try:
         size = (folder / name).stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        if hashes and sha256(folder / name, advance=advance) != expected["sha256"]:
+        if size != expected.size:
+            return f"{name} has {size} bytes instead of {expected.size}"
+        if hashes and sha256(folder / name, advance=advance) != expected.sha256:
             return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{name} is missing"
     except (OSError, UserError) as error:
-        return f"{name} cannot be read: {error}"
-    except (KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error!r} of {name}"
+        return bounded(f"{name} cannot be read: {error}")
     return None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Raises OSError or ValueError if it cannot be read."""
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
+    return typed(Manifest, read_json_object(folder / MANIFEST, most=_MOST_BYTES))
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    """Hash of all that a manifest says, but for the hash itself."""
-    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def readable(folder: Path) -> dict[str, Any]:
+    """What of a manifest is of the kind that it should be; that the rest is not, ``problem_of`` says."""
+    try:
+        content = read_json_object(folder / MANIFEST, most=_MOST_BYTES)
+    except (OSError, ValueError):
+        return {}
+    found = {}
+    for name, value in content.items():
+        try:
+            if name in Manifest.model_fields and name != "files":
+                typed(Manifest, {"files": {}, name: value})
+            elif name == "files":
+                typed(Manifest, {"files": value})
+            found[name] = value
+        except ValueError:
+            continue
+    return found
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -111,7 +171,7 @@ def seal(
     paths = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*"))}
     files = {name: known.get(name) or file_entry(path) for name, path in paths.items() if path.is_file()}
     manifest = {**about, "files": files}
-    manifest["manifest_sha256"] = _digest(manifest)
+    manifest["manifest_sha256"] = digest_of(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name, path in paths.items():
         if name not in known:

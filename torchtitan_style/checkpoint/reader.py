@@ -1,57 +1,33 @@
-"""Reading a DCP checkpoint without running what is in it.
-
-DCP's ``.metadata`` is a pickle, and unpickling can call any function. Here it may name only the
-types that DCP writes; anything else is refused before it is imported.
-"""
+"""Reading a DCP checkpoint without running what is in it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import pathlib
+import math
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reading import open_regular
+from torchtitan_style.distributed.local import local_tensor
+
+from .metadata import read_metadata
 
 _FILES_AT_ONCE = 4
-
-_PATHS = ("Path", "PosixPath", "WindowsPath")  # of pathlib, which is a package of its own in Python 3.13
-
-_ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-}
 
 
 @contextlib.contextmanager
@@ -63,33 +39,10 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def _memory_format(owner: Any, name: str) -> Any:
-    """In place of ``getattr``, by which some releases of Python 3.11 pickle the member of an enumeration."""
-    if owner is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"it takes {name} from {owner}, which no checkpoint needs")
-    return owner[name]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads what any release of Python has written, which do not all give types the same names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module in ("pathlib", "pathlib._local") and name in _PATHS:
-            return getattr(pathlib, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader with an allow-list for the metadata. advance: called as reading gets on, from any thread.
+    """DCP's reader, for what it reads to be checked. advance: called as reading gets on, from any thread.
 
-    A tensor that is wanted whole, as it is stored, is read straight into its place, twice as fast as by DCP, which
-    reads all others, with ``weights_only``.
+    A tensor that is wanted whole, as it is stored, is read straight into its place, twice as fast as others.
     """
 
     def __init__(self, path: Path, *, advance: Callable[[], None] = lambda: None) -> None:
@@ -101,27 +54,62 @@ class SafeReader(dcp.FileSystemReader):
         self._metadata = metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        _check_coverage(plan, planner)
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
 
         def read(name: str) -> list[ReadItem]:
-            with (Path(self.path) / name).open("rb") as file:
+            with open_regular(Path(self.path) / name) as file:
                 return [item for item in by_file[name] if not self._read_straight(item, file, planner)]
 
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-            left = list(pool.map(read, by_file))
-        for items in left:  # of one file
-            super().read_data(dataclasses.replace(plan, items=items), planner)
-            self._advance()
+            left = dict(zip(by_file, pool.map(read, by_file), strict=True))
+        for name, items in left.items():
+            with open_regular(Path(self.path) / name) as file:
+                for item in items:
+                    self._read_part(item, file, planner)
+                    self._advance()
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read_straight(self, item: ReadItem, file: Any, planner: LoadPlanner) -> bool:
+    def _archive(self, item: ReadItem, file: BinaryIO) -> Any:
+        """A stored tensor: a zip file, whose entries are not compressed."""
+        info = self.storage_data[item.storage_index]
+        view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
+        archive: Any = torch._C.PyTorchFileReader(view)
+        if sum(archive.get_record_size(name) for name in archive.get_all_records()) > info.length:
+            raise UserError(f"{file.name}: is damaged: a tensor is larger than its part of the file")
+        return archive
+
+    def _read_part(self, item: ReadItem, file: BinaryIO, planner: LoadPlanner) -> None:
+        """Read a piece, and copy the part of it that is wanted."""
+        stored = self._stored(item)
+        chunk = next(chunk for chunk in stored.chunks if chunk.offsets == item.storage_index.offset)
+        info = self.storage_data[item.storage_index]
+        try:
+            self._archive(item, file)
+            view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
+            tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise UserError(f"{file.name}: is damaged: a tensor cannot be read: {first}") from None
+        fits = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not fits or tensor.shape != chunk.sizes or tensor.dtype != stored.properties.dtype:
+            raise UserError(f"{file.name}: is damaged: a part of {item.dest_index.fqn} is not what .metadata says")
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(tensor[tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True))])
+        planner.commit_tensor(item, target)
+
+    def _stored(self, item: ReadItem) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata[item.dest_index.fqn]
         if item.type != LoadItemType.TENSOR or not isinstance(stored, TensorStorageMetadata):
-            return False
+            raise UserError(f"{self.path}: {item.dest_index.fqn} is not a tensor")
+        return stored
+
+    def _read_straight(self, item: ReadItem, file: BinaryIO, planner: LoadPlanner) -> bool:
+        stored = self._stored(item)
         target = planner.resolve_tensor(item).detach()
         chunk = next(chunk for chunk in stored.chunks if chunk.offsets == item.storage_index.offset)
         if not (
@@ -133,13 +121,16 @@ class SafeReader(dcp.FileSystemReader):
         ):
             return False
         info = self.storage_data[item.storage_index]
-        # A stored tensor is a zip file, and its values an entry of it, not compressed.
-        archive: Any = torch._C.PyTorchFileReader(_create_file_view(file, info.offset, info.length))  # type: ignore
-        if archive.get_record_size("data/0") != target.nbytes:
+        try:
+            archive = self._archive(item, file)
+            at = archive.get_record_offset("data/0")
+            if archive.get_record_size("data/0") != target.nbytes or at + target.nbytes > info.length:
+                return False
+        except RuntimeError:
             return False
-        file.seek(info.offset + archive.get_record_offset("data/0"))
+        file.seek(info.offset + at)
         values: Any = target.view(-1).view(torch.uint8).numpy()
-        if file.readinto(memoryview(values)) != target.nbytes:
+        if file.readinto(memoryview(values)) != target.nbytes:  # type: ignore[attr-defined]
             raise OSError(f"{file.name} ends early")
         planner.commit_tensor(item, target)
         self._advance()
@@ -151,15 +142,27 @@ class SafeReader(dcp.FileSystemReader):
         self.read_metadata()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))
         try:
-            with self.fs.create_stream(path, "rb") as file:
-                metadata: Metadata = _Unpickler(file).load()
-                if not isinstance(metadata, Metadata):
-                    raise pickle.UnpicklingError(f"it is a {type(metadata).__name__}")
-        except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not the metadata of a checkpoint: {error}") from None
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+            metadata = read_metadata(Path(self.path))
+        except (pickle.UnpicklingError, OSError, ValueError) as error:
+            raise UserError(f"{Path(self.path) / '.metadata'}: not the metadata of a checkpoint: {error}") from None
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+
+def _check_coverage(plan: LoadPlan, planner: LoadPlanner) -> None:
+    """Raise UserError unless what is read fills this rank's part of each tensor, exactly once."""
+    read: Counter[str] = Counter()
+    for item in plan.items:
+        read[item.dest_index.fqn] += math.prod(item.lengths)
+    for name, tensor in getattr(planner, "state_dict", {}).items():
+        if isinstance(tensor, Tensor) and read[name] != local_tensor(tensor).numel():
+            raise UserError(f"{name}: {read[name]:,} of {local_tensor(tensor).numel():,} numbers are in the checkpoint")
+
+
+def reason_of(error: OSError | UserError | CheckpointException) -> str:
+    """What went wrong with a save or a load, of one rank: the others mostly say the same."""
+    if isinstance(error, CheckpointException):
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {failure}" if len(str(failure)) else f"rank {rank}: {failure!r}"
+    return str(error)

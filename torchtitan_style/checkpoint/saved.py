@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import Field, ValidationError
+
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.hub import fetch
+from torchtitan_style.common.reading import toml_of
+from torchtitan_style.common.typed import Content, problem_in, typed
 from torchtitan_style.config.schema import Lora
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.registry import spec_of
+from torchtitan_style.models.section import schema_of
 
 from .base import Base
 from .folder import CheckpointFolder
 from .manifest import MANIFEST, problem_of
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
 T = TypeVar("T")
 
 _TRIES = 10
 """Checkpoints that are tried one after the other while a run goes on."""
+
+
+class _Settings(Content):
+    """What must be in the config.toml of a checkpoint."""
+
+    model: dict[str, Any] = Field(min_length=1)
+    lora: dict[str, Any] = Field(default_factory=dict)
 
 
 class SavedModel:
@@ -42,17 +47,21 @@ class SavedModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            settings = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-            model = settings["model"]
-            self.spec = spec_of(model.get("name", "qwen3"))
+            settings = typed(_Settings, toml_of(path / "config.toml"))
+            model = settings.model
+            self.spec = spec_of(str(model.get("name", "qwen3")))
             names = [field.name for field in fields(self.spec.config_class)]
+            # Other keys of the section, which newer and older versions have, are no concern of the shape.
             dimensions = {name: model[name] for name in names if name in model}
+            type(schema_of(self.spec)().model).model_validate(dimensions)
             if missing := set(self.spec.shape_fields) - dimensions.keys():
-                raise KeyError(*sorted(missing))
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             self.config = self.spec.config_class(**dimensions)
-            self.lora = Lora(**settings.get("lora", {}))
+            self.lora = Lora.model_validate(settings.lora)
             """With a rank of 0 there are no adapters."""
-        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+        except ValidationError as error:
+            raise UserError(f"{path}: its config.toml does not describe a model: {problem_in(error)}") from None
+        except (OSError, ValueError, UserError) as error:
             raise UserError(f"{path}: its config.toml does not describe a model: {error}") from None
 
     @functools.cached_property

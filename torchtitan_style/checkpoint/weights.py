@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan_style.common.errors import UserError
@@ -16,7 +17,7 @@ from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.spec import Shapes
 from torchtitan_style.models.trained import DOWN, UP, adapted_modules, adapter_shapes
 
-from .reader import SafeReader, without_warnings
+from .reader import SafeReader, reason_of, without_warnings
 from .saved import SavedModel
 
 
@@ -56,8 +57,11 @@ def load_saved(
     tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     reader = SafeReader(source.path, advance=advance)
     reader.check_metadata()
-    with without_warnings():
-        dcp.load(tensors, storage_reader=reader)
+    try:
+        with without_warnings():
+            dcp.load(tensors, storage_reader=reader)
+    except CheckpointException as error:  # which is no Exception
+        raise UserError(f"{source.path} cannot be loaded: {reason_of(error)}") from None
 
 
 def _add_adapters(source: SavedModel, parameters: Mapping[str, Tensor], advance: Callable[[], None]) -> None:

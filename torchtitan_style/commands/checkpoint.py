@@ -17,7 +17,7 @@ from rich.table import Table
 
 from torchtitan_style.checkpoint.base import Base
 from torchtitan_style.checkpoint.folder import CheckpointFolder
-from torchtitan_style.checkpoint.manifest import MANIFEST, problem_of, read_manifest
+from torchtitan_style.checkpoint.manifest import MANIFEST, problem_of, readable
 from torchtitan_style.checkpoint.saved import SavedModel
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
@@ -86,37 +86,13 @@ def _find(folder: Path) -> list[Path]:
 def _about(path: Path, *, hashes: bool) -> dict[str, Any]:
     """What the manifest says, as far as it can be read, and what is wrong."""
     problem = problem_of(path, hashes=hashes)
-    try:
-        manifest = _readable(read_manifest(path))
-        files = manifest.pop("files")
-        size = sum(entry["size"] for entry in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        manifest, files = {}, {}
+    manifest = readable(path)
+    files = manifest.pop("files", {})
+    size = sum(entry["size"] for entry in files.values())
+    if not manifest:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     best = CheckpointFolder(path.parent).best() == manifest.get("step", -1)
     return {"path": str(path), "problem": problem, "bytes": size, **manifest, "best": best, "files": files}
-
-
-def _readable(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What of a manifest is of the kind that it should be; that the rest is not, ``problem_of`` says."""
-    layout, numbers = {field.name for field in dataclasses.fields(Layout)}, (int, float)
-    right = {
-        "mesh": lambda mesh: mesh.keys() <= layout,  # of an older version it has fewer axes
-        "figures": lambda figures: all(x is None or isinstance(x, numbers) for x in figures.values()),
-        "time": lambda time: isinstance(time, numbers),
-        "data": lambda data: all(isinstance(x, str) for x in data),
-        "files": lambda files: all(
-            isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in files.values()
-        ),
-    }
-
-    def is_right(key: str, value: Any) -> bool:
-        try:
-            return bool(key not in right or right[key](value))
-        except (TypeError, AttributeError, KeyError):
-            return False
-
-    return {key: value for key, value in manifest.items() if is_right(key, value)}
 
 
 def _list(paths: list[Path], *, hashes: bool) -> int:

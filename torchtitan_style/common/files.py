@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
+from .reading import open_regular
 
 
 @contextlib.contextmanager
@@ -118,10 +121,16 @@ def sha256(path: Path, *, advance: Callable[[], None] = lambda: None) -> str:
     """SHA-256 of a file. advance: called after each MiB. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             while block := file.read(2**20):
                 digest.update(block)
                 advance()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()
+
+
+def digest_of(content: Mapping[str, Any], *, but: str = "") -> str:
+    """SHA-256 of a JSON object, of which the key ``but`` is left out."""
+    rest = {key: value for key, value in content.items() if key != but}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.common.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from torchtitan_style.common.errors import UserError, cut
+from torchtitan_style.common.reading import parse_toml, read_toml_text
 
 _PLACES = (
     Path(__file__).parents[1] / "train_configs",  # in a wheel: setup.py copies them into the package
@@ -32,11 +28,11 @@ def find_config(named: str | Path) -> Path:
     A path that exists comes first. A path that does not exist is returned as it is.
     """
     path = Path(named)
-    if path.exists() or path.parent != Path():
+    if path.parent != Path() or os.path.exists(path):  # a name that is too long does not exist
         return path
     with_suffix = path if path.suffix == ".toml" else path.with_name(f"{path.name}.toml")
     for candidate in (with_suffix, CONFIG_FOLDER / with_suffix):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     return path
 
@@ -44,13 +40,13 @@ def find_config(named: str | Path) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises UserError, naming the line, if it is missing or not valid."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        text = read_toml_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        return tomllib.loads(text)
+        return parse_toml(text)
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {_explain(str(error), text)}") from None
 
@@ -76,7 +72,7 @@ def _explain(message: str, text: str) -> str:
         at_end = message.endswith("(at end of document)")
         return f"{message[: message.rindex(' (')]}, at the end of the file" if at_end else message
     number, problem = int(place[1]), message[: place.start()].strip()
-    line = text.split("\n")[number - 1].strip()
+    line = cut(text.split("\n")[number - 1].strip(), 200)
     if re.match(r"Cannot (declare|mutate|overwrite|redefine)", problem):
         header = re.match(r"\[+\s*([^\]]*?)\s*\]", line)
         if header:

@@ -7,10 +7,9 @@ here. Nothing here imports torch, so a typo costs no waiting.
 from __future__ import annotations
 
 import difflib
-import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,16 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.errors import UserError, shown
+from torchtitan_style.common.reading import check_text, parse_toml
 
 from .checks import Problem
 from .files import find_config, read_toml
-from .names import Sections, all_keys, did_you_mean, nearest_section
+from .names import Sections, did_you_mean, nearest_section
 from .schema import Config, sections_of
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+_EXPLAINED = 20
+"""Problems that are looked into and shown; of the others only the number is."""
 
 
 class Draft:
@@ -39,6 +37,8 @@ class Draft:
         self.path = find_config(path)
         self.tree = read_toml(self.path)
         self.problems: list[Problem] = []
+        self._further: list[str] = []
+        """Keys with problems that are only counted."""
         self._overrides = list(overrides)
         self._arguments: set[str] = set()
         """The keys that the command line names."""
@@ -66,15 +66,16 @@ class Draft:
         try:
             return schema.model_validate(self.tree)
         except ValidationError as error:
-            details, sections = error.errors(), sections_of(schema)
-            self.problems += [_explain(detail, sections) for detail in details]
+            details, sections = error.errors(include_url=False), sections_of(schema)
+            self.problems += [_explain(detail, sections) for detail in details[:_EXPLAINED]]
+            self._further += [".".join(map(str, detail["loc"][:2])) for detail in details[_EXPLAINED:]]
             for detail in details:
                 _remove(self.tree, detail["loc"])
             return schema.model_validate(self.tree)
 
     def add(self, problems: Iterable[Problem]) -> None:
         """Note ``problems`` between settings, but for those whose settings are wrong by themselves."""
-        wrong = {key for problem in self.problems for key in problem.keys}
+        wrong = {key for problem in self.problems for key in problem.keys} | set(self._further)
         for problem in problems:
             if not any(key in wrong or key.partition(".")[0] in wrong for key in problem.keys):
                 self.problems.append(problem)
@@ -82,7 +83,7 @@ class Draft:
     def raise_problems(self) -> None:
         """Raise UserError with everything that is wrong, if anything is."""
         if self.problems:
-            raise UserError(_report(self.problems, self.path, self._arguments))
+            raise UserError(_report(self.problems, self.path, self._arguments, further=len(self._further)))
 
 
 def read_settings(path: str | Path | None, overrides: Sequence[str], schema: type[Config]) -> dict[str, Any]:
@@ -121,13 +122,17 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
     values: dict[str, Any] = {}
     problems: list[Problem] = []
     rest = list(arguments)
+
+    def hint(find: Callable[[str, Sections], str], name: str) -> str:
+        return find(name, sections) if len(problems) < _EXPLAINED else ""  # it takes a millisecond
+
     while rest:
         argument = rest.pop(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         section, dot, name = key.rpartition(".")
         if not argument.startswith("--") or not (section and dot and name):
             problems.append(
-                Problem((f"argument {argument}",), "expected --section.key VALUE" + did_you_mean(key, sections))
+                Problem((f"argument {argument}",), "expected --section.key VALUE" + hint(did_you_mean, key))
             )
             if rest and not rest[0].startswith("--"):
                 rest.pop(0)
@@ -139,9 +144,11 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
             if not _accepts(annotation, list):
                 break
         if section not in sections:
-            problems.append(Problem((key,), f"unknown section{nearest_section(section, sections)}"))
+            problems.append(Problem((key,), f"unknown section{hint(nearest_section, section)}"))
         elif annotation is None:
-            problems.append(Problem((key,), f"unknown key{did_you_mean(key, sections)}"))
+            problems.append(Problem((key,), f"unknown key{hint(did_you_mean, key)}"))
+        elif text_problem := _text_problem(given):
+            problems.append(Problem((key,), text_problem))
         elif not given and _accepts(annotation, bool):
             values[key] = True
         elif not given:
@@ -161,7 +168,9 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
     if text in ("True", "False"):
         text = text.lower()
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = parse_toml(f"value = {text}")["value"]
+        if len(parse_toml(f"value = [{text}, 0]")["value"]) == 2:  # and it is one value, with no more lines behind it
+            return value
     except ValueError:  # no TOML, or a number of thousands of digits
         pass
     if _accepts(annotation, list):
@@ -172,10 +181,21 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
         return text
 
 
+def _text_problem(given: list[str]) -> str | None:
+    try:
+        for text in given:
+            check_text(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _annotation(section: str, name: str, sections: Sections) -> Any:
     """The type of a key, or None if there is no such key."""
-    key = f"{section}.{name}"
-    return sections[section].model_fields[name].annotation if key in all_keys(sections) else None
+    if section not in sections or f"{section}.{name}" in sections:
+        return None
+    field = sections[section].model_fields.get(name)
+    return field.annotation if field else None
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
@@ -185,6 +205,13 @@ def _accepts(annotation: Any, kind: type) -> bool:
     if origin is typing.Literal:
         return any(type(option) is kind for option in typing.get_args(annotation))
     return (origin or annotation) is kind
+
+
+def _options(annotation: Any) -> list[str]:
+    """What a key that takes one of several values takes."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return [option for part in typing.get_args(annotation) for option in _options(part)]
+    return [str(option) for option in typing.get_args(annotation)]
 
 
 def _has_numbers(annotation: Any) -> bool:
@@ -210,8 +237,7 @@ def _explain(detail: ErrorDetails, sections: Sections) -> Problem:
     depth = max((n for n in range(1, len(location)) if ".".join(location[:n]) in sections), default=0)
     section, key = ".".join(location[:depth]), ".".join(location[: depth + 1])
     rest = location[depth + 1 :]
-    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    shown = f"{value!r}" if not isinstance(value, str) else f'"{value}"'
+    kind, context, given = detail["type"], detail.get("ctx", {}), shown(detail["input"])
     bounds = {
         "greater_than_equal": "at least {ge}",
         "greater_than": "greater than {gt}",
@@ -226,27 +252,27 @@ def _explain(detail: ErrorDetails, sections: Sections) -> Problem:
         text = {
             "extra_forbidden": f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""),
             "missing": f"{name} is missing",
-            "string_pattern_mismatch": f"{name} must be letters, digits, _, . and - only, not {shown}",
-        }.get(kind, f"{name}: {detail['msg']}, not {shown}")
+            "string_pattern_mismatch": f"{name} must be letters, digits, _, . and - only, not {given}",
+        }.get(kind, f"{name}: {detail['msg']}, not {given}")
         if kind in bounds:
-            text = f"{name} must be {bounds[kind].format(**context)}, not {shown}"
+            text = f"{name} must be {bounds[kind].format(**context)}, not {given}"
         return Problem((key,), f"entry {int(rest[0]) + 1}: {text}")
     if kind == "extra_forbidden":
         what = "key" if section else "section"
         return Problem((key,), f"unknown {what}{did_you_mean(key, sections)}")
     if kind in _TYPES:
         entry = f", entry {int(rest[0]) + 1}" if rest and rest[0].isdecimal() else ""
-        return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {shown}")
+        return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {given}")
     if kind == "literal_error":
-        options = [str(o) for o in typing.get_args(_annotation(section, location[depth], sections))]
-        close = difflib.get_close_matches(str(value), options, n=1)
+        options = _options(_annotation(section, location[depth], sections))
+        close = difflib.get_close_matches(given.strip('"'), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return Problem((key,), f"must be one of {', '.join(options)}, not {shown}{hint}")
+        return Problem((key,), f"must be one of {', '.join(options)}, not {given}{hint}")
     if kind in bounds:
-        return Problem((key,), f"must be {bounds[kind].format(**context)}, not {shown}")
+        return Problem((key,), f"must be {bounds[kind].format(**context)}, not {given}")
     if kind == "string_too_short":
         return Problem((key,), "must not be empty")
-    return Problem((key,), f"{detail['msg']}, not {shown}")
+    return Problem((key,), f"{detail['msg']}, not {given}")
 
 
 def _remove(tree: dict[str, Any], location: tuple[int | str, ...]) -> None:
@@ -258,9 +284,10 @@ def _remove(tree: dict[str, Any], location: tuple[int | str, ...]) -> None:
         tree = tree[part]
 
 
-def _report(problems: list[Problem], path: str | Path, from_command_line: set[str]) -> str:
-    lines = []
-    for problem in problems:
+def _report(problems: list[Problem], path: str | Path, from_command_line: set[str], *, further: int = 0) -> str:
+    """further: problems that are not among ``problems``."""
+    lines: list[str] = []
+    for problem in problems[:_EXPLAINED]:
         culprit = problem.keys[0]
         if culprit.startswith("argument "):
             where = culprit
@@ -270,6 +297,8 @@ def _report(problems: list[Problem], path: str | Path, from_command_line: set[st
             named = [key for key in problem.keys if key in from_command_line]
             where = f"{path}: {culprit}" + (f" (with --{named[0]})" if named else "")
         lines.append(f"{where}: {problem.text}")
-    if len(lines) == 1:
+    count = len(problems) + further
+    if count == 1:
         return lines[0]
-    return f"{len(lines)} problems in the configuration\n" + "\n".join(f"  {line}" for line in lines)
+    more = [f"… and {count - len(lines):,} more"] if count > len(lines) else []
+    return f"{count:,} problems in the configuration\n" + "\n".join(f"  {line}" for line in [*lines, *more])

@@ -13,14 +13,20 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+MOST = 2**24
+"""Of what is held in memory by number: rows of a batch, tokens of a row, ranks."""
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+TimeLimit = Annotated[int, Field(ge=1, le=10**8)]
+"""Seconds, up to three years."""
 FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _positive_or_rest(value: int) -> int:
     if value < 1 and value != -1:
         raise PydanticCustomError("positive_or_rest", "must be -1 or at least 1")
+    if value > MOST:
+        raise PydanticCustomError("positive_or_rest", f"must be at most {MOST}")
     return value
 
 
@@ -30,16 +36,28 @@ PositiveOrRest = Annotated[int, AfterValidator(_positive_or_rest)]
 """A count, or -1 for whatever the other settings leave."""
 
 
+def _path(text: str) -> str:
+    if any(len(os.fsencode(part)) > 255 for part in text.split("/")) or len(text) > 4095:
+        raise PydanticCustomError("path", "is too long for the name of a file")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path, or a name where a path may stand."""
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Job(Section):
     """Where a run leaves its files."""
 
-    dump_folder: Annotated[str, AfterValidator(os.path.expanduser)] = Field("outputs/qwen3", min_length=1)
+    dump_folder: Annotated[PathText, AfterValidator(os.path.expanduser)] = Field("outputs/qwen3", min_length=1)
     """Folder for everything the run writes. A folder that holds checkpoints is resumed."""
     description: str = ""
     """Free text, kept in config.toml."""
@@ -56,7 +74,7 @@ class Model(Section):
     """Model family."""
     flavor: str = "small"
     """Named set of dimensions to start from; the other keys of this section override them."""
-    hf_assets_path: str = ""
+    hf_assets_path: PathText = ""
     """Start from the weights of a model in Transformers' format, a folder or a Hub name: its
     config.json takes the place of the flavor, and its tokenizer that of data.tokenizer = "train"."""
 
@@ -64,7 +82,7 @@ class Model(Section):
 class Corpus(Section):
     """Where documents come from."""
 
-    dataset: str = Field("stdlib", min_length=1)
+    dataset: PathText = Field("stdlib", min_length=1)
     """"stdlib": the source files of Python's standard library, present on every machine. "files": your own
     files, named by paths. "mixture": several corpora, each an entry of [[data.mixture]]. Or a dataset of the
     Hub by its name, as "HuggingFaceFW/fineweb", or a folder laid out like one."""
@@ -95,12 +113,12 @@ class Data(Corpus):
     mixture: list[MixtureCorpus] = []
     """For dataset = "mixture": one [[data.mixture]] entry per corpus, with name, weight, and dataset, subset,
     split, paths and text_key as in this section."""
-    tokenizer: str = Field("train", min_length=1)
+    tokenizer: PathText = Field("train", min_length=1)
     """"train": train a byte-level BPE of model.vocab_size tokens on the corpus. Otherwise a
     folder or Hub name with a Hugging Face tokenizer."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the documents held out for validation; a document's text decides whether it is."""
-    prepared_folder: str = ""
+    prepared_folder: PathText = ""
     """Where the tokenized corpus is kept; empty: in the dump folder. Runs that name the same folder share it."""
     streaming: bool = False
     """Read and tokenize while training instead of once beforehand. Needs no disk space and starts at once."""
@@ -113,7 +131,7 @@ class Data(Corpus):
     that fit a row stay whole, each put where the least room is left over; what stays empty is padding."""
     document_mask: bool = False
     """Let tokens attend to their own document only, and count positions from its start."""
-    num_workers: NonNegative = 0
+    num_workers: int = Field(0, ge=0, le=1024)
     """Processes per rank that read ahead; 0: read between steps."""
     max_bad_documents: NonNegative = 100
     """Documents that may be unreadable before the run stops. They are left out, and listed with file and
@@ -140,14 +158,14 @@ class Training(Section):
 
     steps: Positive = 1000
     """Optimizer steps in all."""
-    seq_len: Positive = 512
+    seq_len: int = Field(512, ge=1, le=MOST)
     """Tokens in a row."""
     local_batch_size: PositiveOrRest = 8
     """Rows that a data-parallel rank puts through the model at once; -1: its whole share of
     global_batch_size. Smaller means less memory and more gradient accumulation."""
     global_batch_size: PositiveOrRest = -1
     """Rows in an optimizer step, over all ranks and accumulation; -1: no accumulation."""
-    max_norm: float = Field(1.0, gt=0)
+    max_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """Gradients are scaled down to this global norm when they exceed it; inf for no clipping."""
     loss: str = "cross_entropy"
     """What is minimised: "cross_entropy", or a loss of your own (docs/extending.md). Validation always reports cross
@@ -169,7 +187,7 @@ class Training(Section):
     spike_sigma: FiniteNonNegative = 0.0
     """Treat a loss more than so many standard deviations above the mean of the last spike_window steps as a
     fault; 0: no loss is too high."""
-    spike_window: int = Field(100, ge=2)
+    spike_window: int = Field(100, ge=2, le=1_000_000)
     """Steps that a loss is compared with. Nothing is a spike before there are so many."""
     spike_action: Literal["skip", "rewind"] = "skip"
     """skip: as with a loss that is not finite. rewind: go back to the newest checkpoint, and on from there with
@@ -238,7 +256,7 @@ class Muon(Section):
     """Decay of the gradient's running mean."""
     nesterov: bool = True
     """Look ahead: mix the gradient into the running mean once more before it is made orthogonal."""
-    ns_steps: Positive = 5
+    ns_steps: int = Field(5, ge=1, le=100)
     """Rounds of the Newton-Schulz iteration."""
     per_head: bool = False
     """Make the rows of each head of q, k and v orthogonal by themselves, instead of all heads together."""
@@ -368,7 +386,7 @@ class Checkpoint(Section):
     """Also keep for good the checkpoints of steps that are multiples of this; 0: none."""
     keep_best: bool = True
     """Also save when the validation loss is the lowest so far, and name it in checkpoint/best."""
-    initial_load_path: str = ""
+    initial_load_path: PathText = ""
     """Start a new run from the weights of another: its folder, or one of its checkpoints. Dimensions
     and tokenizer are taken over too. Optimizer and data start afresh."""
     switch_optimizer: bool = False
@@ -412,19 +430,19 @@ class Profiling(Section):
     """Record traces, which Perfetto and chrome://tracing can show."""
     profile_freq: Positive = 100
     """Steps from one recorded step to the next."""
-    save_traces_folder: str = Field("profile_traces", min_length=1)
+    save_traces_folder: PathText = Field("profile_traces", min_length=1)
     """Folder for traces, inside the dump folder."""
 
 
 class Comm(Section):
     """Collective communication."""
 
-    init_timeout_seconds: Positive = 600
+    init_timeout_seconds: TimeLimit = 600
     """How long nothing may happen on any rank up to the end of the first step, compilation included."""
-    train_timeout_seconds: Positive = 300
+    train_timeout_seconds: TimeLimit = 300
     """How long nothing may happen on any rank afterwards. Then the run ends, names the rank that the others wait
     for, and leaves the stacks of all in hang/."""
-    shutdown_timeout_seconds: Positive = 120
+    shutdown_timeout_seconds: TimeLimit = 120
     """How long ranks that are told to stop may take to save, before the launcher kills them."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torchtitan_style.checkpoint.saved import SavedModel, find_checkpoint, open_model
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.extensions import import_modules
+from torchtitan_style.common.reading import toml_of
 from torchtitan_style.config import Config
 from torchtitan_style.config.checks import Problem, cross_checks
 from torchtitan_style.config.help import section_help
@@ -20,11 +20,6 @@ from torchtitan_style.config.schema import Job, Model
 from torchtitan_style.models.checks import model_problems
 from torchtitan_style.models.registry import model_names, spec_of
 from torchtitan_style.models.section import schema_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
@@ -101,7 +96,7 @@ def _adopt_weights(draft: Draft) -> None:
         dimensions = dataclasses.asdict(found.config)
         in_toml = {name: list(value) if isinstance(value, tuple) else value for name, value in dimensions.items()}
         tree["model"] = in_toml | sections["model"]
-        has_trained_one = own is not None and _settings_of(own).get("data", {}).get("tokenizer") == "train"
+        has_trained_one = own is not None and _trained_a_tokenizer(own)
         if found.tokenizer and not has_trained_one and sections["data"].get("tokenizer", "train") == "train":
             tree["data"] = sections["data"] | {"tokenizer": source}
         return
@@ -117,9 +112,10 @@ def _own_checkpoint(job: dict[str, Any]) -> SavedModel | None:
         return None
 
 
-def _settings_of(checkpoint: SavedModel) -> dict[str, Any]:
-    """What the run that has written ``checkpoint`` was told, if that can be read."""
+def _trained_a_tokenizer(checkpoint: SavedModel) -> bool:
+    """Whether the run that has written ``checkpoint`` was told to, if that can be read."""
     try:
-        return tomllib.loads((checkpoint.path / "config.toml").read_text(encoding="utf-8"))
+        data = toml_of(checkpoint.path / "config.toml").get("data")
+        return isinstance(data, dict) and data.get("tokenizer") == "train"
     except (OSError, ValueError):
-        return {}
+        return False

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reading import toml_of
+from torchtitan_style.common.typed import typed
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
 from torchtitan_style.models.registry import model_config
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from .state import SavedState
 
 Identity = dict[str, dict[str, Any]]
 
@@ -101,17 +98,17 @@ def check_before_start(config: Config, *, dp: int) -> None:
         if wanted not in (-1, step):
             continue
         try:
-            saved = folder.train_state(step)["identity"]
-            check_same_run(saved, identity(config, dp=dp), config, folder.path(step))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            saved = typed(SavedState, folder.train_state(step)).identity
+        except (OSError, ValueError):
             continue  # damaged: verification will say so
+        check_same_run(saved, identity(config, dp=dp), config, folder.path(step))
         return
 
 
 def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     """Settings that differ from those of ``checkpoint``, as "optimizer.lr 0.001 → 0.0005"."""
     try:
-        before = flat(tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8")))
+        before = flat(toml_of(checkpoint / "config.toml"))
     except (OSError, ValueError):
         return []
     now = flat(config.model_dump(exclude_none=True))

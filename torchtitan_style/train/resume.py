@@ -16,10 +16,11 @@ from torch import nn
 
 from torchtitan_style.checkpoint.base import Base
 from torchtitan_style.checkpoint.checkpointer import Checkpointer
-from torchtitan_style.checkpoint.manifest import read_manifest
+from torchtitan_style.checkpoint.manifest import MANIFEST, read_manifest
 from torchtitan_style.checkpoint.saved import SavedModel, open_base, open_model
 from torchtitan_style.checkpoint.weights import load_weights
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.typed import typed
 from torchtitan_style.config import Config, to_toml
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.distributed.world import on_main
@@ -32,7 +33,7 @@ from torchtitan_style.optim.guard import StepGuard
 from .data import RunData
 from .identity import Identity, changed_settings, check_same_run, identity
 from .observer import NO_OBSERVER, Observer
-from .state import TrainState
+from .state import SavedState, TrainState
 
 __all__ = ["Resume", "build_checkpointer", "identity_of_run"]
 
@@ -122,15 +123,18 @@ class Resume:
         """State and identity in the checkpoint of ``step``. Raises UserError if they cannot be read."""
         path = self.checkpointer.folder.path(step)
         try:
-            saved = on_main(lambda: self.checkpointer.folder.train_state(step))
-            return TrainState.from_json(saved["state"]), saved["identity"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its train_state.json cannot be used: {error!r}") from None
+            saved = typed(SavedState, on_main(lambda: self.checkpointer.folder.train_state(step)))
+            state = TrainState.from_json(saved.state)
+            if state.step != step:
+                raise ValueError(f"it is of step {state.step}")
+            return state, saved.identity
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: its train_state.json cannot be used: {error}") from None
 
     def restore(self, step: int, state: TrainState, saved_identity: Identity) -> None:
         """Read weights and optimizer state of ``step``; set the schedule and the guard to where ``state`` is."""
         optimizer = self.checkpointer.optimizer
-        same_optimizer = saved_identity["optimizer"] == self.identity["optimizer"]
+        same_optimizer = saved_identity.get("optimizer") == self.identity["optimizer"]
         if not same_optimizer:
             optimizer.forget()
         tensors = self.checkpointer.load(step, optimizer=same_optimizer)
@@ -151,14 +155,17 @@ class Resume:
     def _check(self, step: int, saved_identity: Identity) -> None:
         """Compare the checkpoint with this run and report what differs. Raises UserError for what must not."""
         path = self.checkpointer.folder.path(step)
-        manifest = on_main(lambda: read_manifest(path))
+        try:
+            mesh = on_main(lambda: read_manifest(path).mesh)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: its {MANIFEST} cannot be used: {error}") from None
         for difference in check_same_run(saved_identity, self.identity, self.config, path):
             self.display.warn(difference)
         if changes := changed_settings(path, self.config):
             self.display.say(f"settings changed since the checkpoint: {', '.join(changes)}")
         shape = model_config(self.config.model)
         dropout = max(shape.dropout, shape.attention_dropout)
-        if dropout and Layout(**manifest.get("mesh", {})) != self.layout:
+        if dropout and Layout(**mesh) != self.layout:
             self.display.warn("the layout changed since the checkpoint, so dropout draws different numbers")
 
     def _start_from_weights(self) -> None:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["SkippedSteps", "TrainState"]
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from torchtitan_style.common.typed import Content, Count, problem_in
+
+__all__ = ["SavedState", "SkippedSteps", "TrainState"]
+
+
+class SavedState(Content):
+    """The content of a checkpoint's train_state.json."""
+
+    state: dict[str, Any] = Field(default_factory=dict)
+    """Of a ``TrainState``."""
+    identity: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass
 class SkippedSteps:
     """Steps in which the weights were not updated."""
 
-    total: int = 0
-    in_a_row: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    total: Count = 0
+    in_a_row: Count = 0
     """Up to the last step."""
 
     def count(self, *, taken: bool) -> None:
@@ -27,18 +43,20 @@ class SkippedSteps:
 class TrainState:
     """What a checkpoint holds beside weights and optimizer state. The names of the fields are part of its format."""
 
-    step: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    step: Count = 0
     """The last step that was done."""
-    rows_seen: int = 0
+    rows_seen: Count = 0
     best_val_loss: float | None = None
-    validated_step: int | None = None
+    validated_step: Count | None = None
     """The last step that was validated."""
     skipped: SkippedSteps = dataclasses.field(default_factory=SkippedSteps)
-    rewinds: int = 0
+    rewinds: Count = 0
     """Rewinds in a row that did not get past ``furthest_step``."""
-    furthest_step: int = 0
+    furthest_step: Count = 0
     """The step at which the first of these rewinds began."""
-    went_back_to: int = 0
+    went_back_to: Count = 0
     """The checkpoint.load_step that the run last started from; 0: none."""
     recent_losses: list[float] = dataclasses.field(default_factory=list)
     """What ``StepGuard`` compares the next loss with."""
@@ -60,5 +78,17 @@ class TrainState:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:
-        """Fields that an older version did not write have their defaults."""
-        return cls(**saved | {"skipped": SkippedSteps(**saved.get("skipped", {}))})
+        """Fields that an older version did not write have their defaults. Raises ValueError if a value is of another
+        type, or there cannot be such steps."""
+        try:
+            state: TrainState = _adapter().validate_json(json.dumps(saved))
+        except ValidationError as error:
+            raise ValueError(problem_in(error)) from None
+        if max(state.skipped.total, state.skipped.in_a_row) > state.step:
+            raise ValueError(f"{state.skipped.total} of {state.step} steps were skipped")
+        return state
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[TrainState]:
+    return TypeAdapter(TrainState)

@@ -7,6 +7,7 @@ is checked before torch is loaded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 
@@ -66,12 +67,15 @@ class Qwen3Config:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 found.append(((name,), f"must be at least 1, not {getattr(self, name)}"))
+        for name, most in MOST.items():
+            if getattr(self, name, 0) > most:
+                found.append(((name,), f"must be at most {most:,}"))
         for name in ("attention_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(((name,), f"must be in [0, 1), not {getattr(self, name)}"))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            if not getattr(self, name) > 0:
-                found.append(((name,), f"must be greater than 0, not {getattr(self, name)}"))
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(((name,), f"must be greater than 0 and finite, not {getattr(self, name)}"))
         if self.max_window_layers < 0:
             found.append((("max_window_layers",), "must be at least 0"))
         if found:
@@ -135,6 +139,25 @@ class Qwen3Config:
 
 
 _POSITIVE = tuple(f.name for f in fields(Qwen3Config) if f.type == "int" and f.name != "max_window_layers")
+
+
+MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**40,
+    "sliding_window": 2**40,
+    "max_window_layers": 2**40,
+    "num_experts": 2**13,
+    "moe_intermediate_size": 2**20,
+    "decoder_sparse_step": 2**12,
+}
+"""Dimensions, those of families built on this one too, are at most so large: many times what any model has, and little
+enough that the names of all parameters can be listed."""
 
 
 def _published(hidden: int, intermediate: int, layers: int, heads: int, *, tied: bool) -> Qwen3Config:

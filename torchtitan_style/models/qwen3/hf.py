@@ -6,9 +6,12 @@ the configuration do, here and there. Plain data: nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
+
+from torchtitan_style.common.errors import cut, some
 
 from .config import Qwen3Config
 
@@ -77,11 +80,13 @@ def field_of(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, a
     value = settings.get(name)
     if value is None:
         return if_null
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, not {value}")
         return float(value)
     if type(value) is not kind:
         what = {int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}[kind]
-        raise ValueError(f"{name} must be {what}, not {value!r}")
+        raise ValueError(f"{name} must be {what}, not {cut(repr(value), 120)}")
     return value
 
 
@@ -115,7 +120,7 @@ def _with_layer_types(config: Qwen3Config, types: Any) -> Qwen3Config:
     if not isinstance(types, list) or len(types) != config.num_hidden_layers:
         raise ValueError(f"layer_types must be a list of {config.num_hidden_layers} entries, one per layer")
     if unknown := sorted({str(t) for t in types} - {"full_attention", "sliding_attention"}):
-        raise ValueError(f"layer_types has {', '.join(unknown)}, which is not implemented")
+        raise ValueError(f"layer_types has {some(unknown)}, which is not implemented")
     sliding = [t == "sliding_attention" for t in types]
     if sliding == [config.window(i) is not None for i in range(len(types))]:
         return config

@@ -5,9 +5,13 @@ Field names and meanings are those of ``transformers.Qwen3MoeConfig``. Nothing h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torchtitan_style.models.qwen3.config import Qwen3Config
+
+_MOST_EXPERTS = 2**17
+"""Each is three tensors in Transformers' files. Qwen3-235B-A22B has 12,032."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +69,16 @@ class Qwen3MoeConfig(Qwen3Config):
             if getattr(self, name) % 8:
                 found.append(((name,), f"must be a multiple of 8 (16 bytes in bfloat16), not {getattr(self, name)}"))
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if not getattr(self, name) >= 0:
-                found.append(((name,), f"must be at least 0, not {getattr(self, name)}"))
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(((name,), f"must be at least 0 and finite, not {getattr(self, name)}"))
         if self.use_sliding_window and self.max_window_layers:
             found.append((("max_window_layers",), "must be 0: with use_sliding_window all layers have the window"))
+        if found:
+            return found
         chosen, experts, layers = self.num_experts_per_tok, self.num_experts, self.num_hidden_layers
-        if 1 <= experts < chosen:
+        if experts * layers > _MOST_EXPERTS:
+            found.append((("num_experts", "num_hidden_layers"), f"at most {_MOST_EXPERTS:,} experts in all layers"))
+        if experts < chosen:
             found.append(
                 (
                     ("num_experts_per_tok", "num_experts"),
