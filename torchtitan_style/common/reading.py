@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 if sys.version_info >= (3, 11):
@@ -20,6 +21,8 @@ else:
 
 JSON_BYTES = 2**24
 """Size of a JSON file at most, where nothing else is said: parsed, it takes up to twenty times as much memory."""
+LINE_BYTES = 2**22
+"""Length of a line in a file of JSON lines that this program writes."""
 _TOML_BYTES = 2**21
 _DEPTH = 100
 """Levels of lists and objects inside each other."""
@@ -117,6 +120,17 @@ def read_json_object(path: str | os.PathLike[str], *, most: int = JSON_BYTES) ->
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
+
+
+def json_lines(path: str | os.PathLike[str], *, longest: int = LINE_BYTES) -> Iterator[tuple[bytes, Any]]:
+    """Each line of a file that a program has appended to, and its JSON value; None for what is not JSON, as of a line
+    that a full disk has cut. A longer line counts as several. Raises OSError."""
+    with open_regular(path) as file:
+        while line := file.readline(longest):
+            try:
+                yield line, parse_json(line)
+            except ValueError:
+                yield line, None
 
 
 def parse_toml(text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import first_missing, fsync, remove_empty, write_in_one_go
+from torchtitan_style.common.reading import read_json
 from torchtitan_style.config.schema import Corpus, Data
 
 from .changes import source_entry, tokenizer_in_folder
@@ -128,7 +129,7 @@ class Build:
         }
         file = self.staging / "plan.json"
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(file.read_text(encoding="utf-8")) == plan:
+            if read_json(file, most=2**28) == plan:
                 done = len(list(self.staging.rglob("unit-*.json")))
                 self.say(f"going on with {self.staging}, {done} units of which are done")
                 return

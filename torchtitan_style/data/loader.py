@@ -11,17 +11,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.program import STOP_SIGNALS, begin
+from torchtitan_style.common.typed import Content, typed
 from torchtitan_style.config.layout import BatchPlan
 
 from .mixture import choose
@@ -85,6 +87,25 @@ class StepSource(Protocol):
         """These places' rows of one step after another, from ``state`` on ({}: from the beginning)."""
         ...
 
+    def check(self, state: State) -> None:
+        """Raise ValueError if there is no such state."""
+        ...
+
+
+_Row = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _PreparedState(Content):
+    rows: list[_Row]
+    """Taken of each corpus."""
+
+
+class _StreamState(Content):
+    rows: list[_Row]
+    """Taken of each corpus."""
+    places: list[Annotated[list[_Row], Field(min_length=4, max_length=4)]]
+    """In each corpus: epoch, file, document, and what is used of that."""
+
 
 class PreparedSteps:
     """Steps from prepared corpora: any row can be read at any time."""
@@ -98,6 +119,10 @@ class PreparedSteps:
     def share(self, rank: int, ranks: int, workers: int) -> list[NDArray[np.int64]]:
         mine = np.array_split(np.arange(self.global_batch), ranks)[rank]
         return [part for part in np.array_split(mine, workers) if len(part)]
+
+    def check(self, state: State) -> None:
+        if state and len(typed(_PreparedState, state).rows) != len(self.sources):
+            raise ValueError(f"it is of another number of corpora than {len(self.sources)}")
 
     def steps(self, state: State, places: NDArray[np.int64]) -> Iterator[Part]:
         taken = np.array(state.get("rows", [0] * len(self.sources)))  # rows of each corpus so far
@@ -142,6 +167,17 @@ class StreamedSteps:
         each = np.arange(self.rows_each)
         shares = [part for part in np.array_split(mine, workers) if len(part)]
         return [(streams[:, None] * self.rows_each + each).ravel() for streams in shares]
+
+    def check(self, state: State) -> None:
+        for number, stream in state.items():
+            found = typed(_StreamState, stream)
+            if not (number.isdecimal() and int(number) < self.num_streams):
+                raise ValueError(f"there is no stream {number[:20]}")
+            if not len(found.rows) == len(found.places) == len(self.corpora):
+                raise ValueError(f"it is of another number of corpora than {len(self.corpora)}")
+            for (_, place, _, _), corpus in zip(found.places, self.corpora, strict=True):
+                if place > len(corpus.files):
+                    raise ValueError(f"stream {number} is at file {place}, and there are {len(corpus.files)}")
 
     def steps(self, state: State, places: NDArray[np.int64]) -> Iterator[Part]:
         tokenizer = Tokenizer(Path(self.corpora[0].recipe.tokenizer))  # one for all streams
@@ -193,7 +229,12 @@ class Loader:
         self._reached: State = {}
 
     def start(self, state: State) -> None:
-        """Begin at ``state``, as ``gather_state`` gave it; {}: at the beginning."""
+        """Begin at ``state``, as ``gather_state`` gave it; {}: at the beginning. Raises UserError if there is no such
+        state."""
+        try:
+            self.source.check(state)
+        except ValueError as error:
+            raise UserError(f"the checkpoint's position in the data cannot be used: {error}") from None
         self._start, self._reached = state, {}
         steps = _Steps(self.source, state, self.shares)
         if not self.workers:

@@ -16,23 +16,30 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import sha256, write_in_one_go
+from torchtitan_style.common.errors import UserError, shown
+from torchtitan_style.common.files import digest_of, sha256, write_in_one_go
+from torchtitan_style.common.reading import read_json_object
+from torchtitan_style.common.typed import Content, Count, Sha256, typed
 
 from .packing import Piece, best_fit, pieces_of
 from .rows import BestFitRows, ConcatRows, RowSource
 from .shards import TokenShards
+from .tables import tables_problem, write_tables
 from .tokenize import PARTS
 from .tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
+_MOST_BYTES = 2**28
+"""Size of a manifest at most: it has a line for every file of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Prepared:
 
     def save(self) -> None:
         """Write the manifest, in one go."""
+        self.manifest["manifest_sha256"] = _hash_of(self.manifest)
         write_in_one_go(self.folder / "manifest.json", json.dumps(self.manifest, indent=1) + "\n")
 
     def fingerprint(self, name: str) -> str:
@@ -97,25 +105,18 @@ class Prepared:
     ) -> RowSource:
         """The rows of one corpus, "train" or "validation". Raises UserError if the corpus has too few tokens.
 
-        say: told what is special.
+        say: told what is special. Tables of packed rows that are not as they were written are made anew.
         """
         tokens, base = self._split(name, part, seq_len, say)
         end_of_text = self.manifest["end_of_text"]
         if packing == "concat":
             return ConcatRows(tokens, seq_len=seq_len, end_of_text=end_of_text)
         folder = self.place(name) / f"best_fit-{seq_len}"
-        key = f"{part} {self.fingerprint(name)} {base} {len(tokens)}\n"
-        stamp = folder / f"{part}.done"
-        if not stamp.exists() or stamp.read_text(encoding="utf-8") != key:
-            folder.mkdir(exist_ok=True)
-            stamp.unlink(missing_ok=True)
-            with (folder / f"{part}.pieces").open("wb") as pieces, (folder / f"{part}.rows").open("wb") as ends:
-                count = 0
-                for row in self._packed(name, base, base + len(tokens), seq_len):
-                    count += len(row)
-                    pieces.write(np.array([(start - base, n) for start, n in row], dtype="<i8").tobytes())
-                    ends.write(np.array([count], dtype="<i8").tobytes())
-            stamp.write_text(key, encoding="utf-8")
+        key = f"{part} {self.fingerprint(name)} {base} {len(tokens)}"
+        if (problem := tables_problem(folder, part, key)) is not None:
+            if problem:
+                say(f"packing rows again: {problem}")
+            write_tables(folder, part, key, self._packed(name, base, base + len(tokens), seq_len), base=base)
         rows = BestFitRows(tokens, folder, part, seq_len=seq_len, end_of_text=end_of_text)
         share = 1 - (len(tokens) - 1) / (rows.num_rows * seq_len)
         of = f" of {name}" if name else ""
@@ -182,13 +183,93 @@ class Prepared:
                 yield from best_fit(pieces, seq_len)
 
 
-def read_prepared(folder: Path) -> Prepared | None:
-    """What ``folder`` holds, or None if it holds nothing whole."""
+class _File(Content):
+    size: Count
+    mtime_ns: int = Field(ge=-(2**63), lt=2**63)
+    sha256: Sha256
+
+
+class _Source(Content):
+    url: str
+    size: Count
+    version: str
+    digest: str
+
+
+class _Corpus(Content):
+    documents: dict[str, Count]
+    tokens: dict[str, Count]
+    sources: list[_Source]
+    files: dict[str, _File]
+    exhausted: bool = False
+
+
+class _CorpusSettings(Content, extra="allow"):
+    text_key: str
+    paths: list[str] = Field(default_factory=list)
+
+
+class _Settings(Content, extra="allow"):
+    validation_fraction: float = Field(ge=0, lt=1)
+    streaming: bool
+    corpora: dict[str, _CorpusSettings]
+
+
+class _Manifest(Content):
+    """What the program relies on in a manifest."""
+
+    settings: _Settings
+    tokenizer_sha256: Sha256
+    end_of_text: Count
+    dtype: Literal["<u2", "<u4"]
+    corpora: dict[str, _Corpus]
+
+
+def read_prepared(folder: Path, say: Callable[[str], None] = lambda line: None) -> Prepared | None:
+    """What ``folder`` holds, or None if it holds nothing whole. say: told why, if it holds something."""
+    path = folder / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return Prepared(folder, manifest) if manifest["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json_object(path, most=_MOST_BYTES)
+        if manifest.get("format") != FORMAT:
+            return None
+        if manifest.get("manifest_sha256") != _hash_of(manifest):
+            raise ValueError("it has changed since it was written")
+        _check(typed(_Manifest, manifest))
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        say(f"{path} cannot be used, so the corpus is prepared again: {error}")
+        return None
+    return Prepared(folder, manifest)
+
+
+def _hash_of(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says, but for itself and for times of change: a copy has others."""
+
+    def timeless(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: timeless(each) for key, each in value.items() if key != "mtime_ns"}
+
+    return digest_of(timeless(manifest), but="manifest_sha256")
+
+
+def _check(manifest: _Manifest) -> None:
+    """Raise ValueError where the parts of a manifest contradict each other."""
+    if manifest.corpora.keys() != manifest.settings.corpora.keys():
+        raise ValueError("it has other corpora than its settings")
+    width = np.dtype(manifest.dtype).itemsize
+    if manifest.end_of_text >= 2 ** (8 * width):
+        raise ValueError("its end-of-text is no token")
+    for name, corpus in manifest.corpora.items():
+        if not {*PARTS} <= corpus.documents.keys() & corpus.tokens.keys():
+            raise ValueError(f"it does not say what corpus {shown(name)} has")
+        if any(not re.fullmatch(r"[\w.-]+", file) or file.startswith(".") for file in (*corpus.files, name or "_")):
+            raise ValueError("it names a file that is none of the folder")
+        for part in PARTS:
+            sizes = [e.size for file, e in corpus.files.items() if file.startswith(part) and file.endswith(".bin")]
+            if sum(sizes) != corpus.tokens[part] * width:
+                raise ValueError(f"its files do not have the {corpus.tokens[part]:,} {part} tokens that it counts")
 
 
 def _tokenizer_hash(folder: Path) -> str | None:

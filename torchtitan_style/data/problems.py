@@ -15,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.errors import UserError, cut
+from torchtitan_style.common.reading import json_lines
+from torchtitan_style.common.typed import Content, Count, typed
 
 from .corpus import SourceFile
 from .documents import EMPTY, PLACE_NAMES, Record
@@ -92,6 +94,28 @@ def lost_files(lost: Sequence[Problem], allowed: Sequence[str], listed: str = ""
     )
 
 
+class _Listed(Content):
+    """A line of the list. Which place it has depends on the format of the file."""
+
+    file: str
+    problem: str
+    line: Count | None = None
+    row: Count | None = None
+    byte: Count | None = None
+    item: Count | None = None
+    document: Count | None = None
+    lost_rows: Count | None = None
+    lost_bytes: Count | None = None
+
+
+def _is_problem(value: Any) -> bool:
+    try:
+        typed(_Listed, value)
+    except ValueError:
+        return False
+    return ("lost_rows" in value) == ("lost_bytes" in value)
+
+
 class BadDocuments:
     """The list of one run or prepared corpus. Each document is in it once, however often it is met."""
 
@@ -102,12 +126,14 @@ class BadDocuments:
         self._empty = 0
         self._listed: set[str] = set()
         self._first: list[Problem] = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self._note(json.loads(line))
-                except ValueError:
-                    continue  # cut short by a kill
+        if not path.exists():
+            return
+        try:
+            for _, problem in json_lines(path):
+                if _is_problem(problem):  # else it was cut short by a kill
+                    self._note(problem)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
     def add(self, problems: Iterable[Problem]) -> None:
         """List ``problems``. Raises TooManyBadDocuments when there are more than the limit, and LostFiles when some
@@ -144,7 +170,7 @@ class BadDocuments:
 
 def describe(problem: Problem) -> str:
     """``problem`` in a line for a person."""
-    return f"{problem['file']}, {_place(problem)}: {problem['problem']}"
+    return f"{problem['file']}, {_place(problem)}: {cut(problem['problem'], 300)}"
 
 
 def _place(problem: Problem) -> str:

@@ -9,7 +9,6 @@ Needs no torch: the launcher asks before it starts the ranks, so that a mistake 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import copy_folder, locked
+from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
 from torchtitan_style.config.schema import Data
@@ -93,7 +93,7 @@ class CorpusStore:
         """
         self._check_replaceable()
         with locked(self.folder, say) if self.data.prepared_folder else contextlib.nullcontext():
-            present = read_prepared(self.folder)
+            present = read_prepared(self.folder, say)
             settings = self._settings(present)
             change = change_of(present, self.data, settings) if present else None
             if change:
@@ -101,7 +101,8 @@ class CorpusStore:
             if present is None or change or self._lacks_held_out(present):
                 present = self._prepare(settings, say, progress or lines_of_progress(say), processes or _cpus())
             else:
-                self._pack_rows(present, say=lambda line: None)  # already reported when it was prepared
+                # Shares were reported when it was prepared.
+                self._pack_rows(present, say=lambda line: say(line) if "again" in line else None)
             if self.hands_out:
                 self._hand_out(present)
             return present
@@ -184,9 +185,9 @@ class CorpusStore:
     def _check_replaceable(self) -> None:
         """Raise UserError if something that this program did not write would be replaced."""
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            is_prepared = isinstance(manifest["format"], int) and "corpora" in manifest
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = read_json_object(self.folder / "manifest.json", most=2**28)
+            is_prepared = isinstance(manifest.get("format"), int) and "corpora" in manifest
+        except (OSError, ValueError):
             is_prepared = (self.folder / "manifest.json").exists() and (self.folder / "tokenizer").is_dir()
         staging = self.folder.with_name(f"{self.folder.name}.tmp")
         is_staging = any((staging / name).exists() for name in ("plan.json", "plan.json.tmp", "manifest.json"))

@@ -26,9 +26,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from torchtitan_style.common.errors import RunError
-from torchtitan_style.common.files import sha256
+from torchtitan_style.common.files import digest_of, sha256
 from torchtitan_style.common.program import STOP_SIGNALS, begin
+from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.signals import shielding_children
+from torchtitan_style.common.typed import Content, Count, typed
 
 from .corpus import SourceFile
 from .documents import Lost, Record, is_one_piece, parquet_groups, read_records
@@ -329,7 +331,7 @@ def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Count
         "files": {path.name: file_entry(path) for path in made_files},
     }
     temporary = folder / f"unit-{number:05d}.tmp"
-    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.write_text(json.dumps(content | {"unit_sha256": digest_of(content)}), encoding="utf-8")
     temporary.rename(folder / f"unit-{number:05d}.json")
 
 
@@ -369,10 +371,29 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
+class _FileOfUnit(Content):
+    size: Count
+    mtime_ns: int
+
+
+class _Unit(Content):
+    documents: dict[str, Count]
+    tokens: dict[str, Count]
+    bad: list[list[Any]]
+    files: dict[str, _FileOfUnit]
+
+
 def _done(folder: Path, number: int) -> dict[str, Any] | None:
-    """What a finished unit has, or None if it is not finished."""
+    """What a finished unit has, or None if it is not finished, or its files are not as it left them."""
     try:
-        return json.loads((folder / f"unit-{number:05d}.json").read_text(encoding="utf-8"))
+        content = read_json_object(folder / f"unit-{number:05d}.json", most=2**28)
+        if content.get("unit_sha256") != digest_of(content, but="unit_sha256"):
+            return None
+        for name, file in typed(_Unit, content).files.items():
+            stat = (folder / name).stat()
+            if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+                return None
+        return content
     except (OSError, ValueError):
         return None
 

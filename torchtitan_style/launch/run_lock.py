@@ -15,6 +15,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import first_missing, remove_empty
+from torchtitan_style.common.reading import parse_json
 
 NAME = "run.lock"
 _DYING = 1.0
@@ -57,7 +58,7 @@ def check_free(folder: Path) -> None:
     """Raise UserError if another run holds ``folder``. Leaves no trace."""
     with contextlib.suppress(FileNotFoundError):
         try:
-            file = os.open(folder / NAME, os.O_RDWR)
+            file = os.open(folder / NAME, os.O_RDWR | os.O_NONBLOCK)
         except PermissionError:
             return  # said by whoever wants to write
         try:
@@ -69,7 +70,7 @@ def check_free(folder: Path) -> None:
 def _open(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        return os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise UserError(f"job.dump_folder: {folder} cannot be written: {error.strerror}") from None
 
@@ -105,7 +106,7 @@ def _take(file: int, folder: Path, *, write: bool = True) -> None:
 
 def _holder(file: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(file, 4096, 0))
+        found = parse_json(os.pread(file, 4096, 0))
         return found if isinstance(found, dict) else {}
     except ValueError:  # just made
         return {}

@@ -14,6 +14,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import write_in_one_go
+from torchtitan_style.common.reading import json_lines, read_text
 from torchtitan_style.config.schema import Metrics
 
 
@@ -37,12 +38,13 @@ class Recorder:
         self._file = dump_folder / "metrics.jsonl"
         kept = []
         if resumed_step and self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut short by a kill
+            try:
+                for line, record in json_lines(self._file):  # one may be cut short by a kill
+                    step = record.get("step") if isinstance(record, dict) else None
+                    if type(step) is int and step <= resumed_step:
+                        kept.append(line.decode().rstrip("\n") + "\n")
+            except OSError as error:
+                raise UserError(f"{self._file}: cannot be read: {error.strerror or error}") from None
         write_in_one_go(self._file, "".join(kept))
         self._tensorboard = self._wandb = None
         if config.enable_tensorboard:
@@ -142,7 +144,10 @@ def _wandb_id(file: Path, *, keep: bool) -> str:
     """What Weights & Biases knows the run by: the same after a resume."""
     if not (keep and file.exists()):
         write_in_one_go(file, uuid.uuid4().hex)
-    return file.read_text(encoding="utf-8")
+    try:
+        return read_text(file, most=1000)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

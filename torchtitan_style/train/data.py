@@ -129,7 +129,10 @@ class RunData:
         config, sources = self.config, self._rows("validation")
         counts = [source.num_rows for source in sources]
         if config.validation.steps != -1:
-            wanted = np.arange(config.validation.steps * self.batch_plan.global_batch_size)
+            # No more than have each corpus give all that it has: of the rest there is none.
+            weights = config.data.weights()
+            enough = max(int(count / weight) + 1 for count, weight in zip(counts, weights, strict=True)) + 100
+            wanted = np.arange(min(config.validation.steps * self.batch_plan.global_batch_size, enough))
             shares = np.bincount(choose(wanted, config.data.weights(), ""), minlength=len(sources))
             counts = np.minimum(counts, shares).tolist()
         parts = [source.rows(np.arange(count)) for source, count in zip(sources, counts, strict=True) if count]
