@@ -87,7 +87,7 @@ def problem_of(
             return f"{MANIFEST} lists no files"
         if "manifest_sha256" not in content:
             return f"{MANIFEST} has no hash of itself: it has changed, or is of an older version"
-        if content["manifest_sha256"] != digest_of(content, but="manifest_sha256"):
+        if content["manifest_sha256"] != _digest(content):
             return f"{MANIFEST} has changed since it was written"
         files = list(typed(Manifest, content).files.items())
         listed = {name for name, _ in files}
@@ -150,6 +150,11 @@ def readable(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Hash of all that a manifest says, but for the hash itself."""
+    return digest_of(manifest, but="manifest_sha256")
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """What the manifest says of one file."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -171,7 +176,7 @@ def seal(
     paths = {path.relative_to(temporary).as_posix(): path for path in sorted(temporary.rglob("*"))}
     files = {name: known.get(name) or file_entry(path) for name, path in paths.items() if path.is_file()}
     manifest = {**about, "files": files}
-    manifest["manifest_sha256"] = digest_of(manifest)
+    manifest["manifest_sha256"] = _digest(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name, path in paths.items():
         if name not in known:

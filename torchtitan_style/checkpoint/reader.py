@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import pickle
 import warnings
 from collections import Counter
@@ -77,6 +78,8 @@ class SafeReader(dcp.FileSystemReader):
     def _archive(self, item: ReadItem, file: BinaryIO) -> Any:
         """A stored tensor: a zip file, whose entries are not compressed."""
         info = self.storage_data[item.storage_index]
+        if info.offset + info.length > os.fstat(file.fileno()).st_size:
+            raise UserError(f"{file.name}: is damaged: it is shorter than .metadata says")
         view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
         archive: Any = torch._C.PyTorchFileReader(view)
         if sum(archive.get_record_size(name) for name in archive.get_all_records()) > info.length:

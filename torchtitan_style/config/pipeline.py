@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .schema import Parallelism, PipelineSchedule
+from .kinds import PipelineSchedule
+from .schema import Parallelism
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtitan_style.config.kinds import PipelineSchedule
 from torchtitan_style.config.pipeline import Stage, rank_of_stage
-from torchtitan_style.config.schema import PipelineSchedule
 
 from .local import local_tensor
 from .world import World

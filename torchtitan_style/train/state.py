@@ -27,7 +27,7 @@ class SavedState(Content):
 class SkippedSteps:
     """Steps in which the weights were not updated."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     total: Count = 0
     in_a_row: Count = 0
@@ -43,7 +43,7 @@ class SkippedSteps:
 class TrainState:
     """What a checkpoint holds beside weights and optimizer state. The names of the fields are part of its format."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     step: Count = 0
     """The last step that was done."""
