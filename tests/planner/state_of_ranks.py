@@ -37,6 +37,7 @@ def found(case: dict[str, Any]) -> dict[str, Any]:
     parameters = dict(model.named_parameters())
     return {
         "weights": size(parameters.values()),
+        "gradients": size(p.float() for p in parameters.values() if p.requires_grad),
         "optimizer": size(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
         "local": {name: list(local_tensor(parameter).shape) for name, parameter in parameters.items()},
     }

@@ -14,10 +14,14 @@ from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.distributed.recompute import apply_activation_checkpoint
 from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.lora import add_adapters
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
+from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.trained import adapted_modules
 from torchtitan_style.planner.activations import kept_by_layers, kept_outside
 from torchtitan_style.planner.workload import Workload
+from torchtitan_style.train.step import freeze
 
 SHAPE = ("--model.flavor", "debug", "--model.hidden_size", "96", "--model.intermediate_size", "320",
          "--model.num_hidden_layers", "4", "--training.seq_len", "128", "--training.local_batch_size", "2",
@@ -49,7 +53,11 @@ def alive() -> Kept:
 def actual(work: Workload) -> int:
     """Bytes kept by the forward pass of the hidden states."""
     config = work.config
-    model: Any = Qwen3ForCausalLM(model_config(config.model)).to(DTYPES[config.training.mixed_precision_param])
+    shape, dtype = model_config(config.model), DTYPES[config.training.mixed_precision_param]
+    model: Any = Qwen3ForCausalLM(shape)
+    freeze(model, config)
+    add_adapters(model, config.lora, adapted_modules(QWEN3, shape, config.lora))
+    model.to(dtype)
     apply_activation_checkpoint(model.model.layers, config.activation_checkpoint)
     if config.compile.enable:
         for layer in model.model.layers:
@@ -76,6 +84,9 @@ def actual(work: Workload) -> int:
     ("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "3"),
     ("--model.dropout", "0.1"),
     ("--data.document_mask", "true"),
+    ("--lora.rank", "8"),
+    ("--lora.rank", "8", "--lora.dropout", "0.1"),
+    ("--training.freeze", "*norm*", "*down_proj*"),
     ("--compile.enable", "true"),
     ("--compile.enable", "true", "--training.mixed_precision_param", "float32"),
 ])  # fmt: skip

@@ -25,6 +25,9 @@ UNTIED = ("--model.tie_word_embeddings", "false")
 BIASED = ("--model.attention_bias", "true")
 FULL = ("--activation_checkpoint.mode", "full")
 
+LORA = ("--lora.rank", "3")
+TARGETS = ("--lora.target_modules", "layers.0.*", "o_proj", "mlp.*")
+
 CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "one": ({}, ()),
     "one, muon, recomputed": ({}, (*MUON, *FULL)),
@@ -39,6 +42,10 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "dp 2 × tp 2": ({"dp_shard": 2, "tp": 2}, MUON),
     "dp 2 × tp 2, untied, biased": ({"dp_shard": 2, "tp": 2}, (*UNTIED, *BIASED)),
     "replicated 2 × tp 2": ({"dp_replicate": 2, "tp": 2}, ()),
+    "one, adapters": ({}, LORA),
+    "dp 4, adapters": ({"dp_shard": 4}, (*LORA, "--training.mixed_precision_param", "float32")),
+    "dp 2 × tp 2, some adapters, muon": ({"dp_shard": 2, "tp": 2}, (*LORA, *TARGETS, *MUON)),
+    "tp 2, frozen": ({"tp": 2}, ("--training.freeze", "*embed_tokens*", "model.layers.0.*")),
 }
 
 
@@ -81,7 +88,7 @@ def test_state_is_that_of_real_ranks_to_the_byte(real: dict[str, list[dict[str, 
         by_arithmetic = state_of(kinds, layout, index=rank // layout.tp % layout.fsdp)
         assert on_meta == by_arithmetic
         assert (on_meta.weights, on_meta.optimizer) == (actual["weights"], actual["optimizer"])
-        assert on_meta.gradients == actual["weights"]
+        assert on_meta.gradients == actual["gradients"]
 
 
 @pytest.mark.parametrize(("flavor", "layout"), [

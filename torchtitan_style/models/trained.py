@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,14 @@ def adapter_shapes(spec: ModelSpec, shape: Any, lora: Lora) -> Shapes:
     return found
 
 
+def adapter_split(name: str, spec: ModelSpec) -> int | None:
+    """As ``spec.tensor_parallel_dim``, of a parameter of an adapter: the dimension that it has in common with the matrix
+    that it adapts is split if that is the matrix's."""
+    dim = 1 if name.endswith(DOWN) else 0
+    module = name.removesuffix(DOWN).removesuffix(UP)
+    return dim if spec.tensor_parallel_dim(f"{module}.weight") == dim else None
+
+
 def is_frozen(name: str, config: Config) -> bool:
     """Whether the parameter ``name`` stays as it is."""
     if config.lora.rank:
@@ -67,6 +76,23 @@ def trained_shapes(config: Config) -> Shapes:
     spec, shape = spec_of(config.model.name), model_config(config.model)
     every = spec.parameter_shapes(shape) | adapter_shapes(spec, shape, config.lora)
     return {name: size for name, size in every.items() if not is_frozen(name, config)}
+
+
+def flops_per_token(config: Config) -> float:
+    """Floating-point operations to train on one token: as ``ModelConfig.flops_per_token``, but for what frozen weights
+    save. They have no gradients (2 of 6 for each weight), and those below the first that is trained pass none on (2
+    more)."""
+    spec, shape = spec_of(config.model.name), model_config(config.model)
+    adapted, trained = adapted_modules(spec, shape, config.lora), trained_shapes(config)
+    total, passes_on = float(shape.flops_per_token(config.training.seq_len)), False
+    for name, size in spec.parameter_shapes(shape).items():
+        passes_on = passes_on or name in trained or name.removesuffix(".weight") in adapted
+        is_embedding = "embed_tokens" in name
+        if name in trained or len(size) < 2 or (is_embedding and not shape.tie_word_embeddings):
+            continue
+        active = shape.num_experts_per_tok / shape.num_experts if len(size) == 3 else 1.0
+        total -= (2 if passes_on or is_embedding else 4) * active * math.prod(size)  # a tied one is the head
+    return total + 6 * sum(math.prod(size) for name, size in trained.items() if is_adapter(name))
 
 
 def shaped(shape: tuple[int, ...]) -> Any:

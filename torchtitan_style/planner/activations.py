@@ -6,6 +6,10 @@ tests/planner/test_activations.py holds them against what autograd keeps.
 
 from __future__ import annotations
 
+import re
+
+from torchtitan_style.models.trained import DOWN, UP
+
 from .workload import Workload
 
 
@@ -46,24 +50,41 @@ def kept_by_block(work: Workload) -> int:
     """Of a block of which nothing is recomputed (by us: the compiler does some by itself)."""
     n, local, c = work.tokens, work.scattered_tokens, work.c
     q, kv, hidden, features = work.queries, work.keys, work.hidden, work.features
+    # Inputs of matrices that have gradients: of q, k, v and of gate, up; and of down.
+    inputs = n * c * hidden * (_keeps_input(work, "[qkv]") + _keeps_input(work, "gate", "up"))
+    product = n * c * features * _keeps_input(work, "down")
     roots = 4 * (2 * local + n * (work.heads + kv / work.model.head_dim))  # of the four norms, fp32
     kept = roots + 4 * n * work.heads  # and attention's log of the sum of exponentials
     if work.compiled:
         # Block input and middle of the residual stream; inputs of q, k, v and of gate, up; before and after QK-norm
         # and rotation; v; attention's output; gate, up and their product.
-        kept += local * 2 * c * hidden + n * c * (2 * hidden + 3 * q + 3 * kv + 3 * features)
+        kept += local * 2 * c * hidden + inputs + n * c * (3 * q + 3 * kv + 2 * features) + product
     else:
         # Norms over C: the input in fp32 and the normalised rows; their outputs, which the ranks of tp gather.
-        kept += local * 2 * (4 + c) * hidden + n * 2 * c * hidden
+        normalised = c * any(kind.trained and kind.in_block and "norm" in kind.name for kind in work.kinds)
+        kept += local * 2 * (4 + normalised) * hidden + inputs
         # QK-norm alike, and after the rotation; v; attention's output; gate, silu(gate), up and the product.
-        kept += n * ((4 + 2 * c) * (q + kv) + c * kv + c * q + 4 * c * features)
+        kept += n * ((4 + normalised + c) * (q + kv) + c * kv + c * q + 3 * c * features) + product
     if work.on_gpu and c == 4:  # the kernel for fp32 wants keys and values for each query head
         kept += 2 * n * c * (q - kv)
     if work.model.dropout:  # a mask for each branch: of bytes on a GPU
         kept += 2 * local * hidden * (1 if work.on_gpu else c)
+    for rank, width in work.adapters:
+        kept += n * c * rank  # what is between its two matrices
+        if work.config.lora.dropout:  # its input after that, and a mask
+            kept += n * width * (c + (1 if work.on_gpu else c))
     if not work.on_gpu and work.config.data.document_mask:  # the mask that is added to the scores
         kept += work.batch.local_batch_size * work.config.training.seq_len**2 * c
     return int(kept)
+
+
+def _keeps_input(work: Workload, *projections: str) -> bool:
+    """Whether one of these projections, or its adapter, needs its input in the backward pass. After dropout an adapter
+    has an input of its own."""
+    of_these = re.compile(rf"\.({'|'.join(projections)})_proj\.")
+    found = [kind for kind in work.kinds if kind.trained and of_these.search(kind.name)]
+    dropped = work.config.lora.dropout > 0
+    return any(not kind.name.endswith((DOWN, UP)) or (kind.name.endswith(DOWN) and not dropped) for kind in found)
 
 
 def _input(work: Workload) -> int:

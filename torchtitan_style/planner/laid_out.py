@@ -21,7 +21,10 @@ from torchtitan_style.common.sizes import FP32
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.distributed.world import World, destroy_world, init_world
+from torchtitan_style.models.lora import add_adapters
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.trained import adapted_modules
+from torchtitan_style.train.step import DTYPES, freeze
 
 from .parameters import State
 
@@ -37,6 +40,8 @@ class Held:
     placements: tuple[str, ...]
     """How it is spread over the axes of its mesh, as "dp_shard: Shard(0)"; empty: it is whole."""
     muon: bool
+    trained: bool
+    number_bytes: int
 
 
 @contextlib.contextmanager
@@ -52,41 +57,47 @@ def fake_world(layout: Layout, rank: int = 0) -> Iterator[World]:
 
 def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
     """The parameters that ``rank`` holds, by name."""
-    spec = spec_of(config.model.name)
+    spec, shape = spec_of(config.model.name), model_config(config.model)
+    dtype = DTYPES[config.training.mixed_precision_param]
+    adapted = adapted_modules(spec, shape, config.lora)
     with fake_world(layout, rank) as world:
         with torch.device("meta"):
-            model = spec.build(model_config(config.model))
+            model = spec.build(shape).to(dtype if adapted else torch.float32)
+        freeze(model, config)
         spec.parallelize(
             model,
             world.mesh,
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile.model_copy(update={"enable": False}),  # it changes no parameter
-            param_dtype=torch.bfloat16 if config.training.mixed_precision_param == "bfloat16" else torch.float32,
+            param_dtype=dtype,
             reduce_dtype=torch.float32,
             reshard_after_forward=True,
+            **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
         )
         muon = config.optimizer.name == "muon"
         return {
-            name: _held(parameter, muon and spec.is_hidden_matrix(name, parameter))
+            name: _held(parameter, muon and parameter.requires_grad and spec.is_hidden_matrix(name, parameter))
             for name, parameter in model.named_parameters()
         }
 
 
 def state_held(held: dict[str, Held]) -> State:
     """Bytes of weights, gradients and optimizer state."""
-    weights = sum(FP32 * math.prod(each.local) for each in held.values())
-    muon = sum(FP32 * math.prod(each.local) for each in held.values() if each.muon)
-    steps = FP32 * sum(not each.muon for each in held.values())
-    return State(weights=weights, gradients=weights, optimizer=2 * weights - muon + steps)
+    weights = sum(each.number_bytes * math.prod(each.local) for each in held.values())
+    trained = [each for each in held.values() if each.trained]
+    gradients = sum(FP32 * math.prod(each.local) for each in trained)
+    muon = sum(FP32 * math.prod(each.local) for each in trained if each.muon)
+    steps = FP32 * sum(not each.muon for each in trained)
+    return State(weights=weights, gradients=gradients, optimizer=2 * gradients - muon + steps)
 
 
 def _held(parameter: Any, muon: bool) -> Held:
-    shape = tuple(parameter.shape)
+    shape, kept = tuple(parameter.shape), (muon, parameter.requires_grad, parameter.element_size())
     if not isinstance(parameter, DTensor):
-        return Held(shape, shape, (), muon)
+        return Held(shape, shape, (), *kept)
     names = parameter.device_mesh.mesh_dim_names or ()
     placements = tuple(f"{name}: {_short(p)}" for name, p in zip(names, parameter.placements, strict=True))
-    return Held(shape, tuple(parameter.to_local().shape), placements, muon)
+    return Held(shape, tuple(parameter.to_local().shape), placements, *kept)
 
 
 def _short(placement: Any) -> str:

@@ -11,7 +11,7 @@ from torchtitan_style.config.layout import Layout, reduces_each_microbatch
 
 from .activations import block_inside, kept_by_layers, kept_outside
 from .devices import Assumptions
-from .parameters import State, parameter_kinds, state_of
+from .parameters import State, parameter_kinds, saved_of
 from .workload import Workload
 
 KINDS = {
@@ -62,9 +62,8 @@ def plan_memory(config: Config, layout: Layout, *, on_gpu: bool = True) -> Memor
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Weights and optimizer state, in fp32; what else is in a checkpoint does not count beside them."""
-    whole = state_of(parameter_kinds(config), Layout())
-    return whole.weights + whole.optimizer
+    """Weights and optimizer state, of LoRA the adapters' alone, in fp32; the rest of a checkpoint is small."""
+    return saved_of(parameter_kinds(config), Layout())
 
 
 def reference_bytes(parameters: int, layout: Layout) -> tuple[int, int]:
@@ -86,7 +85,7 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
     gathered, block = _gathered(work)
     hidden = work.tokens * work.c * work.hidden
     accumulated = _accumulated(work)
-    head = work.vocabulary * work.hidden
+    head = work.vocabulary * work.hidden * work.trains_head
     head_gradient = 0 if accumulated > work.state.gradients else head * (work.c if work.is_sharded else FP32)
     moments = {
         "at the loss": {
@@ -109,7 +108,7 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
         },
         "backward, the first block": {
             "gradients": max(
-                accumulated, work.state.gradients + (work.outer_numbers * work.c if work.is_sharded else 0)
+                accumulated, work.state.gradients + (work.trained_outer_numbers * work.c if work.is_sharded else 0)
             ),
             "copies": gathered + _in_flight(work, block),
             "activations": last_block,
@@ -140,7 +139,7 @@ def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) 
 def _gathered(work: Workload) -> tuple[int, int]:
     """Weights in the type of computation that stay for the whole pass, and those of a block that come and go."""
     if not work.is_sharded:  # copies of all, if the type is another
-        return (work.gathered_numbers * work.c if work.c < FP32 else 0), 0
+        return work.copied_numbers * work.c, 0
     block = work.block_numbers * work.c
     outer = work.outer_numbers * work.c
     return (outer + work.layers * block, 0) if work.keeps_gathered else (outer, block)
@@ -157,15 +156,17 @@ def _accumulated(work: Workload) -> int:
         return 0
     if reduces_each_microbatch(work.config.parallelism, work.layout):
         return work.state.gradients
-    return work.gathered_numbers * work.r if work.is_sharded else work.state.gradients
+    trained = work.layers * work.trained_block_numbers + work.trained_outer_numbers
+    return trained * work.r if work.is_sharded else work.state.gradients
 
 
 def _reduction(work: Workload) -> int:
     """A block's gradients, as they come and in the type that they are summed in, and another all-gather's output."""
     if not work.is_sharded:
-        return work.block_numbers * work.c if work.c < FP32 else 0
+        return work.trained_block_numbers * work.c if work.c < FP32 else 0
+    trained = work.trained_block_numbers
     gathering = 0 if work.keeps_gathered else work.block_numbers * work.c
-    return work.block_numbers * (work.c + work.r) + gathering + 2 * work.block_numbers * FP32 // work.layout.fsdp
+    return trained * (work.c + work.r) + gathering + 2 * trained * FP32 // work.layout.fsdp
 
 
 def _loss(work: Workload) -> int:
@@ -178,7 +179,7 @@ def _loss(work: Workload) -> int:
     )
     logits = rows * work.vocabulary
     held = work.c + (FP32 if work.c < FP32 else 0) + (work.c if work.compiled else 0)
-    head = work.vocabulary * work.hidden
+    head = work.vocabulary * work.hidden * work.trains_head
     return logits * held + head * (work.c + FP32) + work.tokens * work.hidden * work.c
 
 
@@ -197,4 +198,4 @@ def _host_copy(work: Workload) -> int:
     checkpoint = work.config.checkpoint
     if not checkpoint.enable or checkpoint.async_mode == "disabled":
         return 0
-    return int((work.state.weights + work.state.optimizer) * (4 / 3 if work.on_gpu else 1))
+    return int(saved_of(work.kinds, work.layout) * (4 / 3 if work.on_gpu else 1))

@@ -7,17 +7,17 @@ search for a layout). tests/planner/test_state.py holds both against the tensors
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 from torchtitan_style.common.sizes import FP32, local_shape
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.trained import adapter_shapes, adapter_split, is_adapter, is_frozen, shaped
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class Kind:
     """The dimension that tensor parallelism splits."""
     muon: bool
     """Whether Muon takes them, else AdamW."""
+    trained: bool = True
+    """Whether they have gradients and optimizer state."""
+    saved: bool = True
+    """Whether checkpoints hold them."""
+    number_bytes: int = FP32
+    """Of a number, as a rank keeps it."""
 
     @property
     def in_block(self) -> bool:
@@ -51,9 +57,9 @@ class State:
     """Bytes of a rank that are there in every step, whatever the batch."""
 
     weights: int
-    """fp32 master weights."""
+    """fp32 master weights, and what LoRA adapts in the type of computation."""
     gradients: int
-    """Of the weights, in fp32."""
+    """Of the weights that are trained, in fp32."""
     optimizer: int
     """AdamW's two moments and number of steps, or Muon's one."""
 
@@ -63,34 +69,47 @@ class State:
 
 
 def parameter_kinds(config: Config) -> tuple[Kind, ...]:
-    """In the order of the layers. A tied head is not one."""
-    spec = spec_of(config.model.name)
-    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for name, shape in spec.parameter_shapes(model_config(config.model)).items():
-        counts[re.sub(r"\.layers\.\d+\.", ".layers.*.", name), shape] += 1
+    """In the order of the layers, adapters last. A tied head is not one."""
+    spec, shape, lora = spec_of(config.model.name), model_config(config.model), config.lora
     muon = config.optimizer.name == "muon"
-    return tuple(
-        Kind(
-            name=name,
-            shape=shape,
-            count=count,
-            tp_dim=spec.tensor_parallel_dim(name),
-            muon=muon and spec.is_hidden_matrix(name, _shaped(shape)),
+    frozen_bytes = FP32 if not lora.rank or config.training.mixed_precision_param == "float32" else FP32 // 2
+    counts: Counter[Kind] = Counter()
+    for name, size in (spec.parameter_shapes(shape) | adapter_shapes(spec, shape, lora)).items():
+        trained = not is_frozen(name, config)
+        kind = Kind(
+            name=re.sub(r"\.layers\.\d+\.", ".layers.*.", name),
+            shape=size,
+            count=0,
+            tp_dim=adapter_split(name, spec) if is_adapter(name) else spec.tensor_parallel_dim(name),
+            muon=muon and trained and spec.is_hidden_matrix(name, shaped(size)),
+            trained=trained,
+            saved=trained or not lora.rank,
+            number_bytes=FP32 if trained else frozen_bytes,
         )
-        for (name, shape), count in counts.items()
-    )
+        counts[kind] += 1
+    return tuple(dataclasses.replace(kind, count=count) for kind, count in counts.items())
 
 
 def state_of(kinds: tuple[Kind, ...], layout: Layout, index: int = 0) -> State:
     """What the rank ``index`` of the fsdp ranks holds. Rank 0 holds the most of every parameter."""
-    weights = optimizer = 0
-    for kind in kinds:
-        size = kind.count * FP32 * math.prod(kind.local(layout, index))
-        weights += size
-        optimizer += size if kind.muon else 2 * size + FP32 * kind.count
-    return State(weights=weights, gradients=weights, optimizer=optimizer)
+    weights = sum(kind.number_bytes * _held(kind, layout, index) for kind in kinds)
+    gradients = sum(FP32 * _held(kind, layout, index) for kind in kinds if kind.trained)
+    return State(weights=weights, gradients=gradients, optimizer=_optimizer(kinds, layout, index))
 
 
-def _shaped(shape: tuple[int, ...]) -> Any:
-    """What a question about a parameter's shape needs of a tensor."""
-    return SimpleNamespace(ndim=len(shape), shape=shape)
+def saved_of(kinds: tuple[Kind, ...], layout: Layout) -> int:
+    """Bytes of what the rank that holds most adds to a checkpoint."""
+    weights = sum(kind.number_bytes * _held(kind, layout, 0) for kind in kinds if kind.saved)
+    return weights + _optimizer(kinds, layout, 0)
+
+
+def _held(kind: Kind, layout: Layout, index: int) -> int:
+    """Numbers of all parameters of this kind on a rank."""
+    return kind.count * math.prod(kind.local(layout, index))
+
+
+def _optimizer(kinds: tuple[Kind, ...], layout: Layout, index: int) -> int:
+    """Bytes of AdamW's two moments and numbers of steps, and Muon's momenta."""
+    trained = [kind for kind in kinds if kind.trained]
+    moments = sum(FP32 * _held(kind, layout, index) * (1 if kind.muon else 2) for kind in trained)
+    return moments + sum(FP32 * kind.count for kind in trained if not kind.muon)

@@ -84,7 +84,14 @@ def parameter_lines(kinds: Sequence[Kind], layout: Layout) -> Iterator[str]:
     yield from table(
         ("parameter", "number", "shape", "on rank 0", "split", "optimizer"),
         (
-            (k.name, str(k.count), size(k.shape), size(k.local(layout)), split(k), "Muon" if k.muon else "AdamW")
+            (
+                k.name,
+                str(k.count),
+                size(k.shape),
+                size(k.local(layout)),
+                split(k),
+                "Muon" if k.muon else "AdamW" if k.trained else "frozen",
+            )
             for k in kinds
         ),
     )

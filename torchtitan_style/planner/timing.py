@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from torchtitan_style.models.trained import flops_per_token
+
 from .devices import Assumptions, Device
 from .memory import checkpoint_bytes
+from .parameters import saved_of
 from .traffic import Traffic, traffic_of
 from .workload import Workload
 
@@ -109,12 +112,12 @@ def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_o
     size = checkpoint_bytes(work.config)
     # Replicas of a shard write nothing: at most so many hosts do.
     writing = size / (assumptions.disk_bandwidth * min(hosts, work.layout.fsdp * work.layout.tp))
-    copying = (work.state.weights + work.state.optimizer) / assumptions.host_copy_bandwidth
+    copying = saved_of(work.kinds, work.layout) / assumptions.host_copy_bandwidth
     return TimePlan(
         phases=phases,
         bubble=(work.layout.pp - 1) * passes,
         tokens=tokens,
-        flops=tokens * work.model.flops_per_token(work.config.training.seq_len),
+        flops=tokens * flops_per_token(work.config),
         peak_flops=device.flops(work.c) * work.layout.world_size / ranks_on_device,
         traffic=traffic,
         checkpoint_bytes=size,
@@ -202,9 +205,10 @@ class _Clock:
 
     def _backward(self) -> tuple[float, float, float]:
         matmuls, rest = self._recomputed()
-        # Two products for each of the forward pass; flash attention has five for two.
+        # Two products for each of the forward pass, one of a frozen matrix; flash attention has five for two.
+        trained = self.work.trained_block_numbers / self.work.block_numbers
         compute, memory = self._blocks(
-            flops_factor=2 + matmuls, attention_factor=2.5 + matmuls, traffic_factor=2 + rest
+            flops_factor=1 + trained + matmuls, attention_factor=2.5 + matmuls, traffic_factor=2 + rest
         )
         return compute, memory, (2 + rest) * self.work.layers * self._operations()
 
@@ -222,17 +226,19 @@ class _Clock:
         return 0.0, 0.0
 
     def _loss(self) -> tuple[float, float, float]:
-        """Three products, and the softmax of all logits in chunks."""
+        """Three products, two if the head is frozen, and the softmax of all logits in chunks."""
         work = self.work
+        products = 3 if work.trains_head else 2
         head, logits = work.vocabulary * work.hidden, work.tokens * work.vocabulary
-        compute = self._matmul(6 * work.tokens * head, 3 * (head + logits) * work.c)
+        compute = self._matmul(2 * products * work.tokens * head, products * (head + logits) * work.c)
         passes = 4 * work.c if work.compiled else 6 * 4 + 2 * work.c
-        return compute, (logits * passes + 6 * head * 4) / self.memory, 40
+        return compute, (logits * passes + 6 * head * 4 * work.trains_head) / self.memory, 40
 
     def _optimizer(self) -> tuple[float, float, float]:
         """Norm, clipping, AdamW: bandwidth alone. Muon multiplies matrices."""
         work = self.work
-        moved = 3 * work.state.gradients + 2 * work.state.weights + 2 * work.state.optimizer
+        # The weights that are trained take as many bytes as their gradients.
+        moved = 5 * work.state.gradients + 2 * work.state.optimizer
         rounds = work.config.optimizer.muon.ns_steps
         flops = 0.0
         for kind in work.kinds:

@@ -45,16 +45,15 @@ def _sharding(work: Workload) -> list[Traffic]:
     """FSDP2: gather before use, sum gradients after each microbatch or the last; replicas after the last."""
     layout, layers = work.layout, work.layers
     blocks, outer = layers * work.block_numbers, work.outer_numbers
+    trained = layers * work.trained_block_numbers + work.trained_outer_numbers
     found = []
     if layout.fsdp > 1:
         found.append(Traffic("fsdp", "all-gather", "forward", (blocks + outer) * work.c, layers + 1, True))
         if not work.keeps_gathered:  # the outer parameters stay
             found.append(Traffic("fsdp", "all-gather", "backward", blocks * work.c, layers, True))
-        found.append(
-            Traffic("fsdp", "reduce-scatter", _when_reduced(work), (blocks + outer) * work.r, layers + 1, True)
-        )
+        found.append(Traffic("fsdp", "reduce-scatter", _when_reduced(work), trained * work.r, layers + 1, True))
     if layout.dp_replicate > 1:
-        shard = -(-(blocks + outer) // layout.fsdp)
+        shard = -(-trained // layout.fsdp)
         found.append(Traffic("dp_replicate", "all-reduce", "reduce", shard * work.r, layers + 1, True))
     return found
 
@@ -71,7 +70,9 @@ def _tensor_parallel(work: Workload) -> list[Traffic]:
         return []
     layers, rows = work.layers, work.tokens * work.c * work.hidden
     again = _recomputed_blocks(work)
-    norms = work.layers * 2 * (work.hidden + int(work.model.head_dim)) + work.hidden
+    # Of what each rank has whole: norms, and the factor of each adapter that is not split.
+    whole = [k for k in work.kinds if k.trained and k.tp_dim is None and not k.name.endswith("bias")]
+    norms = sum(k.count * math.prod(k.shape) for k in whole)
     return [
         # embedding → scatter; two gathers and two scatters in a block; the head gathers
         Traffic("tp", "all-gather", "forward", 2 * layers * rows, 2 * layers, False),
@@ -83,7 +84,7 @@ def _tensor_parallel(work: Workload) -> list[Traffic]:
             "tp", "all-gather", "backward", (2 * (layers + again[0]) + 1) * rows, 2 * (layers + again[0]) + 1, False
         ),
         Traffic("tp", "reduce-scatter", "backward", (2 * layers + again[1]) * rows, 2 * layers + again[1], False),
-        Traffic("tp", "all-reduce", _when_reduced(work), norms * work.c, 4 * layers + 1, False),
+        Traffic("tp", "all-reduce", _when_reduced(work), norms * work.c, sum(k.count for k in whole), False),
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch, reshards_after_forward
 from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.trained import DOWN
 
 from .parameters import Kind, State, parameter_kinds, state_of
 
@@ -136,5 +137,35 @@ class Workload:
         """All parameters of a tensor-parallel rank."""
         return self.layers * self.block_numbers + self.outer_numbers
 
-    def _gathered(self, *, in_block: bool) -> int:
-        return sum(k.count * k.tp_numbers(self.layout.tp) for k in self.kinds if k.in_block == in_block)
+    @property
+    def copied_numbers(self) -> int:
+        """Those of them that a process by itself keeps in another type than it computes in."""
+        return sum(k.count * k.tp_numbers(self.layout.tp) for k in self.kinds if k.number_bytes > self.c)
+
+    @cached_property
+    def trained_block_numbers(self) -> int:
+        """Those of a block that are trained; where blocks differ, on average."""
+        return self._gathered(in_block=True, trained=True) // self.layers
+
+    @property
+    def trained_outer_numbers(self) -> int:
+        return self._gathered(in_block=False, trained=True)
+
+    @property
+    def trains_head(self) -> bool:
+        head = "model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
+        return any(kind.trained for kind in self.kinds if kind.name == head)
+
+    @property
+    def adapters(self) -> list[tuple[int, int]]:
+        """Of a block, the rank and the width of the input of each adapter on a tensor-parallel rank."""
+        downs = [kind for kind in self.kinds if kind.name.endswith(DOWN)]
+        return [
+            (kind.shape[0], kind.tp_numbers(self.layout.tp) // kind.shape[0])
+            for kind in downs
+            for _ in range(-(-kind.count // self.layers))
+        ]
+
+    def _gathered(self, *, in_block: bool, trained: bool = False) -> int:
+        chosen = [k for k in self.kinds if k.in_block == in_block and (k.trained or not trained)]
+        return sum(k.count * k.tp_numbers(self.layout.tp) for k in chosen)

@@ -26,7 +26,7 @@ from torchtitan_style.metrics.display import Display
 from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.profiler import profile_step
 from torchtitan_style.metrics.throughput import Meter
-from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.trained import flops_per_token
 from torchtitan_style.optim.guard import StepGuard
 
 from .agreement import Agreement
@@ -104,8 +104,9 @@ class Trainer:
         """Whether the first step, which may compile, is done."""
         self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(interrupted(self.state.step, self.checkpointer.folder)))
-        flops = model_config(config.model).flops_per_token(config.training.seq_len)
-        self.meter = Meter(world, flops_per_token=flops, dtype=DTYPES[config.training.mixed_precision_param])
+        self.meter = Meter(
+            world, flops_per_token=flops_per_token(config), dtype=DTYPES[config.training.mixed_precision_param]
+        )
 
     def run(self) -> None:
         """Resume if there is a checkpoint, train, and close everything."""
