@@ -37,10 +37,12 @@ def init_weights(model: nn.Module, *, seed: int, initial_std: Callable[[str], fl
         elif math.isnan(std):
             parameter.fill_(math.nan)
         else:
-            _draw(parameter, std, f"{seed}/{name}")
+            draw(parameter, std, f"{seed}/{name}")
 
 
-def _draw(parameter: Tensor, std: float, key: str) -> None:
+@torch.no_grad()
+def draw(parameter: Tensor, std: float, key: str) -> None:
+    """Fill ``parameter``, plain or DTensor, with numbers that depend on ``key`` alone."""
     shape = parameter.shape
     local, (outer, *inner) = local_part(parameter)
     if local.numel() == 0:

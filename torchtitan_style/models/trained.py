@@ -57,8 +57,8 @@ def adapter_shapes(spec: ModelSpec, shape: Any, lora: Lora) -> Shapes:
 
 
 def adapter_split(name: str, spec: ModelSpec) -> int | None:
-    """As ``spec.tensor_parallel_dim``, of a parameter of an adapter: the dimension that it has in common with the matrix
-    that it adapts is split if that is the matrix's."""
+    """The dimension of an adapter's parameter that tensor parallelism splits: the one that the adapted matrix has as
+    well, if it is split there."""
     dim = 1 if name.endswith(DOWN) else 0
     module = name.removesuffix(DOWN).removesuffix(UP)
     return dim if spec.tensor_parallel_dim(f"{module}.weight") == dim else None

@@ -7,6 +7,7 @@ and ``train_step``, as training does.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -25,16 +26,25 @@ from torchtitan_style.config.layout import plan_batch
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.data.rows import Rows
 from torchtitan_style.distributed.custom_loss import plain_loss
-from torchtitan_style.distributed.init import init_weights
+from torchtitan_style.distributed.init import draw
 from torchtitan_style.distributed.local import whole_tensor
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
+from torchtitan_style.models.lora import add_adapters
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.trained import UP, adapted_modules
 from torchtitan_style.optim.adamw import is_decayed
 from torchtitan_style.optim.guard import StepGuard
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
-from torchtitan_style.train.step import DTYPES, build_optimizer, build_training_model, train_step
+from torchtitan_style.train.step import (
+    DTYPES,
+    build_optimizer,
+    build_training_model,
+    draw_weights,
+    freeze,
+    train_step,
+)
 
 from .report import SMALLEST, Check, Difference, gradient_check, gradient_difference
 from .routing import check_routing, routed_otherwise
@@ -84,21 +94,26 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     """
     spec, shape = spec_of(config.model.name), model_config(config.model)
 
-    def draw(model: Any) -> None:
-        init_weights(model, seed=config.training.seed, initial_std=model.initial_std)
+    def prepare(model: Any) -> None:
+        freeze(model, config)
+        add_adapters(model, config.lora, adapted_modules(spec, shape, config.lora))
 
-    model = build_model(spec, shape, device=torch.device("cpu"), fill=draw)
+    fill = functools.partial(draw_weights, config=config)
+    model = build_model(spec, shape, device=torch.device("cpu"), lay_out=prepare, fill=fill)
     model.lm_head.z_loss = config.training.z_loss
     if LOSSES.added(config.training.loss):
         model.lm_head.loss_function = plain_loss(LOSSES.get(config.training.loss))
-    weights = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
+    # What adapters are added to is kept in the type of computation.
+    weights = {n: [_fingerprint(p), _fingerprint(p.bfloat16())] for n, p in model.named_parameters()}
+    _move_adapters(model, config)
     model.to(device)
     if spec.use_definition:
         spec.use_definition(model)
     muon = config.optimizer.name == "muon"
-    hidden = {n: p for n, p in model.named_parameters() if muon and spec.is_hidden_matrix(n, p)}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = {n: p for n, p in trained.items() if muon and spec.is_hidden_matrix(n, p)}
     momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
-    optimizer = _adamw({n: p for n, p in model.named_parameters() if n not in hidden}, config)
+    optimizer = _adamw({n: p for n, p in trained.items() if n not in hidden}, config)
     batch = global_batch(config, rows=rows)
     tokens = (batch.labels != -100).sum().to(device)
     losses, norms = [], []
@@ -115,7 +130,7 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
                 share = model(inputs.to(device), labels.to(device))[0] / tokens
                 (share if routers is None else share + routers.loss()).backward()
                 loss += share.detach()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
+        gradients = {name: p.grad for name, p in trained.items()}
         norm = torch.stack([g.double().pow(2).sum() for g in gradients.values()]).sum().sqrt()
         if step == 1:
             largest = max(g.norm().item() for g in gradients.values())
@@ -199,6 +214,7 @@ def compare(
     model = build_training_model(config, world, warn=warn)
     optimizer = build_optimizer(model, config, world)
     checks = [_names(model, expected["weights"]), _initial_weights(model, expected["weights"])]
+    _move_adapters(model, config)
 
     guard = StepGuard(0.0, 2, world.device)
     batch = _batch(config, world)
@@ -266,7 +282,11 @@ def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.A
         for name, p in parameters.items()
     ]
     return torch.optim.AdamW(
-        groups, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps, foreach=False
+        groups or [{"params": []}],
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        foreach=False,
     )
 
 
@@ -291,18 +311,25 @@ def _fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _names(model: nn.Module, expected: dict[str, str]) -> Check:
+def _move_adapters(model: nn.Module, config: Config) -> None:
+    """Begin with B of adapters not at zero, where A would have no gradient."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(UP):
+            draw(parameter, 0.02, f"{config.training.seed}/verify/{name}")
+
+
+def _names(model: nn.Module, expected: dict[str, list[str]]) -> Check:
     names = set().union(*_gathered(set(dict(model.named_parameters()))))  # of all pipeline stages
     faults = [f"{name} is missing, or shares another parameter" for name in expected.keys() - names]
     faults += [f"{name} is a parameter of its own, but should not be" for name in names - expected.keys()]
     return Check("names of parameters", len(expected), len(faults), 0, tuple(sorted(faults)))
 
 
-def _initial_weights(model: nn.Module, expected: dict[str, str]) -> Check:
+def _initial_weights(model: nn.Module, expected: dict[str, list[str]]) -> Check:
     other = [
         name
         for name, parameter in model.named_parameters()
-        if name in expected and _fingerprint(whole_tensor(parameter)) != expected[name]
+        if name in expected and _fingerprint(whole_tensor(parameter)) not in expected[name]
     ]
     everyone = dict.fromkeys(name for names in _gathered(other) for name in names)
     faults = tuple(f"{name} starts from other values" for name in everyone)

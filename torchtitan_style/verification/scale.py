@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch
 from torchtitan_style.config.pipeline import num_stages
-from torchtitan_style.config.schema import Data
-from torchtitan_style.models.registry import model_config
+from torchtitan_style.config.schema import Data, Lora
+from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.trained import adaptable_modules, selects
 from torchtitan_style.planner.memory import reference_bytes
 
 from .layout import STEPS
@@ -29,7 +31,9 @@ def for_verification(
     """
     notes = []
     shape = model_config(config.model)
-    if shape.dropout or shape.attention_dropout:
+    lora = config.lora
+    if shape.dropout or shape.attention_dropout or (lora.rank and lora.dropout):
+        lora = lora.model_copy(update={"dropout": 0.0})
         shape = dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0)
         notes.append("without dropout, which every layout draws otherwise")
     parallelism, plan = config.parallelism, plan_batch(config.training, layout.dp)
@@ -41,6 +45,7 @@ def for_verification(
         shape = dataclasses.replace(shape, sliding_window=max(1, seq_len // 2))
         notes.append(f"with a sliding window of {shape.sliding_window} tokens, so that it matters in rows of {seq_len}")
 
+    freeze = config.training.freeze
     passes = 1 if config.training.mixed_precision_param == "float32" else 2
     work = shape.flops_per_token(seq_len) * seq_len * rows * STEPS * (1 + passes)
     needed, needed_alone = reference_bytes(shape.num_parameters, layout)
@@ -59,18 +64,22 @@ def for_verification(
             "divide evenly by the ranks still does not"
         )
         shape = small
+        lora, freeze, left_out = _patterns_of(small, config)
+        notes += [f"without the pattern {pattern}, which matches nothing there" for pattern in left_out]
         parallelism = parallelism.model_copy(update={"pipeline_parallel_blocks": []})
     dimensions = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(shape).items()}
     update = {
         "model": config.model.model_copy(update={"hf_assets_path": "", **dimensions}),
         "training": config.training.model_copy(
             update={
+                "freeze": freeze,
                 "seq_len": seq_len,
                 "local_batch_size": local,
                 "global_batch_size": rows,
                 "steps": max(config.training.steps, STEPS),
             }
         ),
+        "lora": lora,
         "parallelism": parallelism,
         # Within the few steps that are compared the rate goes all the way up.
         "lr_scheduler": config.lr_scheduler.model_copy(
@@ -116,3 +125,14 @@ def _small_copy(shape: Any, layout: Layout, config: Config) -> Any:
 def _like(size: int, target: int, ranks: int) -> int:
     """About ``target``, with the remainder that ``size`` has when divided by ``ranks``; at most ``size``."""
     return min(size, max(target // ranks, 1) * ranks + size % ranks)
+
+
+def _patterns_of(shape: Any, config: Config) -> tuple[Lora, list[str], list[str]]:
+    """[lora], without dropout, and training.freeze for a model of ``shape``; patterns that match nothing in it."""
+    spec, lora = spec_of(config.model.name), config.lora
+    modules, names = adaptable_modules(spec, shape), spec.parameter_shapes(shape)
+    targets = [pattern for pattern in lora.target_modules if any(selects(pattern, module) for module in modules)]
+    freeze = [pattern for pattern in config.training.freeze if any(fnmatchcase(name, pattern) for name in names)]
+    given = (lora.target_modules if lora.rank else []) + config.training.freeze
+    update = {"dropout": 0.0, "target_modules": targets or ["*"]}
+    return lora.model_copy(update=update), freeze, [p for p in given if p not in [*targets, *freeze]]
