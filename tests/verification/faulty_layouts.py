@@ -88,12 +88,12 @@ FAULTS: dict[str, Callable[[], Patch]] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, faults: dict[str, Callable[[], Patch]]) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     config = load_config(folder / "config.toml", world_size=world_size)
     world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=120)
     results = {}
-    for fault, breaking in FAULTS.items():
+    for fault, breaking in faults.items():
         with breaking():
             checks = compare(config, world, folder, precision="float32", warn=print)
         results[fault] = [dataclasses.asdict(check) for check in checks]
@@ -104,4 +104,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     with ending_at_once():
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), FAULTS)

@@ -92,6 +92,12 @@ class PipelinedModel(nn.Module):
                 if self.tied is None or parameter is not self.tied.copy:
                     yield name, parameter
 
+    @property
+    def stage_of(self) -> dict[str, int]:
+        """The stage of each parameter of this rank, by name."""
+        parts = zip(self.stages, self.parts, strict=True)
+        return {name: stage.index for stage, part in parts for name, _ in part.named_parameters()}
+
     def rank_of(self, stage: int) -> int:
         """The rank on the pp axis that runs ``stage``; -1: the last."""
         stages = self.stages[0].count

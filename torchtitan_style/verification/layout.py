@@ -28,6 +28,7 @@ from torchtitan_style.data.rows import Rows
 from torchtitan_style.distributed.custom_loss import plain_loss
 from torchtitan_style.distributed.init import draw
 from torchtitan_style.distributed.local import whole_tensor
+from torchtitan_style.distributed.pipeline import PipelinedModel
 from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.lora import add_adapters
@@ -341,13 +342,15 @@ def _gradients(model: nn.Module, right: Path, device: torch.device, *, smallest:
     """Every parameter's gradient, as each rank sees it, against the one in ``right``; the worst rank counts."""
     mine: dict[str, Difference] = {}
     parameters = dict(model.named_parameters())
+    stages = model.stage_of if isinstance(model, PipelinedModel) else {}
     with safe_open(right, framework="pt", device=str(device)) as file:
         names = list(file.keys())
         for name in names:
             if name in parameters:
                 gradient = parameters[name].grad
                 whole = None if gradient is None else whole_tensor(gradient)
-                mine[name] = gradient_difference(name, whole, file.get_tensor(name), smallest=smallest)
+                where = f"{name} (pipeline stage {stages[name]})" if stages else name
+                mine[name] = gradient_difference(where, whole, file.get_tensor(name), smallest=smallest)
     found = _gathered(mine)  # ranks of a pipeline hold different parameters
     worst = {name: [each[name] for each in found if name in each] for name in names}
     return [max(differences, key=lambda d: d.severity) for differences in worst.values() if differences]
