@@ -55,3 +55,21 @@ def test_a_collective_that_cannot_be_told_ends_no_thread(monkeypatch: pytest.Mon
     monkeypatch.setattr(watchdog.torch._C._distributed_c10d, "_dump_fr_trace_json", garbled)
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     assert watchdog._last_collective() == (0, "a collective")
+
+
+@pytest.mark.parametrize(
+    ("signs", "named"),
+    [
+        # Ranks 0 and 1 are stage 0, ranks 2 and 3 stage 1, which has entered more collectives.
+        ([(3, True), (3, True), (9, False), (9, True)], "rank 2 (pipeline stage 1) hangs"),
+        ([(3, True), (2, True), (9, True), (9, True)], "rank 1 (pipeline stage 0) hangs"),
+        ([(3, True), (3, True), (9, True), (9, True)], "all ranks hang"),
+    ],
+)
+def test_a_pipelines_rank_is_named_with_its_stage(signs: list[tuple[int, bool]], named: str) -> None:
+    answering = {
+        rank: {"collective": number, "name": f"collective {number}", "waits": waits, "stalled": 60.0, "step": 7}
+        for rank, (number, waits) in enumerate(signs)
+    }
+    assert watchdog._verdict([], answering, [0, 0, 1, 1]).startswith(named)
+    assert "rank 3 (pipeline stage 1) does not answer" in watchdog._verdict([3], answering, [0, 0, 1, 1])

@@ -66,8 +66,8 @@ class Trainer:
         self.agreement = Agreement()
         self.stop_signal = 0
         """The signal that the ranks have agreed to stop for; 0: none."""
-        limit = config.comm.init_timeout_seconds
-        self.watchdog = Watchdog(self.dump_folder / "hang", limit=limit, warn=self.display.warn)
+        limit, stages = config.comm.init_timeout_seconds, world.layout.pp
+        self.watchdog = Watchdog(self.dump_folder / "hang", limit=limit, warn=self.display.warn, stages=stages)
         self.model = build_training_model(config, world, warn=self.display.warn)
         self.optimizer = build_optimizer(self.model, config, world)
         self.guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)

@@ -32,12 +32,13 @@ _TICK = 1.0
 
 class Watchdog:
     """Made by all ranks together. folder: for the stacks. limit: seconds without progress before the run is ended.
+    stages: of the pipeline; each has as many ranks as the others, and the first ranks are the first stage's.
 
     A run of one process is never ended, as nobody waits for it; its stacks are written all the same.
     """
 
-    def __init__(self, folder: Path, *, limit: float, warn: Callable[[str], None]) -> None:
-        self.folder, self.limit, self.warn = folder, limit, warn
+    def __init__(self, folder: Path, *, limit: float, warn: Callable[[str], None], stages: int = 1) -> None:
+        self.folder, self.limit, self.warn, self.stages = folder, limit, warn, stages
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._step, self._since, self._parent = 0, time.monotonic(), os.getppid()
         self._closed = threading.Event()
@@ -105,6 +106,7 @@ class Watchdog:
             "step": self._step,
             "collective": number,
             "name": name,
+            "waits": stalled > 2 * _TICK and _waits_for_ranks(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
@@ -128,13 +130,19 @@ class Watchdog:
             time.sleep(_TICK)  # the launcher ends all when the first one ends
         where = self._dump_stacks()
         if self.rank == min(answering):
-            print(f"error: {_verdict(silent, answering)}; {where}", file=sys.stderr, flush=True)
+            verdict = _verdict(silent, answering, self._stages_of_ranks())
+            print(f"error: {verdict}; {where}", file=sys.stderr, flush=True)
             for rank in silent:
                 # Stopped, it would outlive the launcher's SIGTERM. One on another host is left to the launcher there.
                 if now[rank]["host"] == socket.gethostname():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(now[rank]["pid"], signal.SIGKILL)
         os._exit(1)
+
+    def _stages_of_ranks(self) -> list[int]:
+        """The pipeline stage of each rank; none if there is no pipeline."""
+        each = self.world_size // self.stages
+        return [rank // each for rank in range(self.world_size)] if self.stages > 1 else []
 
     def _dump_stacks(self) -> str:
         """Write the stacks of all threads to a file. Returns a phrase that says where."""
@@ -148,21 +156,50 @@ class Watchdog:
         return f"stacks are in {self.folder}"
 
 
-def _verdict(silent: list[int], answering: dict[int, Any]) -> str:
-    """A sentence that says which rank holds up the others."""
+def _verdict(silent: list[int], answering: dict[int, Any], stages: list[int]) -> str:
+    """A sentence that says which rank holds up the others. stages: the pipeline stage of each rank, or none."""
     waiting = max(answering.values(), key=lambda sign: sign["collective"])
     stalled, others = f"{waiting['stalled']:.0f} s", f"the others wait in {waiting['name']}"
+    if stages:
+        others = "the others wait for it"
+
+    def named(rank: int) -> str:
+        return f"{rank} (pipeline stage {stages[rank]})" if stages else str(rank)
+
     if silent:
-        who = ", ".join(map(str, silent))
+        who = ", ".join(map(named, silent))
         return (
             f"rank {who} does not answer (stopped, or its host is gone); {others} after step {waiting['step']}, "
             f"for {stalled}"
         )
-    behind = min(answering, key=lambda rank: answering[rank]["collective"])
-    sign = answering[behind]
-    if sign["collective"] < waiting["collective"]:
-        return f"rank {behind} hangs after step {sign['step']} and {sign['name']}, for {stalled}; {others}"
-    return f"all ranks hang after step {sign['step']} in {waiting['name']}, for {stalled}"
+    behind = _behind(answering, stages)
+    if behind is not None:
+        sign = answering[behind]
+        return f"rank {named(behind)} hangs after step {sign['step']} and {sign['name']}, for {stalled}; {others}"
+    return f"all ranks hang after step {waiting['step']} in {waiting['name']}, for {stalled}"
+
+
+def _behind(signs: dict[int, Any], stages: list[int]) -> int | None:
+    """The rank that has entered fewer collectives than others; None if all have entered as many.
+
+    Stages of a pipeline have other numbers of them, and what passes between stages is not counted. So with a pipeline
+    it is the rank that waits for no other one, and ranks are compared within their stage only if all wait.
+    """
+    if not stages:
+        behind = min(signs, key=lambda rank: signs[rank]["collective"])
+        most = max(sign["collective"] for sign in signs.values())
+        return behind if signs[behind]["collective"] < most else None
+    busy = [rank for rank, sign in signs.items() if not sign["waits"]]
+    if busy:
+        return busy[0] if len(busy) < len(signs) else None
+    of_stages = [{rank: signs[rank] for rank in signs if stages[rank] == stage} for stage in sorted(set(stages))]
+    return next((rank for each in of_stages if each and (rank := _behind(each, [])) is not None), None)
+
+
+def _waits_for_ranks() -> bool:
+    """Whether the main thread is in a function of torch's that communicates."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and "/torch/distributed/" in frame.f_code.co_filename.replace(os.sep, "/")
 
 
 def _shared_store() -> dist.TCPStore:
