@@ -43,10 +43,10 @@ def test_a_run_goes_on_with_and_without_a_pipeline(runs: Runs, command: Command,
             assert records(folder, key)[step] == pytest.approx(right, rel=1e-5), (key, step)
     checkpoint = folder / "checkpoint/step-20"
     assert read_manifest(checkpoint)["mesh"]["pp"] == 2
-    assert "pp 2" in command("torchtitan_style", "checkpoint", "show", checkpoint)
-    command("torchtitan_style", "export-hf", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
-    text = command("torchtitan_style", "generate", "--checkpoint", checkpoint, "--prompt", "a", "--max-new-tokens", 2)
-    assert text
+    assert "pp 2" in command("torchtitan_style.commands.checkpoint", "show", checkpoint)
+    command("torchtitan_style.commands.export_hf", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
+    options = ["--prompt", "a", "--max-new-tokens", 2]
+    assert command("torchtitan_style.commands.generate", "--checkpoint", checkpoint, *options)
 
 
 def test_a_stage_killed_in_a_step_is_restarted(runs: Runs, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_stage_killed_in_a_step_is_restarted(runs: Runs, tmp_path: Path) -> No
     run.until(died.exists, "rank 1 dies")
     run.until(lambda: not is_alive(first[0]), "rank 0 ends")
     assert run.wait() == 0, run.output
-    assert "resuming after step 8" in run.output
+    assert re.search("resuming after step [48]", run.output)  # that of step 8 may have been under way
     assert curve(run.folder) == curve(whole)
     same_tensors(run.folder / "checkpoint/step-20", whole / "checkpoint/step-20", tmp_path)
 

@@ -1,4 +1,4 @@
-"""Run by test_pipeline_faults.py as the ranks of a pipeline: as ``faulty_layouts.py``, with what can break in a pipeline."""
+"""Run by test_pipeline_faults.py as the ranks of a pipeline: what ``faulty_layouts.py`` does, with other faults."""
 
 from __future__ import annotations
 
