@@ -178,7 +178,7 @@ def test_an_epoch_of_all_streams_has_every_document_once(
         for row in rows:
             seen.update((token, label) for token, label in predicted(row))
         expected: Counter[tuple[int, int]] = Counter()
-        for place, ids in stream.documents[0].read((0, 0, 0)):
+        for place, [(ids, _)] in stream.documents[0].read((0, 0, 0)):
             if place[0] == 0:
                 first_epoch[tuple(ids.tolist())] += 1
             if place >= tuple(cursor):

@@ -13,7 +13,8 @@ from tiny_hf import hf_model, write_tokenizer
 
 from torchtitan_style import load_model
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.inference.conversation import ChatTemplate, Conversation, _Thoughts, split_at_special_token
+from torchtitan_style.data.chat.template import ChatTemplate
+from torchtitan_style.inference.conversation import Conversation, _Thoughts, split_at_special_token
 from torchtitan_style.inference.generate import TextModel
 from torchtitan_style.inference.settings import Sampling
 

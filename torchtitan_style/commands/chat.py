@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
         check_torch()
         model = load(options)
 
-        from torchtitan_style.inference.conversation import ChatTemplate, Conversation
+        from torchtitan_style.data.chat.template import ChatTemplate
+        from torchtitan_style.inference.conversation import Conversation
 
         template = None if options.plain else ChatTemplate.find(model.assets)
         mode = "--no-thinking" if options.thinking is False else "--thinking"

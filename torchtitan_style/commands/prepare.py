@@ -1,6 +1,6 @@
-"""``prepare``: tokenize the corpus of a configuration once, for all runs that use it.
+"""``prepare``: tokenize the corpus of a configuration once, for all runs that use it; show rows of it.
 
-python -m torchtitan_style prepare --config train_configs/qwen3.toml
+python -m torchtitan_style prepare --config train_configs/qwen3.toml --show 2
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
@@ -21,14 +23,22 @@ from torchtitan_style.train.stopping import interruptible
 from .cli import Arguments
 from .progress import tokenizing_bar
 
+if TYPE_CHECKING:
+    from torchtitan_style.config import Config
+    from torchtitan_style.data.prepared import Prepared
+    from torchtitan_style.data.store import CorpusStore
+
 USAGE = """\
-usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--section.key VALUE ...]
+usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--show N [--json]] [--section.key VALUE ...]
 
 Tokenizes the corpus into memory-mapped shards, in the dump folder or in data.prepared_folder, where runs of
 the same configuration find them. If it is interrupted, the same command resumes.
 
   --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --processes N         processes that tokenize; one per CPU if left out
+  --show N              then print the first N rows as the model sees them, what is trained on in colour or underlined;
+                        of a streamed corpus too
+  --json                with --show: an object a row, with its ids, labels and documents
   --section.key VALUE   override a key of it, as in --data.prepared_folder corpora/fineweb
   --help data           what a corpus can be
 """
@@ -40,12 +50,17 @@ def main(arguments: list[str]) -> None:
         parser = Arguments(USAGE)
         parser.add_argument("--config", default=os.path.relpath(DEFAULT_CONFIG))
         parser.add_argument("--processes", type=int)
+        parser.add_argument("--show", type=int)
+        parser.add_argument("--json", action="store_true")
         options, overrides = parser.parse_known(arguments)
-        if options.processes is not None and options.processes < 1:
-            raise UserError(f"--processes: must be at least 1, not {options.processes}")
+        for name in ("processes", "show"):
+            if (number := getattr(options, name)) is not None and number < 1:
+                raise UserError(f"--{name}: must be at least 1, not {number}")
+        if options.json and not options.show:
+            raise UserError("--json: is the form of --show N, which is missing")
         # Whatever the number of ranks: the corpus is the same.
         config = load_config(options.config, overrides, world_size=None)
-        if config.data.streaming:
+        if config.data.streaming and not options.show:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
         from torchtitan_style.data.store import CorpusStore
@@ -54,10 +69,28 @@ def main(arguments: list[str]) -> None:
         folder = Path(config.job.dump_folder)
         check_writable(folder)
         check_free(folder)
+        store = CorpusStore.of(config, for_run=False)
         # A folder for several runs has a lock of its own, at which others wait.
         lock = contextlib.nullcontext() if config.data.prepared_folder else run_lock(folder)
-        with lock, tokenizing_bar() as (progress, say):
-            store = CorpusStore.of(config, for_run=False)
+        with lock, tokenizing_bar(stderr=options.json) as (progress, say):
             prepared = store.get(say=say, progress=progress, processes=options.processes)
-        tokens = prepared.tokens("train") + prepared.tokens("validation")
-        print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")
+            if not options.show:
+                tokens = prepared.tokens("train") + prepared.tokens("validation")
+                print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")
+        if options.show:
+            _show(config, store, prepared, options.show, json=options.json)
+
+
+def _show(config: Config, store: CorpusStore, prepared: Prepared, count: int, *, json: bool) -> None:
+    """Print the first rows of training."""
+    from torchtitan_style.data.show import as_json, as_text, first_rows
+    from torchtitan_style.data.tokenizer import Tokenizer
+
+    from .show_rows import print_rows
+
+    rows = first_rows(config, store, prepared, count)
+    if json:
+        for row in as_json(rows):
+            print(dumps(row))
+    else:
+        print_rows(as_text(rows, Tokenizer(prepared.tokenizer)))

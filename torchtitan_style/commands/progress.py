@@ -23,11 +23,11 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def tokenizing_bar() -> Iterator[tuple[Callable[[int, int, int], None], Callable[[str], None]]]:
+def tokenizing_bar(*, stderr: bool = False) -> Iterator[tuple[Callable[[int, int, int], None], Callable[[str], None]]]:
     """Yields a function to call with bytes read, bytes in all and tokens made, and one that prints a line above
-    the bar. Without a terminal there is a line of progress every ten seconds."""
+    the bar. Without a terminal there is a line of progress every ten seconds. stderr: all of it goes there."""
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[speed]}"))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=stderr)
 
     def say(line: str) -> None:
         console.print(line, markup=False)

@@ -252,11 +252,32 @@ def _corpus(corpus: Corpus, prefix: str) -> Iterator[Problem]:
             (f"{prefix}dataset",),
             f'must be "stdlib", "files", "mixture" or a dataset of the Hub as "owner/name", not "{name}"{hint}',
         )
-    if name == "mixture" and corpus.text_key != type(corpus).model_fields["text_key"].default:
-        yield Problem((f"{prefix}text_key", f"{prefix}dataset"), "each corpus of a mixture has a text_key of its own")
+    yield from _keys_of_rows(corpus, prefix)
     if name in SOURCES.names() and not SOURCES.added(name):
         for key, default in (("subset", ""), ("split", "train")):
             if getattr(corpus, key) != default:
                 yield Problem(
                     (f"{prefix}{key}", f"{prefix}dataset"), f'is only read with a dataset of the Hub, not "{name}"'
                 )
+
+
+def _keys_of_rows(corpus: Corpus, prefix: str) -> Iterator[Problem]:
+    """Keys that say what of a row is read, where they do not apply."""
+
+    def changed(*keys: str) -> list[str]:
+        return [key for key in keys if getattr(corpus, key) != type(corpus).model_fields[key].default]
+
+    if corpus.dataset == "mixture":
+        for key in changed("text_key", "format", "messages_key", "train_on"):
+            yield Problem((f"{prefix}{key}", f"{prefix}dataset"), f"each corpus of a mixture has a {key} of its own")
+        return
+    unread = ("text_key",) if corpus.format == "chat" else ("messages_key", "train_on")
+    for key in changed(*unread):
+        wanted = 'is not read with data.format = "chat"' if key == "text_key" else 'is only read with format = "chat"'
+        instead = "; data.messages_key names the field with the messages" if key == "text_key" else ""
+        yield Problem((f"{prefix}{key}", f"{prefix}format"), wanted + instead)
+    if corpus.format == "chat" and (corpus.dataset == "stdlib" or SOURCES.added(corpus.dataset)):
+        yield Problem(
+            (f"{prefix}format", f"{prefix}dataset"),
+            f'"{corpus.dataset}" gives texts; conversations come from files or a dataset of the Hub',
+        )

@@ -8,9 +8,9 @@ program that it configures, never the whole ``Config``.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .kinds import MOST, FiniteNonNegative, NonNegative, PathText, PipelineSchedule, Positive, PositiveOrRest, TimeLimit
 
@@ -65,6 +65,15 @@ class Corpus(Section):
     of at most about a megabyte. All but parquet may be compressed: .gz, .zst, .bz2, .xz."""
     text_key: str = Field("text", min_length=1)
     """Field of a JSON line, or column of a parquet file, that holds the text."""
+    format: Literal["text", "chat"] = "text"
+    """"chat": each row is a conversation (docs/finetuning.md), written as the tokenizer's chat template has it; packing
+    is then "best_fit" and document_mask true, unless they are set."""
+    messages_key: str = ""
+    """For format = "chat": field or column with the messages. Empty: messages, conversations, prompt and completion, or
+    instruction and output, whichever there is."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """For format = "chat": tokens with a loss. "assistant": what the assistant says, the end of each turn included.
+    "last": its last turn only. "all": all tokens."""
 
 
 class MixtureCorpus(Corpus):
@@ -81,7 +90,7 @@ class Data(Corpus):
 
     mixture: list[MixtureCorpus] = []
     """For dataset = "mixture": one [[data.mixture]] entry per corpus, with name, weight, and dataset, subset,
-    split, paths and text_key as in this section."""
+    split, paths, text_key, format, messages_key and train_on as in this section."""
     tokenizer: PathText = Field("train", min_length=1)
     """"train": train a byte-level BPE of model.vocab_size tokens on the corpus. Otherwise a
     folder or Hub name with a Hugging Face tokenizer."""
@@ -111,6 +120,23 @@ class Data(Corpus):
     data_errors.jsonl."""
     max_document_bytes: int = Field(5_000_000, ge=1, le=2**40)
     """A longer JSON line's or parquet row's text counts as unreadable."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_for_chat(cls, values: Any) -> Any:
+        """Rows of whole conversations that do not see each other, unless told otherwise."""
+        if not isinstance(values, dict):
+            return values
+        mixture = values.get("mixture")
+        corpora = [values, *(mixture if isinstance(mixture, list) else [])]
+        if any(isinstance(corpus, dict) and corpus.get("format") == "chat" for corpus in corpora):
+            values = {"packing": "best_fit", "document_mask": True} | values
+        return values
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether a corpus is one of conversations."""
+        return any(corpus.format == "chat" for corpus in self.corpora().values())
 
     def corpora(self) -> dict[str, Corpus]:
         """Each corpus by its name: "" for the only one."""

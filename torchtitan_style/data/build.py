@@ -19,12 +19,16 @@ from torchtitan_style.common.files import first_missing, fsync, remove_empty, wr
 from torchtitan_style.common.reading import read_json
 from torchtitan_style.config.schema import Corpus, Data
 
-from .changes import source_entry, tokenizer_in_folder
+from .changes import source_entry, template_in_folder, tokenizer_in_folder
+from .chat.template import CHATML_TOKENS, ensure_template
 from .corpus import SourceFile, source_files
+from .counts import report_chat, sum_of_counts
 from .documents import lost_file
+from .encode import ChatRecipe
+from .fields import fields_of
 from .held_out import hold_out
 from .make_tokenizer import make_tokenizer
-from .prepared import FORMAT, Prepared
+from .prepared import FORMAT, Prepared, template_hash
 from .problems import (
     FILE_NAME,
     BadDocuments,
@@ -40,6 +44,7 @@ from .problems import (
     problem_of,
 )
 from .tokenize import PARTS, Progress, Recipe, tokenize
+from .tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
@@ -85,6 +90,7 @@ class Build:
         """
         vocab_size = self.settings["vocab_size"]
         tokenizer = make_tokenizer(self.data, self.sources, self.staging, vocab_size, self.say, trained)
+        template = self._find_template(tokenizer)
         corpora = {}
         for (name, corpus), wanted in zip(self.data.corpora().items(), held_out, strict=True):
             place = self.staging / name if name else self.staging
@@ -105,7 +111,7 @@ class Build:
             "end_of_text": tokenizer.end_of_text,
             "dtype": _dtype(vocab_size),
             "corpora": corpora,
-        }
+        } | ({"chat_template": template} if template else {})
         return Prepared(self.staging, manifest)
 
     def publish(self, prepared: Prepared) -> Prepared:
@@ -123,7 +129,7 @@ class Build:
         """Empty the staging folder, unless an earlier build with the same plan left it."""
         plan = {
             "settings": self.settings,
-            "tokenizer": tokenizer_in_folder(self.data),
+            "tokenizer": [tokenizer_in_folder(self.data), template_in_folder(self.data)],
             "units": 2,  # version of the unit files
             "sources": {name: [asdict(file) for file in files] for name, files in self.sources.items()},
         }
@@ -137,6 +143,17 @@ class Build:
         self.staging.mkdir(parents=True)
         write_in_one_go(file, json.dumps(plan))
 
+    def _find_template(self, tokenizer: Tokenizer) -> str | None:
+        """Fingerprint of the chat template in the folder of ``tokenizer``, ChatML if there was none; None if no corpus
+        is one of conversations."""
+        if not self.data.has_chat:
+            return None
+        if ensure_template(self.staging / "tokenizer"):
+            self.say("the tokenizer has no chat template: conversations are written in ChatML")
+            if split := [token for token in CHATML_TOKENS if len(tokenizer.encode(token)) > 1]:
+                self.say(f"warning: {' and '.join(split)} of ChatML are not tokens of this tokenizer, but several each")
+        return template_hash(self.staging / "tokenizer")
+
     def _tokenize(self, name: str, place: Path, recipe: Recipe, processes: int, progress: Progress) -> dict[str, Any]:
         """Tokenize one corpus. Returns its entry of the manifest."""
         files, limit = self.sources[name], self.data.max_bad_documents
@@ -144,6 +161,7 @@ class Build:
         entry: dict[str, Any] = {
             "documents": {part: sum(unit["documents"][part] for unit in units) for part in PARTS},
             "tokens": {part: sum(unit["tokens"][part] for unit in units) for part in PARTS},
+            "counts": sum_of_counts(units),
             "sources": [source_entry(file, digest) for file, digest in zip(files, hashes, strict=True)],
             "files": {file: content for unit in units for file, content in unit["files"].items()},
         }
@@ -164,6 +182,7 @@ def recipe_of(data: Data, corpus: Corpus, settings: dict[str, Any], tokenizer: P
         vocab_size=settings["vocab_size"],
         dtype=_dtype(settings["vocab_size"]),
         allow_lost_files=tuple(data.allow_lost_files),
+        chat=ChatRecipe(corpus.messages_key, corpus.train_on, settings["longest"]) if corpus.format == "chat" else None,
     )
 
 
@@ -191,6 +210,8 @@ def _report(name: str, corpus: dict[str, Any], say: Callable[[str], None]) -> No
         f"{counted(tokens['train'], 'token')} to train on, "
         f"{counted(tokens['validation'] if corpus['documents']['validation'] else 0, 'token')} held out"
     )
+    for line in report_chat(name, corpus):
+        say(line)
 
 
 def _list_problems(problems: list[Problem], staging: Path, dump_folder: Path | None, config: Data) -> None:
@@ -212,7 +233,7 @@ def _check_readable(config: Data, sources: dict[str, list[SourceFile]]) -> None:
         for name, corpus in config.corpora().items()
         for file in sources[name]
         if not file.is_remote and not is_allowed(file.url, config.allow_lost_files)
-        if (record := lost_file(file, corpus.text_key))
+        if (record := lost_file(file, fields_of(corpus)))
     ]
     if lost:
         raise lost_files(lost, config.allow_lost_files)

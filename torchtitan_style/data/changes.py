@@ -14,7 +14,7 @@ from torchtitan_style.common.files import sha256
 from torchtitan_style.config.schema import Corpus, Data
 
 from .corpus import SourceFile, source_files
-from .prepared import Prepared
+from .prepared import Prepared, template_hash
 from .tokenizer import Tokenizer
 
 _SAMPLE, _SAMPLES = 2**16, 16
@@ -23,7 +23,7 @@ _SAMPLE, _SAMPLES = 2**16, 16
 
 def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str | None:
     """What has changed since ``present`` was made with other ``settings`` or of other files; None: nothing has."""
-    names = {"vocab_size": "model.vocab_size (or model.flavor)"}
+    names = {"vocab_size": "model.vocab_size (or model.flavor)", "longest": "training.seq_len (or data.packing)"}
     before = present.manifest["settings"]
     if before.get("validation_fraction") == 0:
         names["validation_fraction"] = "validation.enable (no documents were held out while it was false)"
@@ -34,8 +34,9 @@ def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str 
     changed = [
         f"data.{key}"
         for name, new in settings["corpora"].items()
-        for key in new.keys() - {"paths"}  # what they match is compared, however they are spelled
-        if before["corpora"][name].get(key) != new[key]
+        # What paths match is compared, however they are spelled.
+        for key in sorted((new.keys() | before["corpora"][name].keys()) - {"paths"})
+        if before["corpora"][name].get(key) != new.get(key)
     ]
     changed += [
         names.get(key, f"data.{key}") for key, new in settings.items() if key != "corpora" and before.get(key) != new
@@ -46,6 +47,8 @@ def change_of(present: Prepared, config: Data, settings: dict[str, Any]) -> str 
         return problem
     if tokenizer_in_folder(config) not in (None, present.manifest["tokenizer_sha256"]):
         return f"the tokenizer {config.tokenizer} changed"
+    if config.has_chat and template_in_folder(config) not in (None, present.manifest.get("chat_template")):
+        return f"the chat template of {config.tokenizer} changed"
     sources = json.dumps(present.manifest["corpora"])
     for name, corpus in config.corpora().items():
         entry = present.manifest["corpora"][name]
@@ -65,6 +68,12 @@ def tokenizer_in_folder(config: Data) -> str | None:
         return Tokenizer(source).fingerprint if (source / "tokenizer.json").is_file() else None
     except UserError:
         return None
+
+
+def template_in_folder(config: Data) -> str | None:
+    """Fingerprint of the chat template of a tokenizer that is taken from a folder; None if it has none."""
+    source = Path(os.path.expanduser(config.tokenizer))
+    return template_hash(source) if config.has_chat and (source / "tokenizer.json").is_file() else None
 
 
 def _source_change(before: list[dict[str, Any]], corpus: Corpus, *, paths: list[str], streaming: bool) -> str | None:

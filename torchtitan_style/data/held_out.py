@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .changes import sample_hash, source_entry
 from .corpus import SourceFile
-from .packing import text_lengths
 from .texts import texts_of
 from .tokenize import PARTS, Recipe, file_entry, is_held_out
 from .tokenizer import Tokenizer
@@ -34,22 +32,21 @@ def hold_out(
         return entry
     say("collecting held-out documents from the beginning of the stream")
     tokenizer = Tokenizer(Path(recipe.tokenizer))
-    lengths, count, total = list[int](), 0, 0
-    path = place / "validation-00000.bin"
-    with path.open("wb") as shard:
-        shard.write(np.array([tokenizer.end_of_text], dtype=recipe.dtype).tobytes())
-        for text in texts_of(files, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes):
+    encode = recipe.encoder(tokenizer)
+    counts: Counter[str] = Counter()
+    with recipe.writer(place, "validation", 0, tokenizer.end_of_text) as shard:
+        for text in texts_of(files, fields=recipe.fields, max_bytes=recipe.max_document_bytes):
             if is_held_out(text, recipe.validation_fraction):
-                ids = np.array([*tokenizer.encode(text), tokenizer.end_of_text], dtype=recipe.dtype)
-                shard.write(ids.tobytes())
-                lengths += text_lengths(ids, tokenizer.end_of_text)
-                count, total = count + 1, total + len(ids)
-                if total >= wanted:
+                (encoded,) = encode([text])
+                if encoded.samples:
+                    shard.add(encoded.samples)
+                    counts.update(encoded.counts)
+                if shard.tokens > wanted:
                     break
         else:
             entry["exhausted"] = True
-    path.with_suffix(".index").write_bytes(np.array(lengths, dtype="<u4").tobytes())
-    entry["documents"]["validation"] = count
-    entry["tokens"]["validation"] = total + 1
-    entry["files"] = {file.name: file_entry(file) for file in (path, path.with_suffix(".index"))}
+    entry["documents"]["validation"] = shard.documents
+    entry["tokens"]["validation"] = shard.tokens
+    entry["counts"] = counts
+    entry["files"] = {file.name: file_entry(file) for file in sorted(place.glob("validation-00000.*"))}
     return entry

@@ -9,7 +9,9 @@ from pathlib import Path
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Data
 
+from .chat.conversations import contents_of
 from .corpus import SourceFile
+from .fields import fields_of
 from .texts import texts_of
 from .tokenizer import Tokenizer, copy_pretrained, train
 
@@ -62,7 +64,8 @@ def _training_texts(config: Data, sources: dict[str, list[SourceFile]]) -> Itera
     """The beginning of every corpus, as much of each as its weight says."""
     for (name, corpus), weight in zip(config.corpora().items(), config.weights(), strict=True):
         room = int(_TOKENIZER_TRAINING_CHARACTERS * weight)
-        for text in texts_of(sources[name], text_key=corpus.text_key, max_bytes=config.max_document_bytes):
+        for document in texts_of(sources[name], fields=fields_of(corpus), max_bytes=config.max_document_bytes):
+            text = contents_of(document) if corpus.format == "chat" else document
             yield text[:room]
             room -= len(text)
             if room <= 0:

@@ -1,7 +1,7 @@
 """A prepared folder: what is in it, whether it is whole, and its rows.
 
     <folder>/tokenizer/              the tokenizer
-    <folder>/train-00000.bin …       token ids and lengths of the documents: see tokenize.py
+    <folder>/train-00000.bin …       token ids and lengths of the documents: see shard_writer.py
     <folder>/NAME/train-00000.bin …  the same for each corpus of a mixture
     <folder>/best_fit-512/           for packing = "best_fit": which documents make up which row, see rows.py
     <folder>/data_errors.jsonl       documents that could not be read, if there are any
@@ -30,6 +30,7 @@ from torchtitan_style.common.files import digest_of, sha256, write_in_one_go
 from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.typed import Content, Count, Sha256, typed
 
+from .chat.template import ChatTemplate
 from .packing import Piece, best_fit, pieces_of
 from .rows import BestFitRows, ConcatRows, RowSource
 from .shards import TokenShards
@@ -58,6 +59,10 @@ class Prepared:
         """Names of the corpora; "" if there is only one."""
         return list(self.manifest["corpora"])
 
+    def is_chat(self, name: str) -> bool:
+        """Whether a corpus is one of conversations."""
+        return bool(self.manifest["settings"]["corpora"][name].get("format") == "chat")
+
     def place(self, name: str) -> Path:
         """The folder of one corpus's shards."""
         return self.folder / name if name else self.folder
@@ -77,13 +82,18 @@ class Prepared:
         files = [corpus["files"][file]["sha256"] for file in sorted(corpus["files"]) if file.startswith("train-")]
         # A streamed corpus has no shards: its files stand for what is in them.
         sources = [[source["size"], source["digest"] or source["version"]] for source in corpus["sources"]]
-        content = [files or sources, self.manifest["settings"]["corpora"][name]["text_key"]]
+        settings = self.manifest["settings"]["corpora"][name]
+        content = [files or sources, settings["text_key"]]
+        if self.is_chat(name):
+            content += [settings["messages_key"], settings["train_on"], self.manifest["chat_template"]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def problem(self) -> str | None:
         """What is wrong with the folder's files, or None. Those that nobody has written to are not read."""
         if _tokenizer_hash(self.tokenizer) != self.manifest["tokenizer_sha256"]:
             return f"the tokenizer in {self.tokenizer} has changed"
+        if "chat_template" in self.manifest and template_hash(self.tokenizer) != self.manifest["chat_template"]:
+            return f"the chat template in {self.tokenizer} has changed"
         for name, corpus in self.manifest["corpora"].items():
             for file_name, entry in corpus["files"].items():
                 path = self.place(name) / file_name
@@ -118,7 +128,7 @@ class Prepared:
                 say(f"packing rows again: {problem}")
             write_tables(folder, part, key, self._packed(name, base, base + len(tokens), seq_len), base=base)
         rows = BestFitRows(tokens, folder, part, seq_len=seq_len, end_of_text=end_of_text)
-        share = 1 - (len(tokens) - 1) / (rows.num_rows * seq_len)
+        share = 1 - rows.num_positions / (rows.num_rows * seq_len)
         of = f" of {name}" if name else ""
         say(f"best_fit: {rows.num_rows:,} {part} rows{of}, {share:.2%} of their positions are padding")
         return rows
@@ -128,6 +138,8 @@ class Prepared:
 
         With too few documents to hold out whole ones, the end of the corpus is held out instead.
         """
+        if self.is_chat(name):
+            return self._split_samples(name, part, say)
         corpus = self.manifest["corpora"][name]
         fraction = self.manifest["settings"]["validation_fraction"]
         row = seq_len + 1
@@ -158,13 +170,45 @@ class Prepared:
         start, stop = (0, border) if part == "train" else (border, len(shards))
         return shards.cut(start, stop), start
 
+    def _split_samples(self, name: str, part: str, say: Callable[[str], None]) -> tuple[TokenShards, int]:
+        """The same for a corpus of conversations, of which each sample stays whole."""
+        corpus, settings = self.manifest["corpora"][name], self.manifest["settings"]
+        fraction, of = settings["validation_fraction"], f" of {name}" if name else ""
+        shards, border = self._shards(name), corpus["tokens"]["train"]
+        if settings["streaming"] and not corpus["tokens"]["validation"]:
+            raise UserError(
+                f"data.validation_fraction: no conversation is held out in the whole stream{of}; raise it, or set "
+                "validation.enable = false"
+            )
+        if not settings["streaming"] and (not border or (fraction and not corpus["tokens"]["validation"])):
+            begins = np.cumsum([0, *(length for each in PARTS for length in self._lengths(name, each))]).tolist()[:-1]
+            if len(begins) < 1 + bool(fraction):
+                raise UserError(
+                    f"data.paths: the corpus{of} has one conversation only, and one is to be held out; bring more, or "
+                    "set validation.enable = false"
+                )
+            wanted = int(len(shards) * (1 - fraction))
+            border = max((at for at in begins if at <= wanted), default=0) or begins[1] if fraction else len(shards)
+            if fraction and part == "validation":
+                held = f"the last {len(shards) - border:,} tokens of the corpus are held out"
+                say(f"too few conversations to hold out whole ones: {held}")
+        start, stop = (0, border) if part == "train" else (border, len(shards))
+        return shards.cut(start, stop), start
+
+    def _lengths(self, name: str, part: str) -> list[int]:
+        """Tokens of each document of a part, shard by shard."""
+        files = sorted(self.manifest["corpora"][name]["files"])
+        names = [file for file in files if file.startswith(part) and file.endswith(".index")]
+        return [length for file in names for length in np.fromfile(self.place(name) / file, dtype="<u4").tolist()]
+
     def _shards(self, name: str) -> TokenShards:
         """All tokens of a corpus, train before validation."""
         files = self.manifest["corpora"][name]["files"]
         names = [file for part in PARTS for file in sorted(files) if file.startswith(part) and file.endswith(".bin")]
         dtype = self.manifest["dtype"]
         counts = [files[file]["size"] // np.dtype(dtype).itemsize for file in names]
-        return TokenShards([self.place(name) / file for file in names], counts, dtype=dtype)
+        paths = [self.place(name) / file for file in names]
+        return TokenShards(paths, counts, dtype=dtype, marks=self.is_chat(name))
 
     def _packed(self, name: str, start: int, stop: int, seq_len: int) -> Iterator[list[Piece]]:
         """Rows of the documents between these tokens, packed shard by shard, so that memory stays bounded."""
@@ -176,8 +220,9 @@ class Prepared:
                     continue
                 pieces = []
                 for length in np.fromfile(self.place(name) / file, dtype="<u4").tolist():
-                    first, last = max(at, start), min(at + length, stop - 1)
-                    if first < last:
+                    if self.is_chat(name):
+                        pieces += [Piece(at, min(length, seq_len))] if start <= at < stop else []
+                    elif (first := max(at, start)) < (last := min(at + length, stop - 1)):
                         pieces += pieces_of(first, last - first, seq_len)
                     at += length
                 yield from best_fit(pieces, seq_len)
@@ -270,6 +315,15 @@ def _check(manifest: _Manifest) -> None:
             sizes = [e.size for file, e in corpus.files.items() if file.startswith(part) and file.endswith(".bin")]
             if sum(sizes) != corpus.tokens[part] * width:
                 raise ValueError(f"its files do not have the {corpus.tokens[part]:,} {part} tokens that it counts")
+
+
+def template_hash(folder: Path) -> str | None:
+    """Fingerprint of the chat template of the tokenizer in ``folder``; None if it has none that can be read."""
+    try:
+        template = ChatTemplate.find(folder)
+    except UserError:
+        return None
+    return template.fingerprint if template else None
 
 
 def _tokenizer_hash(folder: Path) -> str | None:

@@ -23,8 +23,10 @@ from .corpus import SourceFile
 from .documents import EMPTY, PLACE_NAMES, Record
 
 FILE_NAME = "data_errors.jsonl"
-_EMPTY_LISTED = 1000
-"""Empty documents that are listed at most: a large corpus may have very many."""
+KEPT = "kept: "
+"""How the problem of a document begins that is no bad one."""
+_HARMLESS_LISTED = 1000
+"""Documents that do no harm and are listed at most: a large corpus may have very many."""
 
 Problem = dict[str, Any]
 """A line of the list: file, place and problem."""
@@ -43,7 +45,12 @@ def is_lost(problem: Problem) -> bool:
 
 def is_bad_document(problem: Problem) -> bool:
     """Whether ``problem`` counts for data.max_bad_documents."""
-    return not is_lost(problem) and problem["problem"] != EMPTY
+    return not is_lost(problem) and not is_harmless(problem)
+
+
+def is_harmless(problem: Problem) -> bool:
+    """Whether the document of ``problem`` is empty, or trained on."""
+    return bool(problem["problem"] == EMPTY or problem["problem"].startswith(KEPT))
 
 
 def is_allowed(url: str, allowed: Sequence[str]) -> bool:
@@ -123,7 +130,7 @@ class BadDocuments:
         self.path, self.limit, self.allow_lost = path, limit, allow_lost
         self.count = 0
         self.lost: list[Problem] = []
-        self._empty = 0
+        self._harmless = 0
         self._listed: set[str] = set()
         self._first: list[Problem] = []
         if not path.exists():
@@ -156,11 +163,11 @@ class BadDocuments:
     def _note(self, problem: Problem) -> bool:
         """Remember ``problem``. Whether it is new."""
         key = json.dumps([problem["file"], _place(problem), is_lost(problem)])
-        is_empty = problem["problem"] == EMPTY
-        if key in self._listed or (is_empty and self._empty == _EMPTY_LISTED):
+        harmless = is_harmless(problem)
+        if key in self._listed or (harmless and self._harmless == _HARMLESS_LISTED):
             return False
         self._listed.add(key)
-        self._empty += is_empty
+        self._harmless += harmless
         self.count += is_bad_document(problem)
         self.lost += [problem] if is_lost(problem) else []
         if is_bad_document(problem) and len(self._first) < 5:

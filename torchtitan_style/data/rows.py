@@ -14,11 +14,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat.samples import BEGINS, TRAINED
 from .shards import TokenShards
 
 _U64 = np.uint64
 NO_LABEL = -100
-"""The label of a position that has nothing to predict: padding."""
+"""The label of a position that has nothing to predict: padding, and tokens that are not trained on."""
+PADDING = -1
+"""The document of padding, where rows are packed."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class Rows:
 
     inputs: NDArray[np.int64]
     labels: NDArray[np.int64]
-    """The token after each input; NO_LABEL at padding."""
+    """The token after each input; NO_LABEL at padding, and where that token is not trained on."""
     documents: NDArray[np.int64]
-    """Which document of its row each position belongs to, counted up from the left."""
+    """Which document of its row each position belongs to, counted up from the left; PADDING."""
 
     @classmethod
     def join(cls, parts: list[Rows]) -> Rows:
@@ -43,7 +46,7 @@ class Rows:
     ) -> Rows:
         """One row of ``pieces``, the inputs and labels of a document each, and padding behind them."""
         inputs, labels = np.full((1, seq_len), end_of_text), np.full((1, seq_len), NO_LABEL)
-        documents = np.full((1, seq_len), len(pieces))
+        documents = np.full((1, seq_len), PADDING)
         at = 0
         for number, (piece_inputs, piece_labels) in enumerate(pieces):
             end = at + len(piece_inputs)
@@ -52,11 +55,16 @@ class Rows:
         return cls(inputs, labels, documents)
 
     @classmethod
-    def cut(cls, ids: NDArray[np.int64], *, seq_len: int, end_of_text: int) -> Rows:
-        """One row of up to seq_len + 1 consecutive tokens. An end-of-text begins a document: from it the next
-        document's first token is predicted."""
-        row = cls.packed([(ids[:-1], ids[1:])], seq_len=seq_len, end_of_text=end_of_text)
-        return cls(row.inputs, row.labels, np.cumsum(row.inputs == end_of_text, axis=1))
+    def cut(
+        cls, ids: NDArray[np.int64], marks: NDArray[np.uint8] | None = None, *, seq_len: int, end_of_text: int
+    ) -> Rows:
+        """One row of up to seq_len + 1 consecutive tokens. Of texts, an end-of-text begins a document: from it the next
+        document's first token is predicted. Of conversations, the marks say where one begins."""
+        row = cls.packed([labelled(ids, marks)], seq_len=seq_len, end_of_text=end_of_text)
+        begins = row.inputs == end_of_text
+        if marks is not None:
+            begins[0, : len(marks) - 1] = marks[:-1] & BEGINS
+        return cls(row.inputs, row.labels, np.where(row.documents == PADDING, PADDING, np.cumsum(begins, axis=1)))
 
     def take(self, indices: NDArray[np.integer]) -> Rows:
         """These of the rows, in this order."""
@@ -66,13 +74,28 @@ class Rows:
     def positions(self) -> NDArray[np.int64]:
         """Of each token, counted from the first of its document, [n, seq_len]."""
         t = np.arange(self.documents.shape[1])
-        begins = np.diff(self.documents, axis=1, prepend=-1) != 0  # documents are numbered from 0
+        begins = np.diff(self.documents, axis=1, prepend=-2) != 0  # documents are numbered from -1
         return t - np.maximum.accumulate(np.where(begins, t, 0), axis=1)
 
     @property
     def padding(self) -> int:
         """Positions that are padding."""
-        return int((self.labels == NO_LABEL).sum())
+        return int((self.documents == PADDING).sum())
+
+
+def labelled(ids: NDArray[np.int64], marks: NDArray[np.uint8] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The inputs among consecutive tokens, all but the last, and their labels."""
+    inputs, labels = ids[:-1], ids[1:]
+    return inputs, labels if marks is None else np.where(marks[1:] & TRAINED, labels, NO_LABEL)
+
+
+def with_a_label(
+    ids: NDArray[np.int64], marks: NDArray[np.uint8] | None, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
+    """``count`` inputs and one token more, which the last sample of conversations has not: nothing is predicted."""
+    if marks is None or len(ids) > count:
+        return ids, marks
+    return np.append(ids, 0), np.append(marks, np.uint8(BEGINS))
 
 
 class RowSource(Protocol):
@@ -95,15 +118,16 @@ class ConcatRows:
 
     def rows(self, indices: NDArray[np.int64]) -> Rows:
         size = self.seq_len
-        parts = [self.tokens.read(int(index) * size, size + 1) for index in indices]
-        return Rows.join([Rows.cut(ids, seq_len=size, end_of_text=self.end_of_text) for ids in parts])
+        places = [int(index) * size for index in indices]
+        parts = [(self.tokens.read(at, size + 1), self.tokens.read_marks(at, size + 1)) for at in places]
+        return Rows.join([Rows.cut(ids, marks, seq_len=size, end_of_text=self.end_of_text) for ids, marks in parts])
 
 
 class BestFitRows:
     """Rows of whole documents, as ``packing.best_fit`` has put them together.
 
-    folder: with ``<part>.pieces``, start and count of every piece as two int64, and ``<part>.rows``, the number of
-    pieces up to the end of every row as int64.
+    num_positions: those that are not padding. folder: with ``<part>.pieces``, start and count of every piece as two
+    int64, and ``<part>.rows``, the number of pieces up to the end of every row as int64.
     """
 
     def __init__(self, tokens: TokenShards, folder: Path, part: str, *, seq_len: int, end_of_text: int) -> None:
@@ -111,6 +135,7 @@ class BestFitRows:
         self.seq_len, self.end_of_text = seq_len, end_of_text
         self._open()
         self.num_rows = len(self._ends)
+        self.num_positions = int(self._pieces[:, 1].sum())
 
     def _open(self) -> None:
         self._pieces = np.memmap(self.folder / f"{self.part}.pieces", dtype="<i8", mode="r").reshape(-1, 2)
@@ -122,8 +147,8 @@ class BestFitRows:
             first = int(self._ends[index - 1]) if index else 0
             pairs = []
             for start, count in self._pieces[first : int(self._ends[index])].tolist():
-                ids = self.tokens.read(start, count + 1)
-                pairs.append((ids[:-1], ids[1:]))
+                ids, marks = self.tokens.read(start, count + 1), self.tokens.read_marks(start, count + 1)
+                pairs.append(labelled(*with_a_label(ids, marks, count)))
             parts.append(Rows.packed(pairs, seq_len=self.seq_len, end_of_text=self.end_of_text))
         return Rows.join(parts)
 

@@ -20,13 +20,13 @@ from torchtitan_style.common.files import copy_folder, locked
 from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
-from torchtitan_style.config.schema import Data
+from torchtitan_style.config.schema import Corpus, Data
 from torchtitan_style.models.registry import model_config
 
 from .build import Build, Say, recipe_of
 from .changes import change_of
 from .corpus import source_files
-from .prepared import Prepared, read_prepared
+from .prepared import Prepared, read_prepared, template_hash
 from .problems import FILE_NAME
 from .streams import StreamedCorpus
 from .tokenize import Progress, lines_of_progress
@@ -147,11 +147,20 @@ class CorpusStore:
             "validation_fraction": fraction,
             "max_document_bytes": self.data.max_document_bytes,
             "streaming": self.data.streaming,
-            "corpora": {
-                name: corpus.model_dump(include={"dataset", "subset", "split", "text_key", "paths"})
-                for name, corpus in self.data.corpora().items()
-            },
-        }
+            "corpora": {name: self._corpus_settings(corpus) for name, corpus in self.data.corpora().items()},
+        } | ({"longest": self.longest} if self.data.has_chat else {})
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sample of a conversation has at most: a row's inputs and its last label; 0: any number."""
+        return self.seq_len + 1 if self.data.packing == "best_fit" else 0
+
+    @staticmethod
+    def _corpus_settings(corpus: Corpus) -> dict[str, Any]:
+        keys = {"dataset", "subset", "split", "text_key", "paths"}
+        return corpus.model_dump(
+            include=keys | ({"format", "messages_key", "train_on"} if corpus.format == "chat" else set())
+        )
 
     def _lacks_held_out(self, present: Prepared) -> bool:
         """Whether more is wanted for validation than was held out of a streamed corpus that has more."""
@@ -208,6 +217,7 @@ class CorpusStore:
         own = self.dump_folder / "tokenizer"
         try:
             same = Tokenizer(own).fingerprint == prepared.manifest["tokenizer_sha256"]
+            same = same and template_hash(own) == template_hash(prepared.tokenizer)
         except UserError:
             same = False
         if not same:

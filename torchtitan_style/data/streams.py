@@ -7,22 +7,33 @@ and how much of that is used. A document goes through the tokenizer again when a
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from torchtitan_style.common.errors import UserError
 
+from .chat.samples import Sample
 from .corpus import SourceFile
-from .documents import EMPTY, Record, read_records
+from .documents import Record, read_records
 from .mixture import choose
 from .packing import Piece, best_fit, pieces_of, text_lengths
-from .problems import Problem, counted, describe, is_allowed, is_bad_document, is_lost, lost_files, problem_of
-from .rows import Rows, permute
+from .problems import (
+    Problem,
+    counted,
+    describe,
+    is_allowed,
+    is_bad_document,
+    is_harmless,
+    is_lost,
+    lost_files,
+    problem_of,
+)
+from .rows import Rows, labelled, permute, with_a_label
 from .tokenize import Recipe, is_held_out
 from .tokenizer import Tokenizer
 
@@ -63,7 +74,7 @@ class _Documents:
 
     def __init__(self, corpus: StreamedCorpus, number: int, num_streams: int, seed: int, tokenizer: Tokenizer) -> None:
         self.corpus, self.number, self.seed = corpus, number, seed
-        self.tokenizer = tokenizer
+        self.tokenizer, self.encode = tokenizer, corpus.recipe.encoder(tokenizer)
         self.num_streams = num_streams
         self.files = corpus.deal(num_streams)[number]
         self.share = (number, num_streams) if len(corpus.files) < num_streams else (0, 1)
@@ -71,8 +82,9 @@ class _Documents:
         """What could not be read since somebody last took the list."""
         self._bad: set[tuple[str, int]] = set()
 
-    def read(self, cursor: Cursor) -> Iterator[tuple[Cursor, NDArray[np.int64]]]:
-        """Documents from ``cursor`` on, each with its own cursor, as token ids without end-of-text."""
+    def read(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[Sample]]]:
+        """Documents from ``cursor`` on, each with its own cursor: a text's token ids without end-of-text, or the
+        samples of a conversation."""
         epoch, place, record = cursor
         while True:
             found = False
@@ -80,9 +92,9 @@ class _Documents:
             order = permute(np.arange(len(self.files)), size=len(self.files), key=key)
             complete = not (place or record)
             for at in range(place, len(order)):
-                for index, ids in self._read_file(self.corpus.files[self.files[order[at]]], record):
+                for index, samples in self._read_file(self.corpus.files[self.files[order[at]]], record):
                     found = True
-                    yield (epoch, at, index), ids
+                    yield (epoch, at, index), samples
                 record = 0
             if complete and not found:
                 shown = "".join(f"\n  {describe(problem)}" for problem in self.problems[:5])
@@ -91,11 +103,11 @@ class _Documents:
                 raise UserError(f"data: {stream} finds no document to train on in its files{fewer}{shown}")
             epoch, place = epoch + 1, 0
 
-    def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, list[Sample]]]:
         recipe = self.corpus.recipe
         batch: list[Record] = []
         records = read_records(
-            file, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes, start=start, share=self.share
+            file, text_key=recipe.fields, max_bytes=recipe.max_document_bytes, start=start, share=self.share
         )
         for record in records:
             if record.problem:
@@ -107,19 +119,19 @@ class _Documents:
                 batch = []
         yield from self._tokenized(file, batch)
 
-    def _tokenized(self, file: SourceFile, batch: list[Record]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        for record, ids in zip(batch, self.tokenizer.encode_batch([record.text for record in batch]), strict=True):
-            if len(ids) and ids.max() >= self.corpus.recipe.vocab_size:
-                self._note(file, Record(0, record.place, 0, problem=f"token {ids.max()} is past model.vocab_size"))
-            else:
-                yield record.index, ids.astype(np.int64)
+    def _tokenized(self, file: SourceFile, batch: list[Record]) -> Iterator[tuple[int, list[Sample]]]:
+        for record, encoded in zip(batch, self.encode([record.text for record in batch]), strict=True):
+            if encoded.problem:
+                self._note(file, dataclasses.replace(record, text="", problem=encoded.problem))
+            if encoded.samples:
+                yield record.index, [Sample(ids.astype(np.int64), marks) for ids, marks in encoded.samples]
 
     def _note(self, file: SourceFile, record: Record) -> None:
         problem = problem_of(file, record)
         allowed = self.corpus.recipe.allow_lost_files
         if is_lost(problem) and not is_allowed(file.url, allowed):
             raise lost_files([problem], allowed)
-        if problem["problem"] == EMPTY or is_lost(problem):
+        if is_harmless(problem) or is_lost(problem):
             self.problems.append(problem)
         elif (place := (file.url, record.place)) not in self._bad:  # else met again in a later epoch
             self._bad.add(place)
@@ -141,20 +153,25 @@ class _Concat:
         self.seq_len, self.end_of_text = seq_len, documents.tokenizer.end_of_text
         self.cursor = (epoch, place, record)
         self.reading = documents.read(self.cursor)
-        self.held: list[tuple[Cursor, NDArray[np.int64]]] = []
+        self.held: list[tuple[Cursor, Sample]] = []
 
     def row(self) -> Rows:
         # Row after row shares a token: the last label of one is the first input of the next.
-        missing = self.offset + self.seq_len + 1 - sum(len(ids) for _, ids in self.held)
+        missing = self.offset + self.seq_len + 1 - sum(len(sample.ids) for _, sample in self.held)
         while missing > 0:
-            cursor, ids = next(self.reading)
-            self.held.append((cursor, np.concatenate(([self.end_of_text], ids))))
-            missing -= len(ids) + 1
-        ids = np.concatenate([ids for _, ids in self.held])[self.offset : self.offset + self.seq_len + 1]
+            cursor, samples = next(self.reading)
+            whole = _joined(samples)
+            if whole.marks is None:
+                whole = Sample(np.concatenate(([self.end_of_text], whole.ids)))
+            self.held.append((cursor, whole))
+            missing -= len(whole.ids)
+        held = _joined([sample for _, sample in self.held])
+        row = slice(self.offset, self.offset + self.seq_len + 1)
+        marks = None if held.marks is None else held.marks[row]
         self.offset += self.seq_len
-        while self.offset >= len(self.held[0][1]):
-            self.offset -= len(self.held.pop(0)[1])
-        return Rows.cut(ids, seq_len=self.seq_len, end_of_text=self.end_of_text)
+        while self.offset >= len(self.held[0][1].ids):
+            self.offset -= len(self.held.pop(0)[1].ids)
+        return Rows.cut(held.ids[row], marks, seq_len=self.seq_len, end_of_text=self.end_of_text)
 
     @property
     def state(self) -> list[int]:
@@ -185,24 +202,29 @@ class _BestFit:
     def _pack(self) -> None:
         self.begin = self.end
         pieces: list[Piece] = []
-        block: list[NDArray[np.int64]] = []
+        block: list[Sample] = []
         end_of_text = np.array([self.end_of_text])
         size = 0
         while size < _BLOCK_ROWS * self.seq_len:
-            (epoch, place, record), ids = next(self.reading)
+            (epoch, place, record), samples = next(self.reading)
             self.end = (epoch, place, record + 1)
-            # Offsets count all ids of the block, of which each document has one more than it has pairs.
-            ended = np.concatenate((ids, end_of_text))
-            at = size
-            for length in text_lengths(ended, self.end_of_text):
-                pieces += pieces_of(at, length, self.seq_len)
-                at += length
-            block += [end_of_text, ended]
-            size += len(ended) + 1
-        all_ids = np.concatenate(block)
+            for ids, marks in samples:
+                at = size
+                if marks is None:
+                    # Offsets count all ids of the block, of which each document has one more than it has pairs.
+                    ended = np.concatenate((ids, end_of_text))
+                    for length in text_lengths(ended, self.end_of_text):
+                        pieces += pieces_of(at, length, self.seq_len)
+                        at += length
+                    block.append(Sample(np.concatenate((end_of_text, ended))))
+                else:
+                    pieces.append(Piece(at, min(len(ids), self.seq_len)))
+                    block.append(Sample(ids, marks))
+                size += len(block[-1].ids)
+        whole = _joined(block)
         self.packed = [
             Rows.packed(
-                [(all_ids[at : at + n], all_ids[at + 1 : at + n + 1]) for at, n in row],
+                [labelled(*with_a_label(*_slice(whole, at, at + n + 1), n)) for at, n in row],
                 seq_len=self.seq_len,
                 end_of_text=self.end_of_text,
             )
@@ -216,6 +238,16 @@ class _BestFit:
         if self.emitted == len(self.packed):
             return [*self.end, 0]
         return [*self.begin, self.emitted]
+
+
+def _joined(samples: list[Sample]) -> Sample:
+    """One after another: all of texts, or all of conversations."""
+    marks = [sample.marks for sample in samples if sample.marks is not None]
+    return Sample(np.concatenate([sample.ids for sample in samples]), np.concatenate(marks) if marks else None)
+
+
+def _slice(sample: Sample, start: int, stop: int) -> Sample:
+    return Sample(sample.ids[start:stop], None if sample.marks is None else sample.marks[start:stop])
 
 
 _PACKERS: dict[str, type[_Concat | _BestFit]] = {"concat": _Concat, "best_fit": _BestFit}

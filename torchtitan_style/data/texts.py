@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from .corpus import SourceFile
 from .documents import read_records
+from .records import Fields
 
 
-def texts_of(files: Sequence[SourceFile], *, text_key: str, max_bytes: int) -> Iterator[str]:
+def texts_of(files: Sequence[SourceFile], *, fields: Fields, max_bytes: int) -> Iterator[str]:
     """The texts of all documents that can be read."""
     for file in files:
-        for record in read_records(file, text_key=text_key, max_bytes=max_bytes):
+        for record in read_records(file, text_key=fields, max_bytes=max_bytes):
             if not record.problem:
                 yield record.text

@@ -3,14 +3,14 @@
 The files are cut into units of about equal size, always in the same way; each unit becomes one shard, by
 itself, so that neither the number of processes nor a restart changes what comes out.
 
-    train-00007.bin, validation-00007.bin     token ids of unit 7, each document followed by end-of-text
-    train-00007.index, validation-00007.index tokens of each text, as uint32
-    unit-00007.json                           what is in them; written last: the unit is done
+    train-00007.*, validation-00007.*   the documents of unit 7, see shard_writer.py
+    unit-00007.json                     what is in them; written last: the unit is done
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -18,12 +18,11 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from torchtitan_style.common.errors import RunError
 from torchtitan_style.common.files import digest_of, sha256
@@ -32,10 +31,13 @@ from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.signals import shielding_children
 from torchtitan_style.common.typed import Content, Count, typed
 
+from .chat.conversations import Conversations
 from .corpus import SourceFile
 from .documents import Lost, Record, is_one_piece, parquet_groups, read_records
-from .packing import text_lengths
+from .encode import ChatRecipe, Encode, encoder
 from .problems import Problem, is_allowed, is_bad_document, is_lost, problem_of
+from .records import Fields
+from .shard_writer import ShardWriter
 from .tokenizer import Tokenizer
 
 PARTS = ("train", "validation")
@@ -68,6 +70,22 @@ class Recipe:
     dtype: str
     allow_lost_files: tuple[str, ...] = ()
     """Names and patterns of files that may be lost."""
+    chat: ChatRecipe | None = None
+    """Of conversations; None: the documents are texts."""
+
+    @property
+    def fields(self) -> Fields:
+        """What of a row is its document."""
+        return self.text_key if self.chat is None else Conversations(self.chat.messages_key)
+
+    def encoder(self, tokenizer: Tokenizer) -> Encode:
+        """What makes samples of documents."""
+        return encoder(tokenizer, vocab_size=self.vocab_size, chat=self.chat, assets=self.tokenizer)
+
+    def writer(self, folder: Path, part: str, number: int, end_of_text: int) -> ShardWriter:
+        """What writes a shard of them."""
+        chat = self.chat is not None
+        return ShardWriter(folder, part, number, dtype=self.dtype, end_of_text=end_of_text, chat=chat)
 
 
 @dataclass(frozen=True)
@@ -271,62 +289,42 @@ def _unit_of_process(number: int) -> None:
 def _tokenize_unit(job: _Job, number: int, tokenizer: Tokenizer, counter: _Counter) -> None:
     """Write one unit's shard."""
     folder, recipe = job.folder, job.recipe
-    documents = {"train": 0, "validation": 0}
-    tokens = {"train": 0, "validation": 0}
     bad: list[_Bad] = []
-    paths = {part: folder / f"{part}-{number:05d}.bin" for part in PARTS}
-    end_of_text = np.array([tokenizer.end_of_text], dtype=recipe.dtype)
-    with paths["train"].open("wb") as train, paths["validation"].open("wb") as validation:
-        shards: dict[str, BinaryIO] = {"train": train, "validation": validation}
-        lengths: dict[str, list[int]] = {part: [] for part in PARTS}
-        if number == 0:  # so that each document, the first too, has an end-of-text in front of it
-            for part, shard in shards.items():
-                shard.write(end_of_text.tobytes())
-                tokens[part] = 1
+    counts: Counter[str] = Counter()
+    encode = recipe.encoder(tokenizer)
+    with contextlib.ExitStack() as stack:
+        shards = {
+            part: stack.enter_context(recipe.writer(folder, part, number, tokenizer.end_of_text)) for part in PARTS
+        }
         for place, (file_number, span) in enumerate(job.units[number]):
             file = job.files[file_number]
-            read = read_records(file, text_key=recipe.text_key, max_bytes=recipe.max_document_bytes, span=span)
+            read = read_records(file, text_key=recipe.fields, max_bytes=recipe.max_document_bytes, span=span)
             before = span[0] if span and file.format == "jsonl" else 0
             for batch in _batches(read):
                 unread = len(bad)
-                good = []
-                for record in batch:
-                    if record.problem:
-                        bad.append((place, record.place, record.problem, record.place_name, record.lost))
-                    else:
-                        good.append(record)
-                encoded = tokenizer.encode_batch([record.text for record in good])
+                good = [record for record in batch if not record.problem]
                 made = 0
-                for record, ids in zip(good, encoded, strict=True):
-                    if len(ids) and ids.max() >= recipe.vocab_size:
-                        bad.append(
-                            (
-                                place,
-                                record.place,
-                                f"token {ids.max()} is past model.vocab_size",
-                                record.place_name,
-                                None,
-                            )
-                        )
-                        continue
-                    part = PARTS[is_held_out(record.text, recipe.validation_fraction)]
-                    ended = np.concatenate((ids.astype(recipe.dtype), end_of_text))
-                    shards[part].write(ended.tobytes())
-                    lengths[part] += text_lengths(ended, tokenizer.end_of_text)
-                    documents[part] += 1
-                    tokens[part] += len(ended)
-                    made += len(ended)
+                problems = {record.index: record.problem for record in batch if record.problem}
+                for record, encoded in zip(good, encode([record.text for record in good]), strict=True):
+                    if encoded.problem:
+                        problems[record.index] = encoded.problem
+                    if encoded.samples:
+                        part = PARTS[is_held_out(record.text, recipe.validation_fraction)]
+                        made += shards[part].add(encoded.samples)
+                        counts.update(encoded.counts)
+                for record in batch:
+                    if problem := problems.get(record.index):
+                        bad.append((place, record.place, problem, record.place_name, record.lost))
                 harmful = sum(_harm(_problem(file, each), recipe.allow_lost_files) for each in bad[unread:])
                 counter.add(max(batch[-1].consumed - before, 0), made, harmful)
                 before = batch[-1].consumed
                 if counter.stop.value:
                     raise KeyboardInterrupt
-        for part in PARTS:
-            (folder / f"{part}-{number:05d}.index").write_bytes(np.array(lengths[part], dtype="<u4").tobytes())
     made_files = sorted(path for part in PARTS for path in folder.glob(f"{part}-{number:05d}.*"))
     content = {
-        "documents": documents,
-        "tokens": tokens,
+        "documents": {part: shard.documents for part, shard in shards.items()},
+        "tokens": {part: shard.tokens for part, shard in shards.items()},
+        "counts": counts,
         "bad": sorted(bad, key=lambda each: each[:3]),
         "files": {path.name: file_entry(path) for path in made_files},
     }

@@ -6,6 +6,7 @@ Either way the tokenizer ends up as files in the run's ``tokenizer/`` folder, in
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -100,6 +101,25 @@ class Tokenizer:
         if self._bulk is None:
             self._bulk = bulk_encoder(self.backend) or self._encode_all
         return self._bulk(texts)
+
+    @functools.cached_property
+    def joins_pieces(self) -> bool:
+        """Whether a text may be tokenized in pieces wherever a token ends."""
+        self.encode_batch([])
+        return self._bulk != self._encode_all
+
+    def added_tokens(self) -> list[str]:
+        """The texts of tokens that no other token reaches across, special ones among them."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
+
+    def encode_with_offsets(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Token ids of ``text``, [n], and from where to where in it each token is, in characters, [n, 2]."""
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return np.array(encoded.ids, np.uint32), np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+    def show(self, ids: list[int]) -> str:
+        """Text of ``ids``, special tokens included."""
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def _encode_all(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator, Iterator
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.data.chat.template import ChatTemplate
 from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.models.hf_folder import special_tokens
 
 from .decode import Speed
 from .generate import Finish, TextModel
@@ -19,75 +16,6 @@ from .text import overlap
 
 THINK, END_THINK = "<think>", "</think>"
 """What Qwen3 puts around its thoughts."""
-
-_ANSWER, _NEXT = "an-answer-to-look-for", "a-question-to-look-for"
-"""Messages that are found again in a rendered conversation."""
-
-
-class ChatTemplate:
-    """How messages become the text that the model was trained on: Jinja, rendered as Transformers renders it."""
-
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        self._source, self._special_tokens = source, special_tokens
-
-    @classmethod
-    def find(cls, assets: Path) -> ChatTemplate | None:
-        """The template among a tokenizer's files, or None. Raises UserError if they cannot be read."""
-        path = assets / "tokenizer_config.json"
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            separate = assets / "chat_template.jinja"
-            source = separate.read_text(encoding="utf-8") if separate.is_file() else settings.get("chat_template")
-            if isinstance(source, list):  # several, by name
-                source = {each["name"]: each["template"] for each in source}.get("default")
-            special = special_tokens(assets)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{assets}: the chat template cannot be read: {error}") from None
-        return cls(source, special) if source else None
-
-    @property
-    def thinks(self) -> bool:
-        """Whether it knows of a thinking mode."""
-        return "enable_thinking" in self._source
-
-    def end_of_turn(self, *, system: str | None = None) -> str:
-        """The text that the template puts after an answer, "" if it cannot be told.
-
-        It is what follows the last message, or, if that is only white space, what is between it and the next one.
-        """
-        first = [{"role": "system", "content": system}] if system else []
-        first += [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
-        try:
-            last = self.render(first, answer_follows=False)
-            between = self.render([*first, {"role": "user", "content": _NEXT}], answer_follows=False)
-        except UserError:  # it takes no such conversation
-            return ""
-        end = last.rpartition(_ANSWER)[2] if _ANSWER in last else ""
-        if not end.strip() and _NEXT in between.rpartition(_ANSWER)[2]:
-            end = between.rpartition(_ANSWER)[2].partition(_NEXT)[0]
-        return end.rstrip()
-
-    def render(
-        self, messages: Sequence[dict[str, str]], *, thinking: bool | None = None, answer_follows: bool = True
-    ) -> str:
-        """The text of ``messages``, up to where the model's answer begins if ``answer_follows``.
-
-        Raises UserError if the template refuses them.
-        """
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options: dict[str, Any] = self._special_tokens | ({} if thinking is None else {"enable_thinking": thinking})
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self._source,
-                add_generation_prompt=answer_follows,
-                **options,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # it is a program
-            raise UserError(f"the model's chat template does not take this conversation: {error}") from None
-        return str(rendered[0])
 
 
 class Conversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
+from torchtitan_style.data.counts import describe_chat
 from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from torchtitan_style.data.mixture import choose
 from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
@@ -77,6 +79,13 @@ class RunData:
             )
         ]
         return f"{', '.join(epochs)} of {self.prepared.tokens('train'):,} tokens"
+
+    def describe_chat(self) -> Iterator[str]:
+        """A line about each corpus of conversations: of a streamed one, about what is held out of it."""
+        for name, entry in self.prepared.manifest["corpora"].items():
+            if line := describe_chat(name, entry):
+                held_out = "held out of the stream: " if self.config.data.streaming else ""
+                yield held_out + line
 
     def resuming(self, state: dict[str, Any]) -> str:
         """What it costs to find the position in the data again, in words; "" if nothing."""

@@ -97,6 +97,7 @@ def _header(config: Config, world: World, state: TrainState, data: RunData, mete
         f"{training.steps} steps of {plan.global_batch_size} rows of {training.seq_len} tokens{microbatches}, "
         f"{data.describe()}, into {config.job.dump_folder}"
     )
+    yield from data.describe_chat()
     if state.step:
         yield f"resuming after step {state.step}{data.resuming(state.data)}"
 

@@ -194,6 +194,7 @@ def train_step(
     # The loss is a mean over all tokens of the step, whichever rank or microbatch has them.
     tokens = torch.stack([(part.labels != -100).sum() for part in batch.microbatches]).sum()
     dist.all_reduce(tokens, group=world.batch_group)
+    tokens.clamp_(min=1)  # of rows of conversations that are cut, none may be trained on
     balance = Balance.of(model, batch.microbatches, world)
     reduce_each = reduces_each_microbatch(config.parallelism, world.layout)
     loss = forward_backward(model, batch.microbatches, tokens, balance, reduce_each=reduce_each)

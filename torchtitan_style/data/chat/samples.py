@@ -1,0 +1,224 @@
+"""A conversation as samples: token ids, and which of them are trained on.
+
+A turn of the assistant is what the model has to write: of the rendering up to and with the turn, what is behind the
+rendering up to the turn with the generation prompt. The tokens in front of it are those that the model has read by then
+when it is used: the rendering up to the turn, tokenized by itself. As long as each such context begins with all that
+came before, turns go into one sample. Where it does not, because the template drops the thoughts of earlier turns,
+trims or reorders, the turn begins another sample. So no turn is trained on in a context that it never has.
+
+A template with ``{% generation %}`` marks says itself what the model writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tokenizer import Tokenizer
+from .template import CHATML, ChatTemplate, Refused
+
+TRAINED, BEGINS = 1, 2
+"""Marks of a token: it is trained on; it is the first of its sample, which nothing predicts."""
+
+Ids = NDArray[np.uint32]
+Marks = NDArray[np.uint8]
+
+
+class Sample(NamedTuple):
+    """Tokens that are one document of a row, each array [n]."""
+
+    ids: NDArray[Any]
+    marks: Marks | None = None
+    """None: of text, all of which is trained on."""
+
+
+class Conversation(NamedTuple):
+    """What becomes of a conversation."""
+
+    samples: list[Sample]
+    turns: int
+    """Turns of the assistant that are trained on."""
+    notes: list[str]
+    """What is remarkable about it."""
+
+
+class Unusable(ValueError):
+    """A conversation that cannot be trained on; the message says why."""
+
+
+class _Growing:
+    """A sample to which turns are added. text: what it is the tokens of."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._ids: list[Ids] = []
+        self._marks: list[Marks] = []
+
+    def add(self, ids: Ids, marks: Marks | int) -> None:
+        self._ids.append(ids)
+        self._marks.append(np.broadcast_to(np.uint8(marks), ids.shape) if isinstance(marks, int) else marks)
+
+    @property
+    def ids(self) -> Ids:
+        if len(self._ids) > 1:
+            self._ids = [np.concatenate(self._ids)]
+        return self._ids[0] if self._ids else np.empty(0, np.uint32)
+
+    def done(self) -> Sample:
+        marks = np.concatenate(self._marks)
+        marks[0] = BEGINS
+        return Sample(self.ids, marks)
+
+
+class Sampler:
+    """Makes the samples of conversations. train_on: "assistant", "last" or "all"."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, train_on: str) -> None:
+        self.template, self.tokenizer, self.train_on = template, tokenizer, train_on
+        added = sorted(tokenizer.added_tokens(), key=len, reverse=True)
+        special = "|".join(map(re.escape, added)) or "(?!)"
+        self._begins_special = re.compile(special).match
+        self._ends_special = re.compile(f"(?:{special})$").search
+
+    def __call__(self, text: str) -> Conversation:
+        """The samples of a conversation that ``Conversations.text_of`` has made. Raises Unusable."""
+        conversation = json.loads(text)
+        messages, tools = conversation["messages"], conversation.get("tools")
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns and self.train_on != "all":
+            raise Unusable("no turn of the assistant, and so no token to train on")
+        notes = self._notes(messages, tools)
+        if self.train_on == "last":
+            turns = turns[-1:]
+        try:
+            if self.train_on == "all":
+                samples = self._put_together(self._all_of(messages, tools, turns))
+            elif self.template.has_marks:
+                samples = self._by_marks(messages, tools, turns)
+            else:
+                turns = self._without_first(messages, tools, turns, notes)
+                samples = self._put_together(self._turns(messages, tools, turns))
+        except Refused as error:
+            raise Unusable(f"the chat template does not take it: {error}") from None
+        if self.train_on == "all":
+            for sample in samples:
+                assert sample.marks is not None
+                sample.marks[1:] = TRAINED
+        return Conversation(samples, len(turns), notes)
+
+    def _without_first(self, messages: Any, tools: Any, turns: list[int], notes: list[str]) -> list[int]:
+        """``turns``, but for a first message that the template has no generation prompt for."""
+        if not turns or turns[0] != 0:
+            return turns
+        try:
+            self.template.render_each([[]], tools=tools, prompt=True)
+        except Refused:
+            if len(turns) == 1:
+                raise Unusable("it begins with its only turn of the assistant, which nothing asks for") from None
+            notes.append("its first message is the assistant's, which is not trained on")
+            return turns[1:]
+        return turns
+
+    def _turns(self, messages: Any, tools: Any, turns: list[int]) -> list[tuple[str, str]]:
+        """Of each turn the text that it is written behind, and the text that is written. Raises Unusable."""
+        befores = self.template.render_each([messages[:turn] for turn in turns], tools=tools, prompt=True)
+        wholes = self.template.render_each([messages[: turn + 1] for turn in turns], tools=tools, prompt=False)
+        for turn, before, whole in zip(turns, befores, wholes, strict=True):
+            if not whole.startswith(before):
+                same = _common(before, whole)
+                raise Unusable(
+                    f"the chat template renders message {turn + 1} otherwise than its generation prompt begins: "
+                    f"{json.dumps(whole[same : same + 40])} where the prompt has {json.dumps(before[same:])}"
+                )
+        return [(before, whole[len(before) :]) for before, whole in zip(befores, wholes, strict=True)]
+
+    def _all_of(self, messages: Any, tools: Any, turns: list[int]) -> list[tuple[str, str]]:
+        """The text up to the end of each turn and of the whole, as context of nothing."""
+        ends = [*(turn + 1 for turn in turns if turn + 1 < len(messages)), len(messages)]
+        wholes = self.template.render_each([messages[:end] for end in ends], tools=tools, prompt=False)
+        return [(whole, "") for whole in wholes]
+
+    def _put_together(self, pairs: list[tuple[str, str]]) -> list[Sample]:
+        """Samples of contexts and turns, tokenized apart, as they are when the model is used."""
+        if not self.tokenizer.joins_pieces:  # as those that put a space in front of each
+            texts = [(before + turn, [(len(before), len(before + turn))]) for before, turn in pairs]
+            return self._grow(texts)
+        grown: list[_Growing] = []
+        for before, turn in pairs:
+            if not grown or not self._extend(grown[-1], before):
+                grown.append(_Growing())
+                grown[-1].add(self._encode(before), 0)
+            grown[-1].add(self._encode(turn), TRAINED)
+            grown[-1].text = before + turn
+        return [sample.done() for sample in grown]
+
+    def _extend(self, sample: _Growing, text: str) -> bool:
+        """Add to ``sample`` what it lacks of ``text``, if the tokens of ``text`` begin with it. Whether they do."""
+        if not text.startswith(sample.text):
+            return False
+        rest = text[len(sample.text) :]
+        if not rest or self._begins_special(rest) or self._ends_special(sample.text):
+            sample.add(self._encode(rest), 0)  # no token reaches across
+            return True
+        return self._extend_ids(sample, self._encode(text), 0)
+
+    @staticmethod
+    def _extend_ids(sample: _Growing, ids: Ids, marks: Marks | int) -> bool:
+        count = len(sample.ids)
+        if not np.array_equal(sample.ids, ids[:count]):
+            return False
+        sample.add(ids[count:], marks if isinstance(marks, int) else marks[count:])
+        return True
+
+    def _by_marks(self, messages: Any, tools: Any, turns: list[int]) -> list[Sample]:
+        """Samples of whole renderings, trained on where the template says so."""
+        text, spans = self.template.render_marked(messages, tools=tools)
+        wholes = self.template.render_each([messages[: turn + 1] for turn in turns], tools=tools, prompt=False)
+        if self.train_on == "assistant" and all(text.startswith(whole) for whole in wholes):
+            return self._grow([(text, spans)])
+        befores = self.template.render_each([messages[:turn] for turn in turns], tools=tools, prompt=False)
+        texts = []
+        for turn, before in zip(turns, befores, strict=True):
+            text, spans = self.template.render_marked(messages[: turn + 1], tools=tools)
+            begin = _common(before, text)
+            texts.append((text, [span for span in spans if span[1] > begin]))
+        return self._grow(texts)
+
+    def _grow(self, texts: list[tuple[str, list[tuple[int, int]]]]) -> list[Sample]:
+        """Samples of ``texts``, each with the places in it that are trained on, as far as it is new."""
+        grown: list[_Growing] = []
+        for text, spans in texts:
+            ids, offsets = self.tokenizer.encode_with_offsets(text)
+            marks = np.zeros(len(ids), np.uint8)
+            for begin, end in spans:
+                marks[(offsets[:, 0] < end) & (offsets[:, 1] > begin)] = TRAINED
+            if not grown or not self._extend_ids(grown[-1], ids, marks):
+                grown.append(_Growing())
+                grown[-1].add(ids, marks)
+        return [sample.done() for sample in grown]
+
+    def _encode(self, text: str) -> Ids:
+        return self.tokenizer.encode_batch([text])[0]
+
+    def _notes(self, messages: Any, tools: Any) -> list[str]:
+        """What is odd about a conversation, and kept."""
+        notes = []
+        roles = [message["role"] for message in messages]
+        if any(pair == ("user", "user") for pair in itertools.pairwise(roles)):
+            notes.append("two messages of the user in a row")
+        used = {key for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)}
+        used |= {"tools"} if tools else set()
+        if unknown := sorted(key for key in used if key not in self.template.source):
+            what = "ChatML, which stands in for a chat template," if self.template.source == CHATML else "the template"
+            notes.append(f"{what} leaves out its {' and '.join(unknown)}")
+        return notes
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters ``a`` and ``b`` begin with in common."""
+    return next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
