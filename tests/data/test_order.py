@@ -35,11 +35,14 @@ SEQ_LEN = 48
 
 MANY = {"paths": ["many/*.jsonl"]}  # a file and more for each stream
 FEW = {"paths": ["few/*"]}  # streams share files
+CHAT = {"paths": ["chat/*.jsonl"], "format": "chat"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "concat": FEW,
     "best_fit": FEW | {"packing": "best_fit"},
     "stream": MANY | {"streaming": True},
     "stream_best_fit": FEW | {"streaming": True, "packing": "best_fit", "num_streams": 4},
+    "stream_chat": CHAT | {"streaming": True, "num_streams": 4},
+    "chat_mixture": {"mixture": [{"name": "a", "weight": 1, **CHAT}, {"name": "b", "weight": 1, **FEW}]},
     "mixture": {"mixture": [{"name": "a", "weight": 3, **MANY}, {"name": "b", "weight": 1.5, **FEW}]},
     "stream_mixture": {
         "streaming": True,
@@ -55,10 +58,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "few").mkdir()
     for number in range(11):
         write_jsonl(folder / f"many/{number}.jsonl", texts(40 + 10 * number, seed=number))
+    (folder / "chat").mkdir()
+    for number in range(3):
+        said = texts(300, seed=200 + number, longest=6)
+        rows = [{"messages": messages(said[at : at + 2 + at % 4])} for at in range(0, 300, 6)]
+        (folder / f"chat/{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_jsonl(folder / "few/plain.jsonl", texts(500, seed=100))
     write_jsonl(folder / "few/zipped.jsonl.gz", texts(500, seed=101, longest=200))
     write_parquet(folder / "few/table.parquet", texts(500, seed=102))
     return folder
+
+
+def messages(said: list[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
 
 
 def data_section(corpus: Path, variant: dict[str, Any]) -> dict[str, Any]:
