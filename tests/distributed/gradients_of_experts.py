@@ -1,6 +1,6 @@
 """Run by test_expert_gradients.py as the ranks of one layout: loss and gradients against the loop over experts.
 
-Arguments: dp_replicate dp_shard tp ep output.json. For every combination of options the file gets the relative
+Arguments: dp_replicate dp_shard tp ep output.json combination…. For each combination the file gets the relative
 difference of the losses, of the gradients' norm and of each parameter's gradient, and the bytes of tokens sent.
 """
 
@@ -51,6 +51,14 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int, ep: int) -> list[tup
     """(compile, recomputation) for a layout."""
     eager = [("eager", kind) for kind in RECOMPUTE]
     return [*eager, ("block", "none"), ("block", "op")] if dp_replicate == 1 else eager
+
+
+def is_nightly(dp_replicate: int, dp_shard: int, tp: int, ep: int, compile: str, recompute: str) -> bool:
+    """Whether another combination shows most of it: what is compiled, and each recomputation, is tried on one process;
+    what is sent, on two that share the experts."""
+    if compile == "eager":
+        return recompute == "full" and dp_replicate * dp_shard * tp > 1
+    return dp_shard * tp > 1 and (tp > 1 or ep == 1 or dp_shard > 2 or recompute == "none")
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,13 +152,13 @@ def count_bytes() -> list[int]:
 
 def main() -> None:
     global MESH, ORIGINAL
-    *degrees, output = sys.argv[1:]
-    dp_replicate, dp_shard, tp, ep = map(int, degrees)
+    dp_replicate, dp_shard, tp, ep = map(int, sys.argv[1:5])
+    output, *names = sys.argv[5:]
     world = init_world(Layout(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp, ep=ep), timeout_seconds=300)
     from torchtitan_style.models.qwen3_moe.expert_parallel import _all_to_all
 
     MESH, ORIGINAL = expert_mesh(world), _all_to_all
-    results = {"/".join(c): compare(world, *c) for c in combinations(dp_replicate, dp_shard, tp, ep)}
+    results = {name: compare(world, *name.split("/")) for name in names}
     for result in results.values():
         total = torch.tensor(result["bytes"])
         dist.all_reduce(total)

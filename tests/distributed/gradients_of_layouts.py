@@ -58,9 +58,11 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recomput
     FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2, and with both
     kinds of parallelism, one combination shows that blocks are wrapped after they are compiled.
     """
-    if compile == "eager" or dp_replicate * dp_shard == 1:
-        return compile != "eager" and tp > 2
-    return dp_replicate > 1 or recompute != "op"
+    if compile == "eager":
+        return False
+    if dp_replicate * dp_shard > 1:
+        return dp_replicate > 1 or recompute != "op"
+    return tp > 2 or recompute in ("full", "2")
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,9 +31,9 @@ def corpus(zygote: Zygote, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared(zygote: Zygote, corpus: Path, tmp_path_factory) -> Iterator[Runs]:
-    """Runs that several tests of a module look at."""
+    """Runs that several tests look at."""
     runs = Runs(zygote, corpus, tmp_path_factory.mktemp("shared"))
     yield runs
     runs.end()
@@ -46,13 +46,13 @@ def runs(zygote: Zygote, corpus: Path, tmp_path: Path) -> Iterator[Runs]:
     runs.end()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(shared: Runs) -> Path:
     """The uninterrupted run of one process."""
     return shared("whole").folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole_of_two(shared: Runs) -> Path:
     """The uninterrupted run of two processes."""
     return shared("whole-of-two", nproc=2).folder

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.runs import Runs
 
-TIMEOUT = 5
+TIMEOUT = 8
 OPTIONS = [
     "--comm.train_timeout_seconds",
     TIMEOUT,

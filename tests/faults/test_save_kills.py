@@ -9,7 +9,7 @@ import pytest
 from tests.faults.runs import Command
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.nightly), "async"])
 def test_a_kill_anywhere_in_a_save_leaves_the_one_before_or_the_new_one(
     command: Command, tmp_path: Path, mode: str
 ) -> None:

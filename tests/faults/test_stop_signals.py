@@ -29,6 +29,16 @@ CHAINS: dict[str, tuple[int, str, list[Stop]]] = {
             (signal.SIGUSR1, None, "save", 12, 12),
         ],
     ),
+    "two": (
+        2,
+        "async",
+        [
+            (signal.SIGTERM, 1, "step", 2, 2),
+            (signal.SIGINT, None, "start", 2, 2),
+            (signal.SIGTERM, 0, "validation", 8, 8),
+            (signal.SIGUSR1, None, "save", 12, 12),
+        ],
+    ),
     "the launcher of two": (
         2,
         "disabled",
@@ -52,7 +62,14 @@ CHAINS: dict[str, tuple[int, str, list[Stop]]] = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "one process",
+        "two",
+        *(pytest.param(f"{who} of two", marks=pytest.mark.nightly) for who in ("the launcher", "one rank")),
+    ],
+)
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(
     runs: Runs, whole: Path, whole_of_two: Path, tmp_path: Path, chain: str
 ) -> None:

@@ -91,6 +91,7 @@ def actual(work: Workload) -> int:
     ("--compile.enable", "true", "--training.mixed_precision_param", "float32"),
 ])  # fmt: skip
 def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None:
+    torch.compiler.reset()  # after many compilations by other tests, no more are made
     config = load_config(DEFAULT_CONFIG, [*SHAPE, *overrides])
     work = Workload.of(config, Layout(), on_gpu=False)
     planned = kept_by_layers(work) + kept_outside(work)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.launch.preflight import check_torch
+from torchtitan_style.models.spec import describe_size
 
 from .cli import Arguments
 from .screen import Screen
@@ -71,8 +72,7 @@ def main(arguments: list[str]) -> None:
         compile_steps(model, 1)
         screen = Screen()
         kind = "its chat template" if template else "no chat template: it goes on from the text so far"
-        millions = model.config.num_parameters / 1e6
-        screen.say(f"{options.checkpoint}, {millions:,.1f} M parameters, {kind}. /help for help.")
+        screen.say(f"{options.checkpoint}, {describe_size(model.config)}, {kind}. /help for help.")
         ctrl_c, mistakes = _CtrlC(), list[UserError]()
         for turn, text in enumerate(_inputs(ctrl_c)):
             slash = text.startswith("/") and "\n" not in text

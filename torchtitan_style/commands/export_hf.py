@@ -14,6 +14,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.models.spec import describe_size
 
 from .cli import Arguments
 
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
             bytes_each = dtype.itemsize if dtype else 4
             with progress_bar("exporting", source.config.num_parameters * bytes_each) as advance:
                 export_hf(source, options.output, dtype=dtype, max_shard_size=max_shard_size, advance=advance)
-            print(f"{options.output}: {source.config.num_parameters / 1e6:,.1f} M parameters of {source.path}")
+            print(f"{options.output}: {describe_size(source.config)} of {source.path}")
 
         with_model(options.checkpoint, export, say=lambda line: print(line, file=sys.stderr))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.launch.preflight import check_torch
+from torchtitan_style.models.spec import describe_size
 
 from .cli import Arguments, hf_folder
 
@@ -41,5 +42,5 @@ def main(arguments: list[str]) -> None:
         size = sum(tensor.stop - tensor.start for tensor in source.tensors.values())
         with progress_bar("importing", size) as advance:
             import_hf(source, options.output, advance=advance)
-        parameters = f"{source.config.num_parameters / 1e6:,.1f} M parameters"
+        parameters = describe_size(source.config)
         print(f"{options.output}: {parameters}, {size / 1e9:,.2f} GB" + ("" if source.tokenizer else "; no tokenizer"))

@@ -17,6 +17,7 @@ from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.launch.torchrun import count_gpus, start_ranks
 from torchtitan_style.models.hf_folder import HFFolder
+from torchtitan_style.models.spec import describe_size
 
 from .cli import Arguments, hf_folder
 
@@ -68,7 +69,7 @@ def _verify_hf(folder: HFFolder, dtype: str, tolerance: float | None) -> bool:
 
     device = current_device()
     checks = compare_with_transformers(folder, dtype=getattr(torch, dtype), device=device, tolerance=tolerance)
-    print(f"{folder.path}, {folder.config.num_parameters / 1e6:,.1f} M parameters, on {name(device)}")
+    print(f"{folder.path}, {describe_size(folder.config)}, on {name(device)}")
     return print_checks(f"against Transformers {transformers.__version__} in {dtype}", checks)
 
 

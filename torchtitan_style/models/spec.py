@@ -183,3 +183,11 @@ class InferenceForm(Protocol):
     def packs(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether ``fuse`` keeps a reordered copy of each matrix."""
         ...
+
+
+def describe_size(config: ModelConfig) -> str:
+    """Numbers of parameters, for a person: "30,532.1 M parameters, 3,344.5 M of them active"."""
+    text = f"{config.num_parameters / 1e6:,.1f} M parameters"
+    if config.num_active_parameters != config.num_parameters:
+        text += f", {config.num_active_parameters / 1e6:,.1f} M of them active"
+    return text

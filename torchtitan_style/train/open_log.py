@@ -17,6 +17,7 @@ from torchtitan_style.metrics.log import DescribeRouting, TrainingLog
 from torchtitan_style.metrics.planned import MakePlan
 from torchtitan_style.metrics.throughput import Meter
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.spec import describe_size
 from torchtitan_style.models.trained import adapted_modules, trained_shapes
 
 from .data import RunData
@@ -85,8 +86,8 @@ def _header(config: Config, world: World, state: TrainState, data: RunData, mete
         precision += " (multiplied in float32, as this CPU has no instructions for it)"
     yield (
         f"{config.model.name} {config.initial_weights or config.model.flavor}, "
-        f"{model_config(config.model).num_parameters / 1e6:,.1f} M parameters, "
-        f"{precision}, on {processes}{devices.name(world.device)}" + (f" ({layout})" if processes else "")
+        f"{describe_size(model_config(config.model))}, {precision}, on {processes}{devices.name(world.device)}"
+        + (f" ({layout})" if processes else "")
     )
     if config.lora.rank or training.freeze:
         yield _describe_trained(config)

@@ -13,6 +13,7 @@ from torchtitan_style.common.device import available_memory, name, peak_flops
 from torchtitan_style.config import Config, to_toml
 from torchtitan_style.config.layout import plan_batch, plan_layout
 from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.spec import describe_size
 
 from .layout import reference
 from .report import Check
@@ -40,7 +41,7 @@ def compare_layout(
     microbatches = f" in {plan.accumulation_steps} microbatches" if plan.accumulation_steps > 1 else ""
     what = (
         f"{world_size} process{'es' if world_size > 1 else ''} ({layout}) on {name(device)}, against one in fp32: "
-        f"{model_config(small.model).num_parameters / 1e6:,.1f} M parameters, {plan.global_batch_size} rows of "
+        f"{describe_size(model_config(small.model))}, {plan.global_batch_size} rows of "
         f"{small.training.seq_len} tokens{microbatches}"
     )
     say("\n  ".join([what, *notes]))
