@@ -21,6 +21,7 @@ from torchtitan_style.planner.devices import Assumptions, Device, device_named, 
 from torchtitan_style.planner.plan import Plan, make_plan
 from torchtitan_style.planner.report import plan_as_dict, plan_lines, search_lines
 from torchtitan_style.planner.search import as_dict, global_batch, least_ranks, search
+from torchtitan_style.planner.workload import Workload
 
 from .cli import Arguments
 
@@ -72,6 +73,7 @@ def _world_size(config: Config, given: int | None) -> int:
         degrees = config.parallelism
         shards = degrees.data_parallel_shard_degree
         others = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
+        others *= degrees.pipeline_parallel_degree
         return others * (1 if shards == -1 else shards)
     if given < 1:
         raise UserError(f"--world-size: must be at least 1, not {given}")
@@ -95,8 +97,10 @@ def _check_layout(plan: Plan) -> None:
     layout: Layout = plan.work.layout
     ranks: Sequence[int] = sorted({0, layout.world_size - 1})
     for rank in ranks:
-        held = state_held(lay_out(plan.work.config, layout, rank))
-        planned = state_of(plan.work.kinds, layout, rank // layout.tp % layout.fsdp)
+        config, stage = plan.work.config, rank // plan.work.stage_ranks
+        held = state_held(lay_out(config, layout, rank))
+        kinds = Workload.of(config, layout, on_gpu=True, pp_rank=stage).kinds
+        planned = state_of(kinds, layout, rank // layout.tp % layout.fsdp)
         if held != planned:
             print(f"warning: rank {rank} would hold {held}, and not {planned} as planned", file=sys.stderr)
 

@@ -59,10 +59,8 @@ def preflight(
     check_patterns(config)
     layout = plan_layout(config.parallelism, world_size)
     check_before_start(config, dp=layout.dp)
-    if layout.pp == 1:  # the plan does not count pipelines
-        check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
-    else:
-        check_pipeline(config, layout, say)
+    check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
+    check_pipeline(config, layout, say)
     check_room(config, say)
     for note in notes:
         say(f"warning: {note}")

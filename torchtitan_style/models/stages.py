@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from torchtitan_style.config.pipeline import Cost, Stage, make_stages
+from torchtitan_style.config.pipeline import Cost, Stage, make_stages, rank_of_stage
 from torchtitan_style.config.schema import Config
 
 from .registry import model_config, spec_of
@@ -21,6 +21,12 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     spec, shape = spec_of(config.model.name), model_config(config.model)
     embedding, blocks, head = part_costs(spec, shape, seq_len=config.training.seq_len)
     return make_stages(blocks, embedding=embedding, head=head, parallelism=config.parallelism)
+
+
+def stages_of_rank(config: Config, pp_rank: int) -> tuple[Stage, ...]:
+    """Those that a rank runs, by its place on the pp axis."""
+    pp, schedule = config.parallelism.pipeline_parallel_degree, config.parallelism.pipeline_parallel_schedule
+    return tuple(s for s in stages_of(config) if rank_of_stage(s.index, pp=pp, schedule=schedule) == pp_rank)
 
 
 def part_costs(spec: ModelSpec, shape: Any, *, seq_len: int) -> tuple[Cost, list[Cost], Cost]:

@@ -20,9 +20,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan_style.common.sizes import FP32
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.pipeline import Stage
+from torchtitan_style.distributed.pipeline import keep_stage
 from torchtitan_style.distributed.world import World, destroy_world, init_world
 from torchtitan_style.models.lora import add_adapters
 from torchtitan_style.models.registry import model_config, spec_of
+from torchtitan_style.models.stages import stages_of_rank
 from torchtitan_style.models.trained import adapted_modules
 from torchtitan_style.train.step import DTYPES, freeze
 
@@ -42,6 +45,8 @@ class Held:
     muon: bool
     trained: bool
     number_bytes: int
+    copy: bool
+    """Whether it is a tied head's copy of the embedding of another pipeline stage."""
 
 
 @contextlib.contextmanager
@@ -60,9 +65,13 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
     spec, shape = spec_of(config.model.name), model_config(config.model)
     dtype = DTYPES[config.training.mixed_precision_param]
     adapted = adapted_modules(spec, shape, config.lora)
-    with fake_world(layout, rank) as world:
+    muon = config.optimizer.name == "muon"
+
+    def build(world: World, stage: Stage | None) -> dict[str, Held]:
         with torch.device("meta"):
             model = spec.build(shape).to(dtype if adapted else torch.float32)
+        if stage is not None:
+            keep_stage(model, stage)
         freeze(model, config)
         spec.parallelize(
             model,
@@ -74,11 +83,20 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
             reshard_after_forward=True,
             **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
         )
-        muon = config.optimizer.name == "muon"
         return {
-            name: _held(parameter, muon and parameter.requires_grad and spec.is_hidden_matrix(name, parameter))
+            name: _held(
+                parameter,
+                muon=muon and parameter.requires_grad and spec.is_hidden_matrix(name, parameter),
+                copy=stage is not None and shape.tie_word_embeddings and name == "lm_head.weight",
+            )
             for name, parameter in model.named_parameters()
         }
+
+    with fake_world(layout, rank) as world:
+        found: dict[str, Held] = {}
+        for stage in stages_of_rank(config, world.stage) if layout.pp > 1 else [None]:
+            found |= build(world, stage)
+        return found
 
 
 def state_held(held: dict[str, Held]) -> State:
@@ -86,13 +104,15 @@ def state_held(held: dict[str, Held]) -> State:
     weights = sum(each.number_bytes * math.prod(each.local) for each in held.values())
     trained = [each for each in held.values() if each.trained]
     gradients = sum(FP32 * math.prod(each.local) for each in trained)
+    trained = [each for each in trained if not each.copy]
+    moments = 2 * sum(FP32 * math.prod(each.local) for each in trained)
     muon = sum(FP32 * math.prod(each.local) for each in trained if each.muon)
     steps = FP32 * sum(not each.muon for each in trained)
-    return State(weights=weights, gradients=gradients, optimizer=2 * gradients - muon + steps)
+    return State(weights=weights, gradients=gradients, optimizer=moments - muon + steps)
 
 
-def _held(parameter: Any, muon: bool) -> Held:
-    shape, kept = tuple(parameter.shape), (muon, parameter.requires_grad, parameter.element_size())
+def _held(parameter: Any, *, muon: bool, copy: bool) -> Held:
+    shape, kept = tuple(parameter.shape), (muon, parameter.requires_grad, parameter.element_size(), copy)
     if not isinstance(parameter, DTensor):
         return Held(shape, shape, (), *kept)
     names = parameter.device_mesh.mesh_dim_names or ()

@@ -58,7 +58,8 @@ class MemoryPlan:
 
 def plan_memory(config: Config, layout: Layout, *, on_gpu: bool = True) -> MemoryPlan:
     """Bytes that a rank of ``layout`` needs. Raises ValueError if the batch cannot be shared out over it."""
-    return memory_of(Workload.of(config, layout, on_gpu=on_gpu), Assumptions())
+    ranks = [Workload.of(config, layout, on_gpu=on_gpu, pp_rank=rank) for rank in range(layout.pp)]
+    return max((memory_of(work, Assumptions()) for work in ranks), key=lambda plan: plan.total)
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -78,10 +79,12 @@ def reference_bytes(parameters: int, layout: Layout) -> tuple[int, int]:
 
 def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
     """The memory of ``work`` at each moment of its step."""
-    loss = _loss(work)
+    loss = _loss(work) if work.has_head else 0
     kept, outside = kept_by_layers(work), kept_outside(work)
     inside = block_inside(work)
-    last_block = inside + kept // work.layers
+    last_block = inside + kept // max(1, work.layers)
+    kept = int(kept * work.passes_in_flight)
+    passed_on = _passed_on(work)
     gathered, block = _gathered(work)
     hidden = work.tokens * work.c * work.hidden
     accumulated = _accumulated(work)
@@ -98,7 +101,7 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
             "gradients": accumulated,
             "copies": gathered,
             "activations": kept + outside,
-            "logits": 2 * hidden + 2 * head * (FP32 + work.c),
+            "logits": (2 * hidden + 2 * head * (FP32 + work.c)) * work.has_head,
         },
         "backward, the last block": {
             "gradients": accumulated + head_gradient,
@@ -116,6 +119,8 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
         },
         "optimizer step": {"gradients": work.state.gradients, "buffers": _muon_rounds(work)},
     }
+    for parts in moments.values():
+        parts["buffers"] = parts.get("buffers", 0) + passed_on
     return MemoryPlan(
         state=work.state,
         moments={name: _completed(work, parts, assumptions) for name, parts in moments.items()},
@@ -129,7 +134,7 @@ def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) 
     changing = sum(parts.values())
     fixed = assumptions.library_bytes(on_gpu=work.on_gpu)
     if work.on_gpu and work.layout.world_size > 1:
-        axes = (work.layout.fsdp, work.layout.dp_replicate, work.layout.tp)
+        axes = (work.layout.fsdp, work.layout.dp_replicate, work.layout.tp, work.layout.pp)
         fixed += int(assumptions.nccl_bytes * (1 + sum(size > 1 for size in axes)))
     slack = assumptions.allocator_slack if work.on_gpu else assumptions.allocator_slack_cpu
     every = {"weights": work.state.weights, "optimizer": work.state.optimizer, "slack": fixed + int(changing * slack)}
@@ -143,6 +148,12 @@ def _gathered(work: Workload) -> tuple[int, int]:
     block = work.block_numbers * work.c
     outer = work.outer_numbers * work.c
     return (outer + work.layers * block, 0) if work.keeps_gathered else (outer, block)
+
+
+def _passed_on(work: Workload) -> int:
+    """What comes from other stages: torch has a buffer for each microbatch, that stays."""
+    arriving = work.sent_forward + work.sent_backward  # gradients come where outputs went
+    return int(arriving * work.batch.accumulation_steps * work.scattered_tokens * work.c * work.hidden)
 
 
 def _in_flight(work: Workload, block: int) -> int:
@@ -188,7 +199,7 @@ def _muon_rounds(work: Workload) -> int:
     matrices = [math.prod(kind.shape) for kind in work.kinds if kind.muon]
     if not matrices:
         return 0
-    owned = max(matrices) if work.layout.world_size == 1 else max(_OWNED, max(matrices))
+    owned = max(matrices) if work.stage_ranks == 1 else max(_OWNED, max(matrices))
     total = sum(kind.count * math.prod(kind.shape) for kind in work.kinds if kind.muon)
     return 6 * work.c * min(owned, total)
 

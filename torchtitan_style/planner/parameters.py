@@ -11,11 +11,13 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchtitan_style.common.sizes import FP32, local_shape
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.pipeline import Stage
 from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.models.trained import adapter_shapes, adapter_split, is_adapter, is_frozen, shaped
 
@@ -36,6 +38,8 @@ class Kind:
     """Whether they have gradients and optimizer state."""
     saved: bool = True
     """Whether checkpoints hold them."""
+    copy: bool = False
+    """Whether it is the head's copy of an embedding that another pipeline stage has: without optimizer state."""
     number_bytes: int = FP32
     """Of a number, as a rank keeps it."""
 
@@ -68,13 +72,18 @@ class State:
         return self.weights + self.gradients + self.optimizer
 
 
-def parameter_kinds(config: Config) -> tuple[Kind, ...]:
-    """In the order of the layers, adapters last. A tied head is not one."""
+def parameter_kinds(config: Config, stages: Sequence[Stage] = ()) -> tuple[Kind, ...]:
+    """In the order of the layers, adapters last. A tied head is not one, but where the embedding is on another stage.
+
+    stages: of the pipeline, whose parameters are wanted; (): all.
+    """
     spec, shape, lora = spec_of(config.model.name), model_config(config.model), config.lora
     muon = config.optimizer.name == "muon"
     frozen_bytes = FP32 if not lora.rank or config.training.mixed_precision_param == "float32" else FP32 // 2
     counts: Counter[Kind] = Counter()
     for name, size in (spec.parameter_shapes(shape) | adapter_shapes(spec, shape, lora)).items():
+        if stages and not _is_on(name, stages):
+            continue
         trained = not is_frozen(name, config)
         kind = Kind(
             name=re.sub(r"\.layers\.\d+\.", ".layers.*.", name),
@@ -87,7 +96,18 @@ def parameter_kinds(config: Config) -> tuple[Kind, ...]:
             number_bytes=FP32 if trained else frozen_bytes,
         )
         counts[kind] += 1
+    if stages and stages[-1].is_last and shape.tie_word_embeddings:
+        size = (shape.vocab_size, shape.hidden_size)
+        split = spec.tensor_parallel_dim("lm_head.weight")
+        counts[Kind(name="lm_head.weight", shape=size, count=0, tp_dim=split, muon=False, saved=False, copy=True)] = 1
     return tuple(dataclasses.replace(kind, count=count) for kind, count in counts.items())
+
+
+def _is_on(name: str, stages: Sequence[Stage]) -> bool:
+    """Whether one of ``stages`` has the parameter."""
+    if found := re.search(r"\.layers\.(\d+)\.", name):
+        return any(int(found[1]) in stage.blocks for stage in stages)
+    return any(stage.is_first if "embed_tokens" in name else stage.is_last for stage in stages)
 
 
 def state_of(kinds: tuple[Kind, ...], layout: Layout, index: int = 0) -> State:
@@ -110,6 +130,6 @@ def _held(kind: Kind, layout: Layout, index: int) -> int:
 
 def _optimizer(kinds: tuple[Kind, ...], layout: Layout, index: int) -> int:
     """Bytes of AdamW's two moments and numbers of steps, and Muon's momenta."""
-    trained = [kind for kind in kinds if kind.trained]
+    trained = [kind for kind in kinds if kind.trained and not kind.copy]
     moments = sum(FP32 * _held(kind, layout, index) * (1 if kind.muon else 2) for kind in trained)
     return moments + sum(FP32 * kind.count for kind in trained if not kind.muon)

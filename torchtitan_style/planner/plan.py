@@ -48,17 +48,16 @@ def make_plan(
     """
     if spec_of(config.model.name).expert_parallel:
         raise UserError(f"{config.model.name}: a plan counts dense models only, and not yet experts")
-    if layout.pp > 1:
-        raise UserError(
-            f"parallelism.pipeline_parallel_degree {layout.pp}: a plan does not count pipelines; plan with 1, and "
-            "tensor_parallel_degree or more ranks instead"
-        )
-    work = Workload.of(config, layout, on_gpu=device.on_gpu, kinds=kinds)
     sharing = 1 if device.on_gpu else min(layout.world_size, device.per_host)
+    ranks = [Workload.of(config, layout, on_gpu=device.on_gpu, kinds=kinds, pp_rank=rank) for rank in range(layout.pp)]
+    # A pipeline is as slow as its slowest stage, and fits if that does which needs most.
+    memory = [memory_of(work, assumptions) for work in ranks]
+    most = max(range(layout.pp), key=lambda rank: memory[rank].total)
+    times = (time_of(work, device, assumptions, ranks_on_device=sharing) for work in ranks)
     return Plan(
-        work=work,
+        work=ranks[most],
         device=device,
         assumptions=assumptions,
-        memory=memory_of(work, assumptions),
-        time=time_of(work, device, assumptions, ranks_on_device=sharing),
+        memory=memory[most],
+        time=max(times, key=lambda time: time.step_seconds),
     )

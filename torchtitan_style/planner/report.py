@@ -63,10 +63,12 @@ def mesh_lines(layout: Layout, per_host: int) -> Iterator[str]:
         groups: dict[int, list[int]] = {}
         for rank in ranks:
             groups.setdefault(rank // layout.tp, []).append(rank)
+        in_stage = layout.dp_replicate * layout.fsdp
         cells = []
         for group, members in groups.items():
-            replica = f"replica {group // layout.fsdp} " if layout.dp_replicate > 1 else ""
-            cells.append(f"{replica}shard {group % layout.fsdp} [{' '.join(map(str, members))}]")
+            stage = f"stage {group // in_stage} " if layout.pp > 1 else ""
+            replica = f"replica {group % in_stage // layout.fsdp} " if layout.dp_replicate > 1 else ""
+            cells.append(f"{stage}{replica}shard {group % layout.fsdp} [{' '.join(map(str, members))}]")
         yield f"  host {host}: {', '.join(cells)}"
 
 
@@ -100,7 +102,9 @@ def parameter_lines(kinds: Sequence[Kind], layout: Layout) -> Iterator[str]:
 def memory_lines(plan: Plan) -> Iterator[str]:
     """By kind at the peak, and the sum at the other moments."""
     memory = plan.memory
-    yield f"memory of the rank that needs most, GiB, at its peak ({memory.peak_moment}):"
+    stages = " and ".join(str(stage.index) for stage in plan.work.stages)
+    where = f"pipeline stage {stages}, " if stages else ""
+    yield f"memory of the rank that needs most, GiB, at its peak ({where}{memory.peak_moment}):"
     rows = [(KINDS[kind], gib(size)) for kind, size in memory.peak.items()]
     if memory.host_copy:
         rows.append(("copy for asynchronous checkpoints" + (" (host)" if memory.on_gpu else ""), gib(memory.host_copy)))
@@ -144,6 +148,8 @@ def time_lines(plan: Plan) -> Iterator[str]:
             for p in time.phases
         ),
     )  # fmt: skip
+    if time.bubble:
+        yield f"  the pipeline stands idle {ms(time.bubble)} of it, {time.bubble / time.step_seconds:.0%}"
     devices = plan.work.layout.world_size
     yield (
         f"  {time.tokens_per_second:,.0f} tokens/s, {time.tokens_per_second / devices:,.0f} of each rank, "
@@ -221,6 +227,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             dataclasses.asdict(each) | {"bytes_per_step": each.per_step(microbatches)} for each in plan.time.traffic
         ],
         "phases": [dataclasses.asdict(phase) | {"seconds": phase.seconds} for phase in plan.time.phases],
+        "bubble_seconds": plan.time.bubble,
         "flops_per_step": plan.time.flops,
         "tokens_per_step": plan.time.tokens,
         "run_seconds": plan.run_seconds,

@@ -141,11 +141,13 @@ def _families(config: Config, world_size: int) -> Iterator[tuple[Config, Layout]
 
 def _layouts(config: Config, world_size: int) -> Iterator[Layout]:
     model, dimensions = model_config(config.model), spec_of(config.model.name).tensor_parallel
+    pp = config.parallelism.pipeline_parallel_degree  # as it is: a search does not change the pipeline
+    world_size //= pp
     for tp in _divisors(world_size):
         if config.training.seq_len % tp or any(getattr(model, each.field) % tp for each in dimensions):
             continue
         for replicate in _divisors(world_size // tp):
-            yield Layout(dp_replicate=replicate, dp_shard=world_size // tp // replicate, tp=tp)
+            yield Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // tp // replicate, tp=tp)
 
 
 def _local_batches(rows: int, dp: int) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from torchtitan_style.config.pipeline import bubble
 from torchtitan_style.models.trained import flops_per_token
 
 from .devices import Assumptions, Device
@@ -106,6 +107,8 @@ def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_o
         phases.append(clock.phase("backward", microbatches - 1, traffic))
     phases.append(clock.phase("last backward", 1, traffic))
     phases.append(clock.phase("optimizer", 1, traffic))
+    schedule = work.config.parallelism.pipeline_parallel_schedule
+    idle = bubble(schedule, pp=work.layout.pp, microbatches=microbatches)
     passes = sum(phase.seconds for phase in phases[:3])
     tokens = work.batch.global_batch_size * work.config.training.seq_len
     hosts = -(-work.layout.world_size // device.per_host)
@@ -115,7 +118,7 @@ def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_o
     copying = saved_of(work.kinds, work.layout) / assumptions.host_copy_bandwidth
     return TimePlan(
         phases=phases,
-        bubble=(work.layout.pp - 1) * passes,
+        bubble=idle * microbatches * passes,
         tokens=tokens,
         flops=tokens * flops_per_token(work.config),
         peak_flops=device.flops(work.c) * work.layout.world_size / ranks_on_device,
@@ -156,15 +159,18 @@ class _Clock:
     def seconds(self, traffic: Traffic) -> float:
         """Of collectives, on rings that use every adapter of a host that a rank of the group is beside."""
         layout = self.work.layout
-        sizes = {"tp": layout.tp, "fsdp": layout.fsdp, "dp_replicate": layout.dp_replicate, "world": layout.world_size}
-        strides = {"tp": 1, "world": 1, "fsdp": layout.tp, "dp_replicate": layout.tp * layout.fsdp}
+        stage = self.work.stage_ranks
+        sizes = {"tp": layout.tp, "fsdp": layout.fsdp, "dp_replicate": layout.dp_replicate, "pp": 2, "world": stage}
+        strides = {"tp": 1, "world": 1, "fsdp": layout.tp, "dp_replicate": layout.tp * layout.fsdp, "pp": stage}
         ranks, stride = sizes[traffic.axis], strides[traffic.axis]
         together = min(ranks, max(1, self.device.per_host // stride))  # ranks of the group in a host
         bandwidth = self.device.link_bandwidth
         if ranks > together:
             lanes = 1 if traffic.kind == "all-to-all" else together
             bandwidth = min(bandwidth, lanes * self.device.network_bandwidth)
-        sent = traffic.bytes * (ranks - 1) / ranks * (2 if traffic.kind == "all-reduce" else 1)
+        sent: float = traffic.bytes
+        if traffic.kind != "send":
+            sent *= (ranks - 1) / ranks * (2 if traffic.kind == "all-reduce" else 1)
         latency = traffic.count * self.assumptions.latency * (1 + math.log2(ranks) / 4)
         return sent / (bandwidth * self.assumptions.network_efficiency) + latency
 
@@ -175,7 +181,7 @@ class _Clock:
         """Seconds of all blocks: matrix multiplications and attention; the rest."""
         work, n = self.work, self.work.tokens
         head = work.model.vocab_size * work.model.hidden_size
-        numbers = (work.model.num_matmul_parameters - head) / work.layout.tp
+        numbers = (work.model.num_matmul_parameters - head) * work.share / work.layout.tp
         products = n * work.c * (2 * work.queries + 2 * work.keys + 3 * work.features + 4 * work.hidden) * work.layers
         matmul = self._matmul(2 * n * numbers * flops_factor, (numbers * work.c + products) * flops_factor)
         attention = n * self._attention_flops() * attention_factor / self.flops
@@ -185,7 +191,7 @@ class _Clock:
         """Of a token's forward pass in all layers on this rank: half of the model's count, which is without a mask."""
         work = self.work
         counted = work.model.flops_per_token(work.config.training.seq_len) - 6 * work.model.num_matmul_parameters
-        return float(counted) / 3 / 2 / work.layout.tp
+        return float(counted) * work.share / 3 / 2 / work.layout.tp
 
     def _elementwise(self) -> float:
         """Bytes that norms, rotation, SiLU and sums of a block's forward pass read and write."""
@@ -206,7 +212,7 @@ class _Clock:
     def _backward(self) -> tuple[float, float, float]:
         matmuls, rest = self._recomputed()
         # Two products for each of the forward pass, one of a frozen matrix; flash attention has five for two.
-        trained = self.work.trained_block_numbers / self.work.block_numbers
+        trained = self.work.trained_block_numbers / max(1, self.work.block_numbers)
         compute, memory = self._blocks(
             flops_factor=1 + trained + matmuls, attention_factor=2.5 + matmuls, traffic_factor=2 + rest
         )
@@ -228,6 +234,8 @@ class _Clock:
     def _loss(self) -> tuple[float, float, float]:
         """Three products, two if the head is frozen, and the softmax of all logits in chunks."""
         work = self.work
+        if not work.has_head:
+            return 0.0, 0.0, 0.0
         products = 3 if work.trains_head else 2
         head, logits = work.vocabulary * work.hidden, work.tokens * work.vocabulary
         compute = self._matmul(2 * products * work.tokens * head, products * (head + logits) * work.c)
@@ -245,4 +253,4 @@ class _Clock:
             if kind.muon:
                 rows, columns = sorted(kind.shape)[-2:]
                 flops += kind.count * rounds * 2 * (2 * rows**2 * columns + rows**3)
-        return flops / work.layout.world_size / self.flops, moved / self.memory, 6 * work.layers
+        return flops / work.stage_ranks / self.flops, moved / self.memory, 6 * work.layers

@@ -20,9 +20,9 @@ class Traffic:
     """Collectives of one kind along one axis, in one phase of the step."""
 
     axis: str
-    """"fsdp", "dp_replicate", "tp" or "world"."""
+    """"fsdp", "dp_replicate", "tp", "pp", or "world": all, or all of a pipeline stage."""
     kind: str
-    """"all-gather", "reduce-scatter", "all-reduce" or "all-to-all"."""
+    """"all-gather", "reduce-scatter", "all-reduce", "all-to-all", or "send" to one rank."""
     phase: str
     """"forward", "loss", "backward": of each microbatch. "reduce": beside the last backward pass. "optimizer"."""
     bytes: int
@@ -37,7 +37,7 @@ class Traffic:
 
 def traffic_of(work: Workload) -> list[Traffic]:
     """Everything that is sent in a step but for a few numbers (the loss, the norm)."""
-    found = [*_sharding(work), *_tensor_parallel(work), *_muon(work)]
+    found = [*_sharding(work), *_tensor_parallel(work), *_pipeline(work), *_muon(work)]
     return [each for each in found if each.bytes]
 
 
@@ -48,7 +48,9 @@ def _sharding(work: Workload) -> list[Traffic]:
     trained = layers * work.trained_block_numbers + work.trained_outer_numbers
     found = []
     if layout.fsdp > 1:
-        found.append(Traffic("fsdp", "all-gather", "forward", (blocks + outer) * work.c, layers + 1, True))
+        # A pipeline that does not free parameters gathers them once a step.
+        when = "reduce" if work.stages and work.keeps_gathered else "forward"
+        found.append(Traffic("fsdp", "all-gather", when, (blocks + outer) * work.c, layers + 1, True))
         if not work.keeps_gathered:  # the outer parameters stay
             found.append(Traffic("fsdp", "all-gather", "backward", blocks * work.c, layers, True))
         found.append(Traffic("fsdp", "reduce-scatter", _when_reduced(work), trained * work.r, layers + 1, True))
@@ -101,12 +103,26 @@ def _recomputed_blocks(work: Workload) -> tuple[int, int]:
     return 0, 0
 
 
+def _pipeline(work: Workload) -> list[Traffic]:
+    """Hidden states to the next stage and their gradients back; of a tied embedding the weights to the last stage, and
+    its gradient to the first."""
+    hidden = int(work.scattered_tokens * work.c * work.hidden)
+    ends = work.stages[0].is_first + work.stages[-1].is_last if work.stages else 0
+    tied = ends == 1 and work.model.tie_word_embeddings
+    embedding = work.model.vocab_size * work.hidden * FP32 // (work.layout.tp * work.layout.fsdp)
+    return [
+        Traffic("pp", "send", "forward", work.sent_forward * hidden, work.sent_forward, False),
+        Traffic("pp", "send", "backward", work.sent_backward * hidden, work.sent_backward, False),
+        Traffic("pp", "send", "optimizer", tied * embedding, 1, False),
+    ]
+
+
 def _muon(work: Workload) -> list[Traffic]:
     """Each matrix goes to the rank that makes it orthogonal, and its parts come back."""
     numbers = sum(kind.count * math.prod(kind.shape) for kind in work.kinds if kind.muon)
-    if work.layout.world_size == 1 or not numbers:
+    if work.stage_ranks == 1 or not numbers:
         return []
     # Of all matrices each rank owns its share, and holds its share; both go through it once.
-    owned = numbers // work.layout.world_size
+    owned = numbers // work.stage_ranks
     held = numbers // (work.layout.fsdp * work.layout.tp)
     return [Traffic("world", "all-to-all", "optimizer", (owned + held) * work.c, 2 * work.layers, False)]

@@ -15,7 +15,9 @@ from typing import Any
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch, reshards_after_forward
+from torchtitan_style.config.pipeline import Stage, schedule_problem
 from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.stages import stages_of_rank
 from torchtitan_style.models.trained import DOWN
 
 from .parameters import Kind, State, parameter_kinds, state_of
@@ -33,12 +35,27 @@ class Workload:
     layout: Layout
     on_gpu: bool
     kinds: tuple[Kind, ...]
+    stages: tuple[Stage, ...] = ()
+    """Of a pipeline, those that the rank has; (): there is none."""
 
     @classmethod
-    def of(cls, config: Config, layout: Layout, *, on_gpu: bool, kinds: tuple[Kind, ...] | None = None) -> Workload:
-        """Raises ValueError if the batch cannot be shared out over the layout."""
-        work = cls(config, layout, on_gpu, parameter_kinds(config) if kinds is None else kinds)
-        _ = work.batch
+    def of(
+        cls,
+        config: Config,
+        layout: Layout,
+        *,
+        on_gpu: bool,
+        kinds: tuple[Kind, ...] | None = None,
+        pp_rank: int = 0,
+    ) -> Workload:
+        """Raises ValueError if the batch cannot be shared out over the layout. kinds: all of the model's, if they are
+        known. pp_rank: the rank's place on the pp axis."""
+        stages = stages_of_rank(config, pp_rank) if layout.pp > 1 else ()
+        if kinds is None or stages:
+            kinds = parameter_kinds(config, stages)
+        work = cls(config, layout, on_gpu, kinds, stages)
+        if problem := schedule_problem(config.parallelism, work.batch.accumulation_steps):
+            raise ValueError(problem)
         return work
 
     @cached_property
@@ -55,7 +72,52 @@ class Workload:
 
     @property
     def layers(self) -> int:
+        """Blocks of this rank."""
+        if self.stages:
+            return sum(len(stage.blocks) for stage in self.stages)
         return int(self.model.num_hidden_layers)
+
+    @property
+    def share(self) -> float:
+        """Of all blocks, this rank's."""
+        return float(self.layers / self.model.num_hidden_layers)
+
+    @property
+    def has_head(self) -> bool:
+        return not self.stages or self.stages[-1].is_last
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that have the same parameters, or shards of them."""
+        return self.layout.world_size // self.layout.pp
+
+    @property
+    def passes_in_flight(self) -> float:
+        """Microbatches whose activations the rank keeps at once; of half of its blocks, where it has two stages."""
+        microbatches, pp = self.batch.accumulation_steps, self.layout.pp
+        schedule = self.config.parallelism.pipeline_parallel_schedule
+        if not self.stages:
+            return 1
+        if schedule == "GPipe":
+            return microbatches
+        after = pp - 1 - self.stages[0].index
+        if schedule == "Interleaved1F1B":
+            return min(microbatches, (2 * after + pp + 1) / 2)
+        return min(microbatches, pp if schedule == "ZBVZeroBubble" else after + 1)
+
+    @property
+    def sent_forward(self) -> int:
+        """Stages whose output goes to another rank."""
+        return sum(not stage.is_last and not self._follows(stage.index) for stage in self.stages)
+
+    @property
+    def sent_backward(self) -> int:
+        """Stages whose input came from another rank."""
+        return sum(not stage.is_first and not self._follows(stage.index - 1) for stage in self.stages)
+
+    def _follows(self, index: int) -> bool:
+        """Whether the rank has this stage and the next one, as the last rank of a V."""
+        return {index, index + 1} <= {stage.index for stage in self.stages}
 
     @property
     def tokens(self) -> int:
@@ -125,7 +187,7 @@ class Workload:
     @cached_property
     def block_numbers(self) -> int:
         """Parameters of a block on a tensor-parallel rank, all its shards together."""
-        return self._gathered(in_block=True) // self.layers
+        return self._gathered(in_block=True) // max(1, self.layers)
 
     @cached_property
     def outer_numbers(self) -> int:
@@ -145,7 +207,7 @@ class Workload:
     @cached_property
     def trained_block_numbers(self) -> int:
         """Those of a block that are trained; where blocks differ, on average."""
-        return self._gathered(in_block=True, trained=True) // self.layers
+        return self._gathered(in_block=True, trained=True) // max(1, self.layers)
 
     @property
     def trained_outer_numbers(self) -> int:
@@ -153,8 +215,9 @@ class Workload:
 
     @property
     def trains_head(self) -> bool:
-        head = "model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
-        return any(kind.trained for kind in self.kinds if kind.name == head)
+        tied = self.model.tie_word_embeddings and not (self.stages and not self.stages[0].is_first)
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return self.has_head and any(kind.trained for kind in self.kinds if kind.name == head)
 
     @property
     def adapters(self) -> list[tuple[int, int]]:
@@ -163,7 +226,7 @@ class Workload:
         return [
             (kind.shape[0], kind.tp_numbers(self.layout.tp) // kind.shape[0])
             for kind in downs
-            for _ in range(-(-kind.count // self.layers))
+            for _ in range(-(-kind.count // max(1, self.layers)))
         ]
 
     def _gathered(self, *, in_block: bool, trained: bool = False) -> int:

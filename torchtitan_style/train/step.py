@@ -23,7 +23,7 @@ from torchtitan_style.common import device as devices
 from torchtitan_style.common.extensions import LOSSES
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import reduces_each_microbatch, reshards_after_forward
-from torchtitan_style.config.pipeline import Stage, rank_of_stage
+from torchtitan_style.config.pipeline import Stage
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
@@ -35,7 +35,7 @@ from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.lora import add_adapters, initial_std
 from torchtitan_style.models.registry import model_config, spec_of
-from torchtitan_style.models.stages import stages_of
+from torchtitan_style.models.stages import stages_of_rank
 from torchtitan_style.models.trained import adapted_modules, is_frozen
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
@@ -133,16 +133,10 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
 
     if world.layout.pp == 1:
         return build().train()
-    schedule = config.parallelism.pipeline_parallel_schedule
-    mine = [
-        stage
-        for stage in stages_of(config)
-        if rank_of_stage(stage.index, pp=world.layout.pp, schedule=schedule) == world.stage
-    ]
     return PipelinedModel(
-        [(stage, build(stage)) for stage in mine],
+        [(stage, build(stage)) for stage in stages_of_rank(config, world.stage)],
         world=world,
-        schedule=schedule,
+        schedule=config.parallelism.pipeline_parallel_schedule,
         activations=Activations(shape.hidden_size, param_dtype, world.layout.tp),
         tied=shape.tie_word_embeddings,
     ).train()

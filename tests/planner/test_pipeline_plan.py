@@ -1,0 +1,68 @@
+"""What a plan says of pipelines: what each rank holds, against the parameters of its stages; and who stands idle."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.pipeline import bubble
+from torchtitan_style.launch.configure import load_config
+from torchtitan_style.planner.devices import DEVICES, Assumptions
+from torchtitan_style.planner.laid_out import lay_out, state_held
+from torchtitan_style.planner.parameters import parameter_kinds, state_of
+from torchtitan_style.planner.plan import make_plan
+from torchtitan_style.planner.report import plan_lines
+from torchtitan_style.planner.search import search
+from torchtitan_style.planner.workload import Workload
+
+PP = ["--parallelism.pipeline_parallel_degree", "2", "--training.seq_len", "64"]
+BATCH = ["--training.local_batch_size", "1", "--training.global_batch_size", "16"]
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_each_rank_holds_what_is_planned(schedule: str, tied: str) -> None:
+    layout = Layout(pp=2, dp_shard=2, tp=2)
+    overrides = [
+        *("--model.flavor", "debug", "--model.num_hidden_layers", "5", "--model.tie_word_embeddings", tied),
+        *(*PP, *BATCH, "--parallelism.pipeline_parallel_schedule", schedule, "--optimizer.name", "muon"),
+        *("--parallelism.tensor_parallel_degree", "2"),
+    ]
+    config = load_config("qwen3", overrides, world_size=8)
+    numbers = 0
+    for pp_rank in (0, 1):
+        kinds = Workload.of(config, layout, on_gpu=True, pp_rank=pp_rank).kinds
+        assert state_held(lay_out(config, layout, 4 * pp_rank)) == state_of(kinds, layout)
+        numbers += sum(kind.count for kind in kinds if not kind.copy)
+        copies = [kind.name for kind in kinds if kind.copy]
+        on_last = pp_rank == (0 if schedule == "ZBVZeroBubble" else 1)
+        assert copies == (["lm_head.weight"] if tied == "true" and on_last else [])
+    assert numbers == sum(kind.count for kind in parameter_kinds(config))
+
+
+def test_a_plan_knows_stages_and_bubble() -> None:
+    layout = Layout(pp=2, dp_shard=2, tp=4)
+    degrees = ["--parallelism.pipeline_parallel_degree", "2", "--parallelism.tensor_parallel_degree", "4"]
+    batch = ["--training.local_batch_size", "1", "--training.global_batch_size", "16"]
+    plans = {}
+    for schedule in ("1F1B", "GPipe", "Interleaved1F1B"):
+        chosen = ["--parallelism.pipeline_parallel_schedule", schedule]
+        given = ["--model.flavor", "14B", "--training.seq_len", "4096", *degrees, *batch, *chosen]
+        config = load_config("qwen3", given, world_size=16)
+        plans[schedule] = make_plan(config, layout, DEVICES["H100"], Assumptions())
+    one = plans["1F1B"]
+    passes = sum(phase.seconds for phase in one.time.phases[:3])
+    assert one.time.bubble == pytest.approx(passes)  # of two stages: a microbatch's time
+    assert plans["Interleaved1F1B"].time.bubble < 0.6 * one.time.bubble
+    assert plans["GPipe"].memory.peak["activations"] > 3 * one.memory.peak["activations"]
+    text = "\n".join(plan_lines(one))
+    assert "the pipeline stands idle" in text
+    assert "stage 1 shard 0 [8 9 10 11]" in text
+    assert all(plan.work.layout.pp == 2 for plan in search(one.work.config, 16, DEVICES["H100"], Assumptions()).best)
+
+
+def test_the_bubble_of_each_schedule() -> None:
+    assert bubble("1F1B", pp=2, microbatches=8) == bubble("GPipe", pp=2, microbatches=8) == 1 / 8
+    assert bubble("Interleaved1F1B", pp=4, microbatches=8) == 3 / 16
+    assert bubble("ZBVZeroBubble", pp=2, microbatches=8) == 0
+    assert bubble("1F1B", pp=1, microbatches=1) == 0
