@@ -10,7 +10,8 @@ import transformers
 
 from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
 from torchtitan_style.models.qwen3.config import FLAVORS
-from torchtitan_style.models.qwen3.model import rotary_cos_sin
+from torchtitan_style.models.qwen3.hf import from_hf
+from torchtitan_style.models.qwen3.rotary import rotary_cos_sin
 
 SMALL = Qwen3Config(
     vocab_size=199,
@@ -134,6 +135,36 @@ def test_rotary_angles_are_those_of_transformers_bit_for_bit(head_dim: int) -> N
     expected = theirs(torch.zeros(1), positions)
     assert torch.equal(cos, expected[0])
     assert torch.equal(sin, expected[1])
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32_768}
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"factor": 1.5, "original_max_position_embeddings": 2048, "rope_theta": 1e4},
+        {"beta_fast": 8, "beta_slow": 2.0, "attention_factor": 1.25},
+        {"truncate": False, "factor": 2},
+        {"mscale": 0.7, "mscale_all_dim": 1.3, "factor": 40.0},
+        {"beta_fast": 1.01, "beta_slow": 1.0, "original_max_position_embeddings": 7},
+    ],
+    ids=["published", "small", "betas, attention factor", "not truncated", "mscale", "no ramp"],
+)
+def test_yarn_is_that_of_transformers_bit_for_bit(head_dim: int, changes: dict[str, float]) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    rope = YARN | changes
+    theirs = Qwen3RotaryEmbedding(
+        transformers.Qwen3Config(head_dim=head_dim, max_position_embeddings=131_072, rope_parameters=dict(rope))
+    )
+    ours = from_hf({"head_dim": head_dim, "max_position_embeddings": 131_072, "rope_parameters": rope})
+    positions = torch.arange(131_072)[None, ::7]
+    found = rotary_cos_sin(positions, head_dim=head_dim, theta=ours.rope_theta, yarn=ours.yarn)
+    for mine, expected in zip(found, theirs(torch.zeros(1), positions), strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_labels_of_minus_100_do_not_count() -> None:

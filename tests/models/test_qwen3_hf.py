@@ -16,7 +16,7 @@ import transformers
 from tiny_hf import DIMENSIONS, hf_config
 
 from torchtitan_style import Qwen3Config, Qwen3ForCausalLM
-from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.models.qwen3.config import FLAVORS, YARN_FIELDS
 from torchtitan_style.models.qwen3.hf import parameter_shapes, to_hf
 from torchtitan_style.models.registry import read_hf_config
 
@@ -97,6 +97,8 @@ def test_what_is_left_out_is_what_transformers_takes_for_it() -> None:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     assert (fields.pop("dropout"), fields.pop("rope_theta")) == (0.0, theirs.rope_parameters["rope_theta"])
     assert fields.pop("sliding_window") == 4096  # theirs is null while the window is off
+    assert {name: fields.pop(name) for name in YARN_FIELDS} == YARN_FIELDS
+    assert fields.pop("rope_type") == theirs.rope_parameters["rope_type"]
     assert fields == {name: getattr(theirs, name) for name in fields}
     windowed = from_hf({"model_type": "qwen3", "use_sliding_window": True})
     assert windowed.sliding_window == transformers.Qwen3Config(use_sliding_window=True).sliding_window
@@ -178,6 +180,43 @@ def test_the_base_of_the_rotary_embedding_is_the_one_that_transformers_takes(rop
     assert from_hf(json.loads(settings)).rope_theta == theirs["rope_theta"]
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+OF_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_factor": 4.0, "original_max_position_embeddings": 32768}
+YARNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "in rope_parameters": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6} | YARN}, {"rope_theta": 1e6}),
+    "old": ({"rope_scaling": {"type": "yarn"} | YARN}, {"rope_theta": 1e4}),
+    "not so old": ({"rope_scaling": {"rope_type": "yarn"} | YARN, "rope_theta": 1e6}, {"rope_theta": 1e6}),
+    # What one gets by following the model card's advice with a file of Transformers 5. There rope_scaling counts.
+    "old beside new": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn"} | YARN},
+        {"rope_theta": 1e4},
+    ),
+    "all fields": (
+        {"rope_parameters": {"rope_type": "yarn", "attention_factor": 1, "beta_fast": 16, "beta_slow": 2} | YARN},
+        {"rope_theta": 1e4, "rope_attention_factor": 1.0, "rope_beta_fast": 16.0, "rope_beta_slow": 2.0},
+    ),
+    "trained positions left out": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": 4096},
+        {"rope_theta": 1e4, "rope_factor": 2.0, "original_max_position_embeddings": 4096},
+    ),
+    "trained positions beside": (
+        {"rope_parameters": {"rope_type": "yarn"} | YARN, "original_max_position_embeddings": 8192},
+        {"rope_theta": 1e4},
+    ),
+}
+
+
+@pytest.mark.parametrize(("rope", "expected"), YARNS.values(), ids=YARNS)
+def test_yarn_is_read_as_transformers_reads_it(rope: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = json.dumps({"model_type": "qwen3"} | rope)
+    found = from_hf(json.loads(settings))
+    theirs = transformers.Qwen3Config.from_dict(json.loads(settings)).rope_parameters
+    positions = {"max_position_embeddings": rope.get("max_position_embeddings", 32_768)}
+    assert found == dataclasses.replace(from_hf({"model_type": "qwen3"}), **OF_YARN | positions | expected)
+    named = (found.rope_theta, found.rope_factor, found.original_max_position_embeddings)
+    assert named == tuple(theirs[name] for name in ("rope_theta", "factor", "original_max_position_embeddings"))
+
+
 # From ours to Transformers and back
 
 WRITTEN: dict[str, Qwen3Config] = {
@@ -190,6 +229,10 @@ WRITTEN: dict[str, Qwen3Config] = {
     "window in the last layer": dataclasses.replace(TINY, **WINDOW, max_window_layers=1),
     "window in all layers": dataclasses.replace(TINY, **WINDOW, max_window_layers=0),
     "window switched off": dataclasses.replace(TINY, max_window_layers=1),
+    "yarn": dataclasses.replace(TINY, **OF_YARN),
+    "yarn, all fields": dataclasses.replace(
+        TINY, **OF_YARN, rope_beta_fast=16.0, rope_beta_slow=2.0, rope_attention_factor=1.5, rope_truncate=False
+    ),
 }
 
 
@@ -202,7 +245,8 @@ def test_there_and_back_is_the_same_but_for_dropout(config: Qwen3Config, tmp_pat
 @pytest.mark.parametrize("config", WRITTEN.values(), ids=WRITTEN)
 def test_what_is_written_means_the_same_to_transformers(config: Qwen3Config) -> None:
     theirs = transformers.Qwen3Config(**to_hf(config))
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_type == "default":
+        assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
     with torch.device("meta"):
         layers = transformers.Qwen3ForCausalLM(theirs).model.layers
     assert [layer.self_attn.sliding_window for layer in layers] == [config.window(i) for i in range(len(layers))]
@@ -244,20 +288,21 @@ def test_layer_types_without_a_window_change_nothing() -> None:
 
 # What is refused
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"model_type": "llama"}, 'model_type is "llama"; it must be "qwen3"'),
     "qwen2_moe": ({"model_type": "qwen2_moe"}, 'model_type is "qwen2_moe"; it must be "qwen3" or "qwen3_moe"'),
     "qwen2": ({"model_type": "qwen2"}, 'model_type is "qwen2"'),
     "no model type": ({"model_type": None}, "model_type"),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6} | YARN}, r'^rope_parameters: .*"yarn"'),
-    "yarn, old": ({"rope_scaling": {"type": "yarn"} | YARN}, r'^rope_scaling: .*"yarn"'),
-    "yarn, not so old": ({"rope_scaling": {"rope_type": "yarn"} | YARN, "rope_theta": 1e6}, r'^rope_scaling: .*"yarn"'),
-    # What one gets by following the model card's advice with a file of Transformers 5. There rope_scaling counts.
-    "yarn, old beside new": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn"} | YARN},
-        r'rope_scaling: .*"yarn"',
+    "yarn of text": (
+        {"rope_scaling": {"type": "yarn", "factor": "4"}},
+        "rope_scaling: factor must be a number, not '4'",
     ),
+    "yarn that shrinks": ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_factor: must be at least 1"),
+    "yarn without attention": (
+        {"rope_parameters": {"rope_type": "yarn", "attention_factor": 0} | YARN},
+        "rope_parameters: attention_factor must be greater than 0",
+    ),
+    "llama3": ({"rope_parameters": {"rope_type": "llama3"} | YARN}, r'^rope_parameters: .*"llama3"'),
     "linear": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r'rope_parameters: .*"linear"'),
     "rope by kind of layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},

@@ -105,7 +105,7 @@ FAULTS: dict[str, tuple[object, str, Callable, str, set[str]]] = {
     "rotary base": (
         qwen3,
         "rotary_cos_sin",
-        lambda real: lambda positions, head_dim, theta: real(positions, head_dim=head_dim, theta=1e4),
+        lambda real: lambda positions, head_dim, theta, yarn: real(positions, head_dim=head_dim, theta=1e4),
         "tied",
         {LOGITS, GRADIENTS},
     ),

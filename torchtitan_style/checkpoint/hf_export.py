@@ -108,11 +108,13 @@ def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[tor
     )
     config.dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     config.save_pretrained(folder)
-    # Transformers before version 5, and what is built on it, looks for the base of the rotary embedding
-    # here, and takes 10,000 if it is not found.
+    # Transformers before version 5, and what is built on it, looks for the base of the rotary embedding and for its
+    # scaling here, and takes 10,000 and none if they are not found.
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["rope_theta"] = source.config.rope_theta
+    if (rope := settings["rope_parameters"])["rope_type"] != "default":
+        settings["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if not (folder / "generation_config.json").exists():
         stops = ends if len(ends) > 1 else ids.get("eos_token_id")

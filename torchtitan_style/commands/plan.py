@@ -14,7 +14,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config import Config
 from torchtitan_style.config.files import DEFAULT_CONFIG
-from torchtitan_style.config.layout import Layout, plan_layout
+from torchtitan_style.config.layout import Layout, least_world_size, plan_layout
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.torchrun import count_gpus
 from torchtitan_style.planner.devices import Assumptions, Device, device_named, with_assumptions
@@ -70,11 +70,7 @@ def main(arguments: list[str]) -> None:
 
 def _world_size(config: Config, given: int | None) -> int:
     if given is None:
-        degrees = config.parallelism
-        shards = degrees.data_parallel_shard_degree
-        others = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
-        others *= degrees.pipeline_parallel_degree
-        return others * (1 if shards == -1 else shards)
+        return least_world_size(config.parallelism)
     if given < 1:
         raise UserError(f"--world-size: must be at least 1, not {given}")
     return given

@@ -13,6 +13,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config import Config
 from torchtitan_style.config.files import DEFAULT_CONFIG
+from torchtitan_style.config.layout import least_world_size
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.launch.torchrun import count_gpus, start_ranks
@@ -77,11 +78,7 @@ def _load(path: str | None, overrides: list[str], world_size: int | None) -> tup
     """The configuration, and how many processes it is verified on."""
     file = path or DEFAULT_CONFIG
     if world_size is None:
-        degrees = load_config(file, overrides, world_size=None).parallelism
-        shards = degrees.data_parallel_shard_degree
-        others = degrees.data_parallel_replicate_degree * degrees.tensor_parallel_degree
-        others *= degrees.pipeline_parallel_degree
-        world_size = others * (2 if shards == -1 else shards)
+        world_size = least_world_size(load_config(file, overrides, world_size=None).parallelism, shards=2)
     if world_size < 1:
         raise UserError(f"--world-size: must be at least 1, not {world_size}")
     return load_config(file, overrides, world_size=world_size), world_size

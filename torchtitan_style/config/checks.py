@@ -41,6 +41,7 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
             "pipeline_parallel_degree",
             "data_parallel_shard_degree",
             "data_parallel_replicate_degree",
+            "context_parallel_degree",
             "expert_parallel_degree",
         )
     )
@@ -121,8 +122,18 @@ def _names(config: Config) -> Iterator[Problem]:
 def _rest(config: Config) -> Iterator[Problem]:
     yield from _names(config)
     yield from _pipeline(config)
-    tp, seq_len = config.parallelism.tensor_parallel_degree, config.training.seq_len
-    if seq_len % tp:
+    tp, cp = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
+    seq_len = config.training.seq_len
+    if cp > 1 and seq_len % (2 * cp * tp):
+        multiple = 2 * cp * tp
+        fitting = sorted({max(seq_len // multiple, 1) * multiple, (seq_len // multiple + 1) * multiple})
+        yield Problem(
+            ("training.seq_len", "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
+            f"a row of {seq_len} positions cannot be split evenly over context_parallel_degree {cp} and "
+            f"tensor_parallel_degree {tp}: it must be a multiple of 2 × {cp} × {tp} = {multiple}, as "
+            f"{' or '.join(map(str, fitting))}",
+        )
+    elif seq_len % tp:
         yield Problem(
             ("parallelism.tensor_parallel_degree", "training.seq_len"),
             f"{tp} ranks cannot share the {seq_len} positions of a row (training.seq_len) evenly",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .schema import Data, Parallelism, Training
@@ -48,6 +49,26 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class RowPart:
+    """The positions of each row that one of the cp ranks takes.
+
+    A row is cut into 2 · ranks equal spans, and rank r takes the r-th from the left and the r-th from the right: late
+    positions attend to more than early ones do, and each rank has as much to compute (Llama Team 2024, "The Llama 3
+    Herd of Models", section 3.3.2).
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def spans(self, seq_len: int) -> tuple[tuple[int, int], ...]:
+        """Beginning and end of each, from the left."""
+        if self.ranks == 1:
+            return ((0, seq_len),)
+        size = seq_len // (2 * self.ranks)
+        return tuple((number * size, (number + 1) * size) for number in (self.rank, 2 * self.ranks - 1 - self.rank))
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """How the rows of an optimizer step are shared out."""
 
@@ -62,13 +83,18 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
     Raises ValueError if it does not come out even.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    pp, tp = parallelism.pipeline_parallel_degree, parallelism.tensor_parallel_degree
+    pp, cp, tp = (
+        parallelism.pipeline_parallel_degree,
+        parallelism.context_parallel_degree,
+        parallelism.tensor_parallel_degree,
+    )
     ep = parallelism.expert_parallel_degree
-    others = pp * replicate * tp
-    fixed = others * (1 if shard == -1 else shard)
-    given = f"data_parallel_replicate_degree {replicate} × tensor_parallel_degree {tp}"
-    if pp > 1:
-        given = f"pipeline_parallel_degree {pp} × {given}"
+    others = pp * replicate * cp * tp
+    fixed = least_world_size(parallelism)
+    given = f"pipeline_parallel_degree {pp} × " if pp > 1 else ""
+    given += f"data_parallel_replicate_degree {replicate}"
+    given += f" × context_parallel_degree {cp}" if cp > 1 else ""
+    given += f" × tensor_parallel_degree {tp}"
     if shard != -1:
         given += f" × data_parallel_shard_degree {shard}"
         if fixed != world_size:
@@ -81,13 +107,21 @@ def plan_layout(parallelism: Parallelism, world_size: int) -> Layout:
             f"{given} = {fixed} does not divide the {world_size} processes: "
             f"start a multiple of {fixed} (NPROC={fixed}), or lower a degree"
         )
-    layout = Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // others, tp=tp, ep=ep)
+    layout = Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // others, cp=cp, tp=tp, ep=ep)
     if layout.fsdp % ep:
         raise ValueError(
             f"expert_parallel_degree {ep} does not divide the {layout.fsdp} ranks that parameters are sharded over: "
-            f"start a multiple of {others * ep} processes, or lower it"
+            f"start a multiple of {others // cp * math.lcm(cp, ep)} processes, or lower it"
         )
     return layout
+
+
+def least_world_size(parallelism: Parallelism, *, shards: int = 1) -> int:
+    """The product of the degrees. shards: what data_parallel_shard_degree = -1 counts as."""
+    shard = parallelism.data_parallel_shard_degree
+    product = parallelism.data_parallel_replicate_degree * (shards if shard == -1 else shard)
+    product *= parallelism.pipeline_parallel_degree
+    return product * parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
 
 
 def reduces_each_microbatch(parallelism: Parallelism, layout: Layout) -> bool:

@@ -212,6 +212,10 @@ class Parallelism(Section):
     the other degrees leave."""
     tensor_parallel_degree: Positive = 1
     """Ranks that each matrix and the sequence are split over."""
+    context_parallel_degree: Positive = 1
+    """Ranks that the positions of each row are split over; each gathers the keys and values of all. Parameters are
+    sharded over them, too. training.seq_len must be a multiple of 2 · context_parallel_degree ·
+    tensor_parallel_degree."""
     pipeline_parallel_degree: Positive = 1
     """Pipeline stages: groups of ranks that each hold some of the blocks. A step's microbatches (global_batch_size /
     local_batch_size / data-parallel ranks) go through them one after another."""
@@ -225,7 +229,7 @@ class Parallelism(Section):
     cost."""
     expert_parallel_degree: Positive = 1
     """Ranks that share out the experts of each layer, in models that have some. They are some of those that
-    data_parallel_shard_degree counts. Tokens are sent to their experts and back."""
+    data_parallel_shard_degree and context_parallel_degree count. Tokens are sent to their experts and back."""
     fsdp_reshard_after_forward: Literal["always", "never"] | None = None
     """always: gathered parameters are freed after a block's forward and gathered again for its
     backward. never: kept, for more memory and less communication. Left out: always; never with a pipeline, which would

@@ -1,7 +1,8 @@
 """Causal attention in bf16 on CPUs, with a gradient made of matrix multiplications.
 
 Its backward pass takes a third to two thirds of the time of torch's own, if compiled (measured:
-docs/performance.md). Shapes: B batch, T positions, H query heads, K key/value heads, D head size.
+docs/performance.md). Shapes: B batch, T queries, those of the last T of S positions, H query heads, K key/value heads,
+D head size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 def with_fast_gradient(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``attend``, but for causal bf16 attention without dropout in compiled graphs, which is computed here.
 
-    attend: (q [B, H, T, D], k, v [B, K, S, D], mask, dropout=) → [B, H, T, D].
+    attend: (q [B, H, T, D], k, v [B, K, S, D], mask, dropout=) → [B, H, T, D]; without a mask the queries are those of
+    the last T of S positions.
     """
 
     def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, *, dropout: float = 0.0) -> Tensor:
@@ -37,7 +39,14 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries_per_key = q.shape[1] // k.shape[1]
         every_k, every_v = (x.repeat_interleave(queries_per_key, dim=1) for x in (k, v))
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, every_k, every_v, is_causal=True)
+        t, s = q.shape[2], k.shape[2]
+        mask = None
+        if t < s:
+            allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+            mask = torch.zeros(t, s, dtype=q.dtype, device=q.device).masked_fill(~allowed, -torch.inf)
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, every_k, every_v, is_causal=mask is None, attn_mask=mask
+        )
         ctx.save_for_backward(q, k, v, y, lse)
         return y  # type: ignore[no-any-return]
 
@@ -51,13 +60,13 @@ def _causal_attention_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k, v, block of queries by block (Dao et al. 2022, FlashAttention, algorithm 4).
 
-    grad, q, y: [B, H, T, D]; k, v: [B, K, T, D]; lse: [B, H, T], of the scaled scores. A block of queries meets all
+    grad, q, y: [B, H, T, D]; k, v: [B, K, S, D]; lse: [B, H, T], of the scaled scores. A block of queries meets all
     keys up to its last one, in matrix multiplications with nothing but element-wise operations between them, and the
     H/K query heads of a key head are rows of one matrix.
     """
     b, h, t, d = q.shape
-    shape, n, heads = k.shape, b * k.shape[1], h // k.shape[1]
-    k, v = k.reshape(n, t, d), v.reshape(n, t, d)
+    shape, n, heads, s = k.shape, b * k.shape[1], h // k.shape[1], k.shape[2]
+    k, v = k.reshape(n, s, d), v.reshape(n, s, d)
     scale = d**-0.5
     delta = (grad.float() * y.float()).sum(-1)  # [B, H, T]
     grad_q, grads_k, grads_v = [], [], []
@@ -65,20 +74,21 @@ def _causal_attention_gradient(
     size = max(128, -(-t // 8))
     for start in range(0, t, size):
         end = min(start + size, t)
+        first, last = s - t + start, s - t + end  # positions of these queries
 
         def rows(x: Tensor, start: int = start, end: int = end) -> Tensor:
             return x[:, :, start:end].reshape(n, heads * (end - start), -1)
 
-        q_block, grad_block, k_seen, v_seen = rows(q), rows(grad), k[:, :end], v[:, :end]
+        q_block, grad_block, k_seen, v_seen = rows(q), rows(grad), k[:, :last], v[:, :last]
         scores = torch.bmm(q_block, k_seen.mT).float() * scale
         # As int32: half as many vectors to compare as for int64 (measured: docs/performance.md).
-        position = torch.arange(end, dtype=torch.int32, device=q.device)
-        seen = position <= position[start:, None]
+        position = torch.arange(last, dtype=torch.int32, device=q.device)
+        seen = position <= position[first:, None]
         p = torch.where(seen.repeat(heads, 1), torch.exp(scores - rows(lse[..., None])), 0.0)
         grad_scores = p * (torch.bmm(grad_block, v_seen.mT).float() - rows(delta[..., None])) * scale
         p, grad_scores = p.to(q.dtype), grad_scores.to(q.dtype)
         grad_q.append(torch.bmm(grad_scores, k_seen).view(b, h, end - start, d))
-        unseen = (0, 0, 0, t - end)
+        unseen = (0, 0, 0, s - last)
         grads_k.append(F.pad(torch.bmm(grad_scores.mT, q_block).float(), unseen))
         grads_v.append(F.pad(torch.bmm(p.mT, grad_block).float(), unseen))
     grad_k, grad_v = (functools.reduce(torch.add, x).to(q.dtype).view(shape) for x in (grads_k, grads_v))

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.program import STOP_SIGNALS, begin
 from torchtitan_style.common.typed import Content, typed
-from torchtitan_style.config.layout import BatchPlan
+from torchtitan_style.config.layout import BatchPlan, RowPart
 
 from .mixture import choose
 from .problems import Problem
@@ -33,6 +33,8 @@ from .streams import Stream, StreamedCorpus
 from .tokenizer import Tokenizer
 
 __all__ = ["Batch", "Loader", "Microbatch", "PreparedSteps", "StepSource", "StreamedSteps", "validation_batches"]
+
+WHOLE = RowPart()
 
 State = dict[str, Any]
 """Where the data is, in JSON's types. Parts of it, from ranks and workers, are put together by ``|``."""
@@ -47,6 +49,22 @@ class Microbatch(NamedTuple):
     """Which document of its row each position belongs to; None if all may attend to all before them."""
     positions: Tensor | None = None
     """Counted from the first token of each position's document; None: from the first of the row."""
+
+    def of_part(self, part: RowPart) -> Microbatch:
+        """The positions of ``part``, with the documents of the whole rows."""
+        if part.ranks == 1:
+            return self
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.inputs.shape[1], device=self.inputs.device).expand_as(self.inputs)
+        return Microbatch(
+            take_part(self.inputs, part), take_part(self.labels, part), self.documents, take_part(positions, part)
+        )
+
+
+def take_part(rows: Tensor, part: RowPart) -> Tensor:
+    """The positions of ``part``, of rows [B, T, …]."""
+    return torch.cat([rows[:, start:end] for start, end in part.spans(rows.shape[1])], dim=1)
 
 
 @dataclass(frozen=True)
@@ -220,7 +238,9 @@ class Loader:
         workers: int,
         document_mask: bool,
         device: torch.device,
+        part: RowPart = WHOLE,
     ) -> None:
+        self.part = part
         self.plan, self.device, self.num_corpora, self.document_mask = plan, device, num_corpora, document_mask
         self.source, self.workers = source, workers
         self.shares = source.share(dp_rank, dp, max(workers, 1))
@@ -277,7 +297,12 @@ class Loader:
         size = self.plan.local_batch_size
         return Batch(
             [
-                microbatch(rows.take(np.arange(at, at + size)), self.device, document_mask=self.document_mask)
+                microbatch(
+                    rows.take(np.arange(at, at + size)),
+                    self.device,
+                    document_mask=self.document_mask,
+                    part=self.part,
+                )
                 for at in range(0, len(rows.inputs), size)
             ],
             signed,
@@ -332,7 +357,14 @@ def _start_worker(_number: int) -> None:
 
 
 def validation_batches(
-    rows: Rows, plan: BatchPlan, *, dp: int, dp_rank: int, document_mask: bool, device: torch.device
+    rows: Rows,
+    plan: BatchPlan,
+    *,
+    dp: int,
+    dp_rank: int,
+    document_mask: bool,
+    device: torch.device,
+    part: RowPart = WHOLE,
 ) -> list[Microbatch]:
     """A rank's share of the held-out ``rows``, the same at every validation.
 
@@ -343,19 +375,18 @@ def validation_batches(
     batches = []
     for start in range(0, count, size * dp):
         wanted = np.arange(start + dp_rank * size, start + (dp_rank + 1) * size)
-        batch = microbatch(rows.take(np.minimum(wanted, count - 1)), device, document_mask=document_mask)
+        batch = microbatch(rows.take(np.minimum(wanted, count - 1)), device, document_mask=document_mask, part=part)
         batch.labels[torch.from_numpy(wanted >= count)] = -100
         batches.append(batch)
     return batches
 
 
-def microbatch(rows: Rows, device: torch.device, *, document_mask: bool) -> Microbatch:
-    """``rows`` on the device."""
+def microbatch(rows: Rows, device: torch.device, *, document_mask: bool, part: RowPart = WHOLE) -> Microbatch:
+    """``rows``, or a part of each, on the device."""
 
-    def move(array: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+    def move(tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    if not document_mask:
-        return Microbatch(move(rows.inputs), move(rows.labels))
-    return Microbatch(move(rows.inputs), move(rows.labels), move(rows.documents), move(rows.positions))
+    arrays = (rows.inputs, rows.labels, *((rows.documents, rows.positions) if document_mask else ()))
+    whole = Microbatch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    return Microbatch(*(None if tensor is None else move(tensor) for tensor in whole.of_part(part)))  # type: ignore[arg-type]

@@ -42,12 +42,13 @@ _CPU_MEMORY_BUDGET = 0.8
 to write and read (measured: docs/performance.md)."""
 
 
-def set_memory_budget(config: ActivationCheckpoint, *, device_type: str, tp: int) -> None:
-    """Tell the compiler how much of the activations to keep, in all graphs that it makes from now on."""
+def set_memory_budget(config: ActivationCheckpoint, *, device_type: str, collectives: bool) -> None:
+    """Tell the compiler how much of the activations to keep, in all graphs that it makes from now on. collectives:
+    whether there are any in the graphs."""
     budget = 1.0
     if config.mode == "memory_budget":
         budget = config.memory_budget
-    elif config.mode == "none" and device_type == "cpu" and tp == 1:  # torch cannot weigh tp's
+    elif config.mode == "none" and device_type == "cpu" and not collectives:  # torch cannot weigh those
         budget = _CPU_MEMORY_BUDGET
     functorch_config.activation_memory_budget = budget
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_style.common.device import backend, current_device
-from torchtitan_style.config.layout import Layout
+from torchtitan_style.config.layout import Layout, RowPart
 from torchtitan_style.cpu.memory import keep_tensors_apart
 
 from .gloo import one_thread_each
@@ -48,8 +48,12 @@ class World:
     """What parameters are laid out over: axes ("pp", "dp_replicate", "fsdp", "tp")."""
     dp_rank: int
     """Which of the data-parallel shares of the rows this rank takes."""
+    part: RowPart
+    """Which positions of those rows."""
     dp_group: dist.ProcessGroup
     """The ranks that see other rows than this one, and the same slice of everything else."""
+    cp_group: dist.ProcessGroup
+    """The ranks that see other positions of the same rows, and the same slice of everything else."""
     batch_group: dist.ProcessGroup
     """The ranks whose tokens add up to the global batch: dp × cp."""
     result_group: dist.ProcessGroup
@@ -109,7 +113,9 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
         device=device,
         mesh=parameters,
         dp_rank=tokens["dp"].get_local_rank(),
+        part=RowPart(tokens["cp"].get_local_rank(), layout.cp),
         dp_group=tokens["dp"].get_group(),
+        cp_group=tokens["cp"].get_group(),
         batch_group=_together(tokens, "dp", "cp"),
         result_group=_together(tokens, "pp", "dp", "cp"),
         stage_group=_together(parameters, "dp_replicate", "fsdp", "tp"),

@@ -41,6 +41,11 @@ def model_problems(config: Config, spec: ModelSpec) -> Iterator[Problem]:
                 ("parallelism.tensor_parallel_degree", *keys(name)),
                 f"{tp} ranks cannot share the {values[name]} {what} (model.{name}) evenly",
             )
+    if config.parallelism.context_parallel_degree > 1 and not spec.context_parallel:
+        yield Problem(
+            ("parallelism.context_parallel_degree", "model.name"),
+            f"{spec.name} models cannot share the positions of a row (ModelSpec.context_parallel)",
+        )
     ep = config.parallelism.expert_parallel_degree
     if ep > 1 and not spec.expert_parallel:
         yield Problem(("parallelism.expert_parallel_degree", "model.name"), f"{spec.name} models have no experts")

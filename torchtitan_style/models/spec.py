@@ -121,6 +121,12 @@ class ModelSpec:
     expert_parallel: tuple[Dimension, ...] = ()
     """What ``parallelism.expert_parallel_degree`` must divide; (): the family has no experts."""
 
+    context_parallel: bool = False
+    """Whether ``parallelize`` takes ``context``, the ranks that share the positions of a row
+    (``distributed/context.py``), and the model then inputs that are a part of each row: token ids, labels and positions
+    [B, t] with documents of whole rows, [B, T]. It says which part in ``model.part``; while that is set to None, inputs
+    are whole rows."""
+
     build: Callable[[Any], Any]
     """Config → the model: a module that maps (token ids, labels, documents, positions) to (sum of token losses, right
     guesses), and token ids alone to logits. It has ``tie_weights()``, ``initial_std(name)``, ``model.layers`` and

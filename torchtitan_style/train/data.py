@@ -46,6 +46,7 @@ class RunData:
             workers=config.data.num_workers,
             document_mask=config.data.document_mask,
             device=world.device,
+            part=world.part,
         )
         if (busy := len(self.loader.shares)) < config.data.num_workers:
             what = "streams" if config.data.streaming else "rows"
@@ -152,4 +153,5 @@ class RunData:
             dp_rank=self.world.dp_rank,
             document_mask=config.data.document_mask,
             device=self.world.device,
+            part=self.world.part,
         )

@@ -30,6 +30,10 @@ def identity(config: Config, *, dp: int) -> Identity:
     changeable = ("attention_dropout", "dropout", "initializer_range", "max_position_embeddings")
     for name in (*changeable, "router_aux_loss_coef", "router_z_loss_coef"):
         shape.pop(name, None)
+    # One entry, which checkpoints from before there was YaRN do not have.
+    rope = {name: shape.pop(name) for name in [*shape] if name.startswith("rope_") and name != "rope_theta"}
+    rope["original_max_position_embeddings"] = shape.pop("original_max_position_embeddings", 0)
+    shape["rope"] = None if rope.get("rope_type", "default") == "default" else rope
     shape = {name: list(value) if isinstance(value, tuple) else value for name, value in shape.items()}  # as in JSON
     data, streams, lora = config.data, None, config.lora
     if data.streaming:

@@ -27,6 +27,7 @@ from torchtitan_style.config.pipeline import Stage
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
+from torchtitan_style.distributed.context import Context
 from torchtitan_style.distributed.custom_loss import custom_loss
 from torchtitan_style.distributed.experts import expert_mesh
 from torchtitan_style.distributed.init import init_weights
@@ -54,6 +55,7 @@ __all__ = [
     "freeze",
     "mix",
     "train_step",
+    "whole_rows",
 ]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -110,6 +112,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
             reshard_after_forward=reshards_after_forward(config.parallelism),
             **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
             **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
+            **({"context": Context.of(world.cp_group)} if spec.context_parallel else {}),
         )
 
     shape = model_config(config.model)
@@ -258,6 +261,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # no backward pass does it
+
+
+@contextlib.contextmanager
+def whole_rows(model: nn.Module) -> Iterator[None]:
+    """Each rank is given whole rows, also where it has a part of each otherwise."""
+    parts = [(module, module.part) for module in model.modules() if getattr(module, "part", None) is not None]
+    for module, _ in parts:
+        module.part = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, part in parts:
+            module.part = part
 
 
 def mix(*numbers: int) -> int:

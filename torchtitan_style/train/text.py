@@ -12,7 +12,7 @@ from torchtitan_style.distributed.world import World
 from torchtitan_style.inference.sample import sample
 from torchtitan_style.models.registry import model_config
 
-from .step import evaluating, mix
+from .step import evaluating, mix, whole_rows
 
 
 def continue_prompt(
@@ -30,7 +30,7 @@ def continue_prompt(
     """
     prompt = tokenizer.encode(config.sample_prompt) or [tokenizer.end_of_text]
     shape = model_config(config.model)
-    with evaluating(model):
+    with evaluating(model), whole_rows(model):
         ids = sample(
             model,
             prompt,

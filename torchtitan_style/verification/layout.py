@@ -264,7 +264,7 @@ def _batch(config: Config, world: World) -> Batch:
             continue
         rows = whole[world.dp_rank * mine : (world.dp_rank + 1) * mine].to(world.device)
         parts.append(rows.split(plan.local_batch_size))
-    return Batch([Microbatch(*part) for part in zip(*parts, strict=True)], 0)
+    return Batch([Microbatch(*rows).of_part(world.part) for rows in zip(*parts, strict=True)], 0)
 
 
 def _max_norm(config: Config, step: int) -> float:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchtitan_style.data.loader import Microbatch
+from torchtitan_style.data.loader import Microbatch, take_part
 from torchtitan_style.distributed.world import World
 from torchtitan_style.train.step import evaluating
 
@@ -42,7 +43,7 @@ def routed_otherwise(
 ) -> Otherwise:
     """Route this rank's tokens, uncompiled. Called by all ranks.
 
-    microbatches: the rank's rows. logits: [B, T, L, E], the plain model's, of all rows.
+    microbatches: the rank's rows, or its part of them. logits: [B, T, L, E], the plain model's, of all rows.
     """
     found: list[Tensor] = []
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
@@ -55,8 +56,9 @@ def routed_otherwise(
             found.clear()
             model(*part)
             rows, length = len(part.inputs), part.inputs.shape[1] // tp
-            first = tp_rank * length
-            right = logits[row : row + rows, first : first + length].to(world.device)  # [b, t, L, E]
+            mine = slice(tp_rank * length, (tp_rank + 1) * length)
+            right = take_part(logits[row : row + rows], world.part)[:, mine].to(world.device)  # [b, t, L, E]
+            places = take_part(torch.arange(logits.shape[1])[None], world.part)[0, mine]
             for layer, experts in enumerate(found):
                 chosen, expected = experts.view(rows, length, -1), right[:, :, layer]
                 best = expected.topk(chosen.shape[-1]).indices
@@ -66,7 +68,7 @@ def routed_otherwise(
                 tokens += other.numel()
                 for names, mask in ((ties, other & near), (wrong, other & ~near)):
                     names += [
-                        f"layer {layer} of those with experts, row {row + r}, position {first + t}"
+                        f"layer {layer} of those with experts, row {row + r}, position {places[t]}"
                         for r, t in mask.nonzero().tolist()
                     ]
             row += rows

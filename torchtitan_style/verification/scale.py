@@ -40,7 +40,8 @@ def for_verification(
     # With a pipeline twice as many microbatches as stages, so that its schedule has a middle.
     local, accumulation = min(plan.local_batch_size, 2), min(plan.accumulation_steps, 2 * layout.pp)
     rows = local * accumulation * layout.dp
-    seq_len = min(config.training.seq_len, max(_ROW // layout.tp, 1) * layout.tp)
+    multiple = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    seq_len = min(config.training.seq_len, max(_ROW // multiple, 1) * multiple)
     if shape.use_sliding_window and shape.sliding_window >= seq_len > 1:
         shape = dataclasses.replace(shape, sliding_window=max(1, seq_len // 2))
         notes.append(f"with a sliding window of {shape.sliding_window} tokens, so that it matters in rows of {seq_len}")
@@ -98,7 +99,7 @@ def for_verification(
 
 def _small_copy(shape: Any, layout: Layout, config: Config) -> Any:
     """A model with the same heads, ties and windows, and dimensions that leave the same remainders."""
-    ranks = layout.dp_shard * layout.tp
+    ranks = layout.fsdp * layout.tp
     option = config.activation_checkpoint.selective_ac_option
     stages = num_stages(config.parallelism)
     layers = min(shape.num_hidden_layers, max(4, int(option) if option.isdecimal() else 0, stages + stages // 2))

@@ -9,6 +9,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+
+class Yarn(NamedTuple):
+    """How rotary wavelengths are stretched for rows longer than a model was trained on; see ``rotary.py``."""
+
+    factor: float
+    trained_positions: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    """Of cosines and sines: queries and keys are both multiplied by it, so that scores are by its square."""
+    truncate: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,22 @@ class Qwen3Config:
     """Added to the mean square before the root, in every RMSNorm."""
     rope_theta: float = 1_000_000.0
     """Base of the rotary embedding's wavelengths."""
+    rope_type: str = "default"
+    """"default", or "yarn" for rows longer than the model was trained on, which needs rope_factor and
+    original_max_position_embeddings (Peng et al. 2023)."""
+    rope_factor: float = 1.0
+    """With rope_type = "yarn": by how much the longest wavelengths are stretched, as 4."""
+    original_max_position_embeddings: int = 0
+    """With rope_type = "yarn": positions that the model was trained on before, as 32768."""
+    rope_beta_fast: float = 32.0
+    """With rope_type = "yarn": wavelengths that fit at least so often into those positions stay as they are."""
+    rope_beta_slow: float = 1.0
+    """With rope_type = "yarn": those that fit at most so often are stretched by the whole factor."""
+    rope_attention_factor: float = 0.0
+    """With rope_type = "yarn": what cosines and sines are multiplied by; 0: 0.1 · ln(rope_factor) + 1."""
+    rope_truncate: bool = True
+    """With rope_type = "yarn": whether the dimensions between which wavelengths are stretched in part are whole
+    numbers."""
     attention_bias: bool = False
     """Whether the q, k, v and o projections have a bias."""
     attention_dropout: float = 0.0
@@ -76,6 +105,7 @@ class Qwen3Config:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(((name,), f"must be greater than 0 and finite, not {getattr(self, name)}"))
+        found += self._rope_problems()
         if self.max_window_layers < 0:
             found.append((("max_window_layers",), "must be at least 0"))
         if found:
@@ -91,6 +121,44 @@ class Qwen3Config:
         if self.head_dim % 2:
             found.append((("head_dim",), f"must be even (rotary embedding), not {self.head_dim}"))
         return found
+
+    def _rope_problems(self) -> list[tuple[tuple[str, ...], str]]:
+        if self.rope_type == "default":
+            return [
+                ((name, "rope_type"), f'is only read with rope_type = "yarn"; without, it must be {default}')
+                for name, default in YARN_FIELDS.items()
+                if getattr(self, name) != default
+            ]
+        if self.rope_type != "yarn":
+            return [(("rope_type",), f'must be "default" or "yarn", not "{self.rope_type}"')]
+        found: list[tuple[tuple[str, ...], str]] = []
+        if not self.rope_theta > 1:
+            found.append((("rope_theta", "rope_type"), 'must be greater than 1 with rope_type = "yarn"'))
+        if not 1 <= self.rope_factor < math.inf:
+            found.append((("rope_factor",), f"must be at least 1, not {self.rope_factor}"))
+        if self.original_max_position_embeddings < 1:
+            text = 'rope_type = "yarn" needs the positions that the model was trained on before, as 32768'
+            found.append((("original_max_position_embeddings", "rope_type"), text))
+        if not 0 < self.rope_beta_slow < self.rope_beta_fast < math.inf:
+            text = f"{self.rope_beta_fast} must be greater than rope_beta_slow, {self.rope_beta_slow}, and that than 0"
+            found.append((("rope_beta_fast", "rope_beta_slow"), text))
+        if not 0 <= self.rope_attention_factor < math.inf:
+            found.append((("rope_attention_factor",), f"must be at least 0, not {self.rope_attention_factor}"))
+        return found
+
+    @property
+    def yarn(self) -> Yarn | None:
+        """None with rope_type = "default"."""
+        if self.rope_type == "default":
+            return None
+        return Yarn(
+            factor=self.rope_factor,
+            trained_positions=self.original_max_position_embeddings,
+            beta_fast=self.rope_beta_fast,
+            beta_slow=self.rope_beta_slow,
+            attention_factor=self.rope_attention_factor or 0.1 * math.log(self.rope_factor) + 1.0,
+            truncate=self.rope_truncate,
+        )
 
     def window(self, layer: int) -> int | None:
         """Positions that ``layer`` (from 0) looks back on, or None for all of them."""
@@ -138,7 +206,16 @@ class Qwen3Config:
         return 6 * self.num_matmul_parameters + 12 * self.num_attention_heads * self.head_dim * sum(spans)
 
 
-_POSITIVE = tuple(f.name for f in fields(Qwen3Config) if f.type == "int" and f.name != "max_window_layers")
+YARN_FIELDS = {
+    f.name: f.default
+    for f in fields(Qwen3Config)
+    if f.name == "original_max_position_embeddings"
+    or (f.name.startswith("rope_") and f.name not in ("rope_theta", "rope_type"))
+}
+"""Fields that are read with YaRN only, and what they are without."""
+
+_MAY_BE_0 = ("max_window_layers", "original_max_position_embeddings")
+_POSITIVE = tuple(f.name for f in fields(Qwen3Config) if f.type == "int" and f.name not in _MAY_BE_0)
 
 
 MOST = {

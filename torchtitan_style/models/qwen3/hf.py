@@ -13,7 +13,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import cut, some
 
-from .config import Qwen3Config
+from .config import YARN_FIELDS, Qwen3Config
 
 # What Transformers takes a field for that config.json leaves out (its Qwen3Config).
 _ABSENT = {
@@ -69,8 +69,7 @@ def common_fields(settings: dict[str, Any], if_absent: dict[str, Any]) -> dict[s
     values["num_key_value_heads"] = field_of(
         settings, "num_key_value_heads", int, heads, absent=if_absent["num_key_value_heads"]
     )
-    values["rope_theta"] = _rope_theta(settings)
-    return values
+    return values | _rope(settings, values["max_position_embeddings"])
 
 
 def field_of(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, absent: Any = None) -> Any:
@@ -90,27 +89,57 @@ def field_of(settings: dict[str, Any], name: str, kind: type, if_null: Any, *, a
     return value
 
 
-def _rope_theta(settings: dict[str, Any]) -> float:
-    """The rotary embedding's base: in ``rope_parameters`` since Transformers 5, by itself before.
+def _rope(settings: dict[str, Any], positions: int) -> dict[str, Any]:
+    """The fields of the rotary embedding: in ``rope_parameters`` since Transformers 5, in ``rope_scaling`` and by
+    themselves before. ``rope_scaling`` counts for more there if both are given.
 
-    ``rope_scaling``, the older name, counts for more there if both are given.
+    positions: max_position_embeddings.
     """
     found: dict[str, Any] = {}
+    where, kind = "rope_parameters", "default"
     for name in ("rope_parameters", "rope_scaling"):
         parameters = field_of(settings, name, dict, {})
         if any(isinstance(value, dict) for value in parameters.values()):
             raise ValueError(f"{name}: another rotary embedding for each kind of layer is not implemented")
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
+        if parameters:
+            found, where = parameters, name
+            kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in ("default", "yarn"):
             raise ValueError(
                 f'{name}: the rope scaling "{kind}" is not implemented; without that entry the model is what it was '
                 "trained as, right up to original_max_position_embeddings positions"
             )
-        found = parameters or found
     partial = found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor is {partial}; only 1 (the whole head) is implemented")
-    return field_of(found, "rope_theta", float, field_of(settings, "rope_theta", float, _ROPE_THETA))
+    theta = field_of(found, "rope_theta", float, field_of(settings, "rope_theta", float, _ROPE_THETA))
+    if kind == "default":
+        return {"rope_theta": theta}
+    try:
+        return {"rope_theta": theta} | _yarn(found, positions)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _yarn(found: dict[str, Any], positions: int) -> dict[str, Any]:
+    """What ``found`` says of YaRN, with what Transformers takes for values that are left out."""
+    trained = field_of(found, "original_max_position_embeddings", int, positions)
+    factor = field_of(found, "factor", float, positions / max(trained, 1))
+    attention = field_of(found, "attention_factor", float, 0.0)
+    if found.get("attention_factor") is not None and attention <= 0:
+        raise ValueError(f"attention_factor must be greater than 0, not {attention}")
+    scale, over = (field_of(found, name, float, 0.0) for name in ("mscale", "mscale_all_dim"))
+    if not attention and scale and over and factor > 1:
+        attention = (0.1 * scale * math.log(factor) + 1.0) / (0.1 * over * math.log(factor) + 1.0)
+    return {
+        "rope_type": "yarn",
+        "rope_factor": factor,
+        "original_max_position_embeddings": trained,
+        "rope_beta_fast": field_of(found, "beta_fast", float, 0.0) or 32.0,
+        "rope_beta_slow": field_of(found, "beta_slow", float, 0.0) or 1.0,
+        "rope_attention_factor": attention,
+        "rope_truncate": field_of(found, "truncate", bool, True),
+    }
 
 
 def _with_layer_types(config: Qwen3Config, types: Any) -> Qwen3Config:
@@ -137,8 +166,22 @@ def to_hf(config: Qwen3Config) -> dict[str, Any]:
 
     ``dropout`` has no counterpart there; it matters in training only.
     """
-    fields = asdict(config)
+    fields = {name: value for name, value in asdict(config).items() if name not in (*YARN_FIELDS, "rope_type")}
     del fields["dropout"]
+    yarn = config.yarn
+    if yarn is not None:
+        fields["rope_parameters"] = {
+            "rope_type": "yarn",
+            "rope_theta": fields.pop("rope_theta"),
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.trained_positions,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+        }
+        if config.rope_attention_factor:
+            fields["rope_parameters"]["attention_factor"] = config.rope_attention_factor
+        if not yarn.truncate:
+            fields["rope_parameters"]["truncate"] = False
     return fields
 
 

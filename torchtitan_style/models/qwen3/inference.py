@@ -27,7 +27,8 @@ from torchtitan_style.distributed.local import local_tensor
 
 from .attention import attend
 from .config import Qwen3Config
-from .model import MLP, Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, apply_rotary, loss_of_logits
+from .model import MLP, Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, loss_of_logits
+from .rotary import apply_rotary
 
 
 def split_problem(config: Qwen3Config, ranks: int) -> str | None:

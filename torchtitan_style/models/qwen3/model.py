@@ -2,7 +2,7 @@
 
 What is notable (Qwen3 Technical Report, section 2):
   - RMSNorm before attention, before the MLP, and at the end; no bias (optional in attention)
-  - rotary position embedding in the half-split convention of Transformers
+  - rotary position embedding (``rotary.py``)
   - grouped-query attention, with RMSNorm on each head of q and k ("QK-norm")
   - SwiGLU feed-forward
   - LM head tied to the embedding in the small models
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention import attend, attention_mask, document_positions
+from .attention import PartMask, attend, attention_mask, document_positions, part_mask
 from .config import Qwen3Config
+from .rotary import apply_rotary, rotary_cos_sin
 
 
 class RMSNorm(nn.Module):
@@ -52,25 +53,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * y.to(x.dtype)
 
 
-def rotary_cos_sin(positions: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (Su et al. 2021, section 3.2.2), fp32.
+class RowPart(Protocol):
+    """The positions of a row that inputs have, where rows are shared out (``config/layout.py``)."""
 
-    positions: [B, T] or [1, T] integers. Returns two [B, T, D] tensors, the D/2 frequencies
-    twice over, as the half-split convention wants them.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    # Not theta**-exponents: that rounds otherwise than Transformers does, and at position 40,000 the last
-    # bit of a frequency is 0.004 of the cosine.
-    frequencies = 1.0 / theta**exponents
-    angles = positions[..., None].float() * frequencies  # [B, T, D/2]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    @property
+    def ranks(self) -> int:
+        """In how many parts a row is shared out."""
+        ...
 
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) by its angle. x: [B, T, H, D]; cos, sin: [B, T, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    def spans(self, seq_len: int) -> tuple[tuple[int, int], ...]:
+        """Beginning and end of each span of positions, all of one length."""
+        ...
 
 
 class Cache(Protocol):
@@ -99,7 +92,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.attend = attend
+        self.attend: Callable[..., Tensor] = attend
         """(q, k, v, mask, dropout=) → y; training may set another way to compute the same."""
 
     def forward(
@@ -107,7 +100,7 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | BlockMask | None = None,
+        mask: Tensor | BlockMask | PartMask | None = None,
         *,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -153,7 +146,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | BlockMask | None = None,
+        mask: Tensor | BlockMask | PartMask | None = None,
         *,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -171,6 +164,9 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(self.build_layer(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        self.part: RowPart | None = None
+        """Where rows are shared out over ranks, the positions of each row that inputs have; None: they are whole rows.
+        Training sets it, and attention that gathers the keys of the whole row."""
 
     def build_layer(self, layer: int) -> DecoderLayer:
         """Block ``layer``, from 0."""
@@ -193,26 +189,41 @@ class Qwen3Model(nn.Module):
         positions: [B, T]; left out: counted from where each document begins. cache: of the positions before.
 
         Any of the parts may be None and is left out: without ``embed_tokens``, ``input_ids`` are the hidden states
-        [B, T, C] that the blocks before these made, and positions must be given."""
+        [B, T, C] that the blocks before these made, and positions must be given.
+
+        With ``part``, input_ids and positions, which must be given, are a part of each row, [B, t], and documents are
+        those of all of it."""
         t = (input_ids if positions is None else positions).shape[1]
+        if self.part is not None and positions is None and cache is None:
+            raise ValueError("parts of rows need their positions")
         x = input_ids if self.embed_tokens is None else self.dropout(self.embed_tokens(input_ids))
         if positions is None and documents is not None:
             positions = document_positions(documents)
         elif positions is None:
             positions = torch.arange(t, device=input_ids.device)[None]
-        cos, sin = rotary_cos_sin(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        config = self.config
+        cos, sin = rotary_cos_sin(positions, head_dim=config.head_dim, theta=config.rope_theta, yarn=config.yarn)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)  # [B, T, 1, D]
         if cache is not None:  # it knows what may be attended to
             for layer in self.layers:
                 x = x if layer is None else self.run_layer(layer, x, cos, sin, cache=cache)
             return x if self.norm is None else self.norm(x)
-        # FlexAttention has no backward pass on CPU, and no dropout.
-        flex = input_ids.is_cuda and not (self.training and self.config.attention_dropout)
         windows = self.config.windows
-        masks = {window: attention_mask(documents, t, window, flex=flex, device=x.device) for window in set(windows)}
+        masks = {window: self.mask(documents, t, window, x.device) for window in set(windows)}
         for layer, window in zip(self.layers, windows, strict=True):
             x = x if layer is None else self.run_layer(layer, x, cos, sin, masks[window])
         return x if self.norm is None else self.norm(x)
+
+    def mask(
+        self, documents: Tensor | None, t: int, window: int | None, device: torch.device
+    ) -> Tensor | BlockMask | PartMask | None:
+        """Where attention is allowed for ``t`` positions, of a layer with this window."""
+        # FlexAttention has no backward pass on CPU, and no dropout.
+        flex = device.type == "cuda" and not (self.training and self.config.attention_dropout)
+        if self.part is None:
+            return attention_mask(documents, t, window, flex=flex, device=device)
+        row = t * self.part.ranks
+        return part_mask(documents, row, window, self.part.spans(row), flex=flex, device=device)
 
 
 def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -316,7 +327,8 @@ class Qwen3ForCausalLM(nn.Module):
 
         input_ids: [B, T]. labels: [B, T], the token that follows each input (already shifted),
         -100 where there is none to predict. documents: [B, T], which document of its row each token belongs to,
-        if each is to be by itself. positions: [B, T], counted from where its document begins if left out. cache:
+        if each is to be by itself. positions: [B, T], counted from where its document begins if left out.
+        Where rows are shared out (``Qwen3Model.part``), input_ids, labels and positions are a part of each row. cache:
         keys and values of the positions before these, which are added to it; then only the last one's logits,
         [B, 1, V]. Without ``lm_head`` (None): the hidden states [B, T, C].
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -19,12 +19,13 @@ from torch.distributed.tensor.parallel import (
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
 from torchtitan_style.cpu.attention import with_fast_gradient
 from torchtitan_style.distributed.compile import apply_compile
+from torchtitan_style.distributed.context import Context
 from torchtitan_style.distributed.loss import chunked_cross_entropy
 from torchtitan_style.distributed.recompute import apply_activation_checkpoint, recomputes_operations, set_memory_budget
 from torchtitan_style.distributed.sharding import compute_in, shard
 from torchtitan_style.distributed.tensor import NormOfShard, VocabParallelHead, wait_for_output
 
-from .attention import attend
+from .attention import attend, attend_from_part
 from .model import DecoderLayer, Qwen3ForCausalLM
 
 
@@ -38,6 +39,7 @@ def parallelize_qwen3(
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
     mlp_plan: Callable[[DecoderLayer], dict[str, ParallelStyle]] | None = None,
+    context: Context | None = None,
     placement: Callable[[nn.Parameter], Shard | None] | None = None,
     apart: Mapping[nn.Module, DeviceMesh] | None = None,
     adapt: Callable[[nn.Module], None] | None = None,
@@ -45,9 +47,10 @@ def parallelize_qwen3(
     """Lay ``model`` (best on the meta device) out over ``mesh``, in place.
 
     model: the whole, or a pipeline stage of it (``ModelSpec.pipeline``). mesh: axes ("dp_replicate", "fsdp", "tp").
-    mlp_plan: a block's tensor parallelism from the MLP on; None: that of a dense MLP. placement, apart: as of
-    ``shard``. adapt: adds adapters. The order below matters: each step wraps what the one before has made. Recomputing
-    single operations comes before compilation, whole blocks after it.
+    mlp_plan: a block's tensor parallelism from the MLP on; None: that of a dense MLP. context: the ranks that share the
+    positions of a row; None: each has all. placement, apart: as of ``shard``. adapt: adds adapters. The order below
+    matters: each step wraps what the one before has made. Recomputing single operations comes before compilation, whole
+    blocks after it.
     """
     # 1. Tensor parallelism first: it replaces parameters, which breaks the tie of embedding and head.
     if mesh["tp"].size() > 1:
@@ -58,14 +61,11 @@ def parallelize_qwen3(
     layers = [layer for layer in model.model.layers if layer is not None]  # a pipeline stage has some of them
     if model.lm_head is not None:
         model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
-    if mesh.device_type == "cpu" and compile.enable:
-        fast = with_fast_gradient(attend)  # one function for all layers: a compiled graph is made for it
-        for layer in layers:
-            assert isinstance(layer, DecoderLayer)
-            layer.self_attn.attend = fast
+    _set_attention(model, layers, context, fast_gradient=mesh.device_type == "cpu" and compile.enable)
     # 2. Recomputation and compilation. The compiler must see which operations of a block to recompute;
     # a block recomputed whole is compiled first and just run again.
-    set_memory_budget(activation_checkpoint, device_type=mesh.device_type, tp=mesh["tp"].size())
+    collectives = mesh["tp"].size() > 1 or context is not None
+    set_memory_budget(activation_checkpoint, device_type=mesh.device_type, collectives=collectives)
     if not recomputes_operations(activation_checkpoint):
         apply_compile(layers, compile, device_type=mesh.device_type)
         apply_activation_checkpoint(layers, activation_checkpoint)
@@ -93,6 +93,19 @@ def parallelize_qwen3(
         placement=placement,
         apart=apart,
     )
+
+
+def _set_attention(
+    model: Qwen3ForCausalLM, layers: Iterable[nn.Module], context: Context | None, *, fast_gradient: bool
+) -> None:
+    """Have attention in ``layers`` gather the keys of other ranks, and on CPU compute its gradient faster."""
+    chosen = with_fast_gradient(attend) if fast_gradient else attend
+    if context is not None:
+        chosen = attend_from_part(chosen, context.gather)
+        model.model.part = context.part
+    for layer in layers:  # one function for all: a compiled graph is made for it
+        assert isinstance(layer, DecoderLayer)
+        layer.self_attn.attend = chosen
 
 
 def dense_mlp_plan(_layer: DecoderLayer) -> dict[str, ParallelStyle]:

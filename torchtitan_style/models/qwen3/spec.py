@@ -74,6 +74,7 @@ QWEN3 = ModelSpec(
         Dimension("vocab_size", "rows of the vocabulary"),
     ),
     tensor_parallel_dim=_tensor_parallel_dim,
+    context_parallel=True,
     build=_build,
     pipeline=True,
     parallelize=_parallelize,

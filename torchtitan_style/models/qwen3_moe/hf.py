@@ -5,7 +5,6 @@ Plain data: nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from torchtitan_style.models.qwen3 import hf as qwen3
@@ -63,8 +62,8 @@ def to_hf(config: Qwen3MoeConfig) -> dict[str, Any]:
 
     ``dropout`` and the router's z-loss have no counterpart there; they matter in training only.
     """
-    fields = asdict(config)
-    for name in ("dropout", "router_z_loss_coef", "max_window_layers"):
+    fields = qwen3.to_hf(config)
+    for name in ("router_z_loss_coef", "max_window_layers"):
         del fields[name]
     return fields | {"mlp_only_layers": list(config.mlp_only_layers)}
 

@@ -90,6 +90,7 @@ QWEN3_MOE = ModelSpec(
     tensor_parallel=QWEN3.tensor_parallel,
     tensor_parallel_dim=_tensor_parallel_dim,
     expert_parallel=(Dimension("num_experts", "experts"),),
+    context_parallel=True,
     build=_build,
     use_definition=_use_definition,
     parallelize=_parallelize,
