@@ -20,7 +20,7 @@ from tests.data.corpora import texts, write_jsonl, write_parquet
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 240
+STEPS = 120
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Path:
         },
         "optimizer": {"lr": 1e-4},
         "lr_scheduler": {"warmup_steps": 5, "total_steps": STEPS},
-        "checkpoint": {"interval": 40},
+        "checkpoint": {"interval": 20},
         "validation": {"freq": 1000, "steps": 2},
         "generation": {"enable": False},
         "metrics": {"enable_tensorboard": False, "log_freq": 10},
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_with_other_ranks_and_workers(launch: Launch, confi
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     succeed(launch("--config", config, "--job.dump_folder", whole))
     arguments = ["--config", config, "--job.dump_folder", killed]
-    kill_after([*arguments, "--data.num_workers", "1"], killed, step=60, nproc=2)
+    kill_after([*arguments, "--data.num_workers", "1"], killed, step=30, nproc=2)
     output = succeed(launch(*arguments, "--data.num_workers", "2"))
     assert "resuming after step" in output
     assert records(killed, "batch_hash") == records(whole, "batch_hash")
