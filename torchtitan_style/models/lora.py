@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Lora
 
 from .trained import DOWN, UP
@@ -62,7 +63,10 @@ def add_adapters(model: nn.Module, lora: Lora, modules: Collection[str]) -> None
     """
     for name, module in model.named_modules():
         if name in modules:
-            assert type(module) is nn.Linear
+            if type(module) is not nn.Linear:
+                raise UserError(
+                    f"lora.target_modules: {name} is a {type(module).__name__}; only torch.nn.Linear can be adapted"
+                )
             _add_adapter(module, lora)
 
 
