@@ -7,7 +7,8 @@ import pytest
 
 @pytest.mark.parametrize(("options", "lines"), [
     (("--lora.rank", 4, "--optimizer.name", "muon"), 2),
-    (("--model.name", "qwen3_moe", "--lora.rank", 4, "--lora.target_modules", "q_proj", "o_proj"), 2),
+    (("--model.name", "qwen3_moe", "--lora.rank", 4, "--lora.target_modules", "q_proj", "o_proj",
+      "--parallelism.expert_parallel_degree", 2), 2),
     (("--training.freeze", "*embed_tokens*", "model.layers.0.*", "--training.mixed_precision_param", "float32"), 1),
 ], ids=["adapters", "adapters beside experts", "frozen"])  # fmt: skip
 def test_a_layout_agrees_with_one_process(python, options, lines: int) -> None:

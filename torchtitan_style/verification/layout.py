@@ -351,8 +351,10 @@ def _gradients(model: nn.Module, right: Path, device: torch.device, *, smallest:
                 whole = None if gradient is None else whole_tensor(gradient)
                 where = f"{name} (pipeline stage {stages[name]})" if stages else name
                 mine[name] = gradient_difference(where, whole, file.get_tensor(name), smallest=smallest)
+    untrained = [name for name, parameter in parameters.items() if parameter.grad is not None and name not in names]
+    mine |= {name: Difference(name, float("inf"), float("inf")) for name in untrained}
     found = _gathered(mine)  # ranks of a pipeline hold different parameters
-    worst = {name: [each[name] for each in found if name in each] for name in names}
+    worst = {name: [each[name] for each in found if name in each] for name in [*names, *untrained]}
     return [max(differences, key=lambda d: d.severity) for differences in worst.values() if differences]
 
 

@@ -53,7 +53,8 @@ def parallelize_qwen3_moe(
 def _share_out(experts: Experts, mesh: ExpertMesh) -> None:
     """Give each rank of ``mesh.ep`` its experts, and have tokens sent to them."""
     for name, parameter in experts.named_parameters():
-        setattr(experts, name, nn.Parameter(distribute_tensor(parameter, mesh.ep, [Shard(0)])))
+        mine = distribute_tensor(parameter, mesh.ep, [Shard(0)])
+        setattr(experts, name, nn.Parameter(mine, requires_grad=parameter.requires_grad))
     experts.run = expert_parallel(experts.run, mesh.ep_group)
 
 
