@@ -13,7 +13,7 @@ from typing import Any
 
 from . import __version__
 from .common.errors import UserError
-from .common.program import begin, begin_command, begin_run, delivering_output
+from .common.program import begin, begin_command, begin_run, check_start, delivering_output
 
 
 def _imported(module: str) -> Any:
@@ -83,6 +83,7 @@ def main(arguments: list[str]) -> None:
         print(f"torchtitan_style {__version__}")
         return
     with _imported(".common.reporting").reported_errors():
+        check_start(arguments)
         if arguments[0] in ("--help", "-h", "help"):
             print(_imported(".launch.configure").help_of(arguments[1]))
             return

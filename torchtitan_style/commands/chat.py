@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Generator, Iterator
@@ -17,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.program import environment_number
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.models.spec import describe_size
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if environment_number("WORLD_SIZE", 1) > 1:
         raise UserError("chat runs in one process; generate splits a model over several")
     parser = Arguments(USAGE)
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.program import environment_number
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.launch.preflight import check_torch
@@ -64,7 +65,7 @@ _UNKNOWN_LENGTH = 4096
 
 
 def main(arguments: list[str]) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = environment_number("WORLD_SIZE", 1)
     with ending_at_once() if ranks > 1 else contextlib.nullcontext(), reported_errors():
         options = _parse(arguments, ranks)
         check_torch()

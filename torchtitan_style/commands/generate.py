@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.program import environment_number
+from torchtitan_style.common.reading import read_text
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.launch.preflight import check_torch
@@ -47,8 +47,12 @@ Speed and seed are reported on standard error.
 """
 
 
+_MOST_BYTES = 2**28
+"""Of all prompts together."""
+
+
 def main(arguments: list[str]) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = environment_number("WORLD_SIZE", 1)
     with ending_at_once() if ranks > 1 else contextlib.nullcontext(), reported_errors():
         options = _parse(arguments)
         if ranks > 1 and options.device:
@@ -122,13 +126,20 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
 def _read(name: str) -> str:
     try:
         if name != "-":
-            return Path(name).read_bytes().decode("utf-8-sig")  # without a byte order mark
+            return read_text(name, most=_MOST_BYTES)
         if sys.stdin.isatty():
             print("the prompt is read from here; Ctrl-D on a line of its own ends it", file=sys.stderr)
-        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        return content.decode("utf-8-sig").removesuffix("\n")
+    except (OSError, ValueError) as error:
         where = "standard input" if name == "-" else f"--prompts-file {name}"
-        why = f"not UTF-8 text: {error}" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        why = (
+            f"not UTF-8 text: {error}"
+            if isinstance(error, UnicodeDecodeError)
+            else getattr(error, "strerror", None) or error
+        )
         raise UserError(f"{where}: cannot be read: {why}") from None
 
 

@@ -135,8 +135,7 @@ def register_source(
 
 def import_modules(names: Sequence[str], *, key: str = "job.custom_import") -> None:
     """Import ``names``, from the working folder too. Raises UserError, naming the file and the line, if one fails."""
-    folder = os.getcwd()
-    if names and folder not in sys.path:
+    if names and (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
     importlib.invalidate_caches()  # a file may be younger than Python's listing of its folder
     for name in names:

@@ -13,8 +13,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
+
+from .errors import UserError, shown
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what torchrun, Kubernetes and SLURM send; what SLURM can be told to send ahead of the time limit."""
@@ -109,6 +111,36 @@ def delivering_output() -> Iterator[None]:
     sys.stdout.flush()
 
 
+# What the program is started with
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number from 0 on in an environment variable. Exits with a message if it is something else."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        print(f"error: {name}: must be a whole number, not {text[:80]!r}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    return int(text)
+
+
+def check_start(arguments: Sequence[str]) -> None:
+    """Raise UserError if there is no working folder any more, or an argument is not text."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working folder has been deleted; change into one that exists") from None
+    from .reading import check_text  # which imports more
+
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        try:
+            check_text(argument)
+        except ValueError as error:
+            where = before if before.startswith("--") else argument.partition("=")[0]
+            raise UserError(f"{shown(where)[1:-1]}: {error}") from None
+
+
 # Signals
 
 
@@ -133,7 +165,7 @@ def begin_run(arguments: list[str]) -> None:
     on when to stop, and a rank that ended by itself would look like a failure.
     """
     begin(output_matters=bool({"--help", "-h", "--dry-run"} & set(arguments)))
-    noting = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    noting = environment_number("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
     for number in STOP_SIGNALS:
         signal.signal(number, _note if noting else _note_or_end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the launcher up to here

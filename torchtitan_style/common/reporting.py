@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import RunError, UserError
+from .errors import RunError, UserError, bounded, cut
+from .native import is_panic
 from .program import STOP_SIGNALS
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 """Faults of a disk, not of the program."""
+
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.ENXIO, errno.ENODEV)
+"""Faults of the name of a file, which a person has given."""
 
 VERDICT = "TORCHTITAN_STYLE_VERDICT"
 """Environment variable with the name of a file. The first rank of a host that ends with an expected error creates it
@@ -51,14 +55,31 @@ def reported_errors() -> Iterator[None]:
         _report(str(error), 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before training, which handles it itself
         raise SystemExit(130) from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
-            _report(str(error), 1)
+    except SystemExit:
+        raise
+    except BaseException as error:  # what DCP and libraries in Rust raise is no Exception
+        if expected := _expected(error):
+            _report(*expected)
         if "RANK" not in os.environ:
             raise
         if _is_first("exception", 1):
             print(f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def _expected(error: BaseException) -> tuple[str, int] | None:
+    """Message and status for an exception that is no fault of the program, or None."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return bounded(str(error)), 1
+    if isinstance(error, OSError) and error.errno in _NAMES and error.filename is not None:
+        return bounded(f"{cut(str(error.filename), 200)}: {error.strerror}"), 2
+    if isinstance(error, UnicodeEncodeError) or (isinstance(error, ValueError) and "null byte" in str(error)):
+        return bounded(f"a name is not text: {error}"), 2
+    if is_panic(error):
+        return bounded(f"a library cannot read what it is given: {error}"), 2
+    if type(error).__name__ == "CheckpointException":
+        return bounded(f"a checkpoint cannot be read or written: {error}"), 1
+    return None
 
 
 def _report(message: str, status: int) -> NoReturn:

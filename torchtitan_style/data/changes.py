@@ -11,6 +11,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import sha256
+from torchtitan_style.common.reading import open_regular
 from torchtitan_style.config.schema import Corpus, Data
 
 from .corpus import SourceFile, source_files
@@ -108,7 +109,7 @@ def sample_hash(path: Path) -> str:
     """Hash of pieces all over a file: a streamed corpus is not read whole to see whether it has changed."""
     digest = hashlib.sha256()
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number in range(_SAMPLES):
             file.seek(max(size - _SAMPLE, 0) * number // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))

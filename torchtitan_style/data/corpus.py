@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.errors import UserError, cut, some
 from torchtitan_style.common.extensions import SOURCES
 from torchtitan_style.common.hub import looks_like_path, similar_folder
+from torchtitan_style.common.reading import file_problem
 from torchtitan_style.config.schema import Corpus
 
 from .network import patiently
@@ -124,13 +125,20 @@ def _expand(patterns: list[str]) -> list[Path | str]:
         expanded = os.path.expanduser(pattern)
         matches = [Path(match) for match in expand(expanded)]
         if not matches:
-            folder = Path(expanded).is_dir()
-            missing.append(f'"{pattern}"' + (" (a folder; add /**/*.txt or the like)" if folder else ""))
+            missing.append(f'"{cut(pattern, 300)}"' + _why_no_file(expanded))
         for match in matches:
             found.setdefault(match.resolve(), match)  # one file, however it is named
     if missing:
-        raise UserError(f"data.paths: no file matches {', '.join(missing)} (looked in {Path.cwd()})")
+        raise UserError(f"data.paths: no file matches {some(missing, 10)} (looked in {Path.cwd()})")
     return list(found.values())
+
+
+def _why_no_file(path: str) -> str:
+    """What is there instead of a file, if anything."""
+    if os.path.isdir(path):
+        return " (a folder; add /**/*.txt or the like)"
+    problem = file_problem(path) if os.path.exists(path) else None
+    return f" ({problem.strerror})" if problem else ""
 
 
 def _expand_url(pattern: str) -> list[str]:

@@ -6,6 +6,7 @@ Either way the tokenizer ends up as files in the run's ``tokenizer/`` folder, in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,9 +20,11 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.hub import fetch
+from torchtitan_style.common.native import is_panic, panics_as
 from torchtitan_style.models.hf_folder import copy_assets, special_tokens
 
 from .bulk import bulk_encoder
+from .tokenizer_file import load_backend
 
 END_OF_TEXT = "<|endoftext|>"
 """The token between documents, as in Qwen's vocabulary."""
@@ -50,12 +53,15 @@ class Tokenizer:
     """A tokenizer read from a folder with ``tokenizer.json`` and, mostly, ``tokenizer_config.json``."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         try:
-            self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+            self.backend = load_backend(folder / "tokenizer.json")
             # Of the last call before it was saved; Transformers switches both off too unless asked.
             self.backend.no_truncation()
             self.backend.no_padding()
             self._special = special_tokens(folder)
+            added = self.backend.get_added_tokens_decoder()
+            vocabulary = self.backend.get_vocab(with_added_tokens=True)
         except Exception as error:  # tokenizers raises a plain Exception
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
         # Qwen's instruct models name <|im_end|>, which ends a turn; a document ends with this one.
@@ -64,10 +70,9 @@ class Tokenizer:
         if end is None:
             raise UserError(f"{folder} has neither {END_OF_TEXT} nor an eos_token to end documents")
         self.end_of_text: int = end
-        added = self.backend.get_added_tokens_decoder()
         self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
         self._bulk: Callable[[list[str]], list[NDArray[np.uint32]]] | None = None
-        self.num_ids = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.num_ids = max(vocabulary.values()) + 1
         """One more than the largest id: what the model's vocab_size must be at least."""
 
     def special_id(self, role: str) -> int | None:
@@ -94,13 +99,18 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(f"not UTF-8 text, at character {error.start + 1}") from None
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with self._panics():
+            return self.backend.encode(text, add_special_tokens=False).ids
+
+    def _panics(self) -> contextlib.AbstractContextManager[None]:
+        return panics_as(UserError, f"{self.folder}: the tokenizer cannot be used")
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """Token ids of each text, nothing added: for many texts, the fastest way that this tokenizer allows."""
-        if self._bulk is None:
-            self._bulk = bulk_encoder(self.backend) or self._encode_all
-        return self._bulk(texts)
+        with self._panics():
+            if self._bulk is None:
+                self._bulk = bulk_encoder(self.backend) or self._encode_all
+            return self._bulk(texts)
 
     @functools.cached_property
     def joins_pieces(self) -> bool:
@@ -114,7 +124,8 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Token ids of ``text``, [n], and from where to where in it each token is, in characters, [n, 2]."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
+        with self._panics():
+            encoded = self.backend.encode(text, add_special_tokens=False)
         return np.array(encoded.ids, np.uint32), np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
     def show(self, ids: list[int]) -> str:
@@ -127,7 +138,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``, special tokens left out."""
-        return self.backend.decode(ids)
+        with self._panics():
+            return self.backend.decode(ids)
 
 
 def train(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
@@ -186,7 +198,9 @@ def copy_pretrained(source: str, folder: Path) -> None:
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(found)
-    except Exception as error:  # transformers raises many kinds
+    except BaseException as error:  # transformers raises many kinds
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f'no tokenizer in "{source}": {reason}') from None
     tokenizer.save_pretrained(folder)

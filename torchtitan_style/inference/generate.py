@@ -46,6 +46,11 @@ class Piece:
     """Tokens drawn for this row, with the last piece."""
 
 
+_MEASURED_AT_ONCE = 2**20
+"""Characters of a prompt."""
+_MORE_BY_A_CUT = 256
+
+
 class TextModel:
     """A model with its tokenizer. ``load_model`` makes one.
 
@@ -140,6 +145,7 @@ class TextModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of ``prompt``. Raises UserError if there are none, too many, or some that the model has not."""
+        self._check_length(prompt)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise UserError("the prompt is empty; a model goes on from text, as from --prompt 'def'")
@@ -153,6 +159,22 @@ class TextModel:
                 "it is another model's tokenizer"
             )
         return ids
+
+    def _check_length(self, prompt: str) -> None:
+        """Raise UserError for a prompt that is certainly too long, piece by piece: tokenizing it as a whole takes 150
+        bytes of memory for each of its own."""
+        most = self.config.max_position_embeddings
+        if len(prompt) <= _MEASURED_AT_ONCE:
+            return
+        tokens = 0
+        for at in range(0, len(prompt), _MEASURED_AT_ONCE):
+            # Cut in two, a token becomes some more.
+            tokens += max(len(self.tokenizer.encode(prompt[at : at + _MEASURED_AT_ONCE])) - _MORE_BY_A_CUT, 0)
+            if tokens >= most:
+                raise UserError(
+                    f"the prompt has more than {tokens:,} tokens, and the model has positions for {most:,}, new ones "
+                    "included"
+                )
 
     def new_cache(self, rows: Sequence[Sequence[int]] = ((),), *, capacity: int = 256) -> KVCache:
         """An empty cache for ``rows``, which are padded to the longest."""

@@ -7,7 +7,6 @@ print(model.generate("def main("))
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_style.checkpoint.saved import SavedModel, open_model, with_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.common.device import available_memory, compiler_problem, current_device, fastest_dtype
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.errors import UserError, shown
 from torchtitan_style.common.extensions import import_modules
+from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.sizes import generation_bytes
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
@@ -195,14 +195,16 @@ def _generation_settings(assets: Path, tokenizer: Tokenizer) -> tuple[set[int], 
     settings: dict[str, Any] = {}
     if path.is_file():
         try:
-            settings = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            settings = read_json_object(path)
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
     ends = settings.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(end) is int for end in ends):
-        raise UserError(f"{path}: eos_token_id: must be a token's number, or a list of such, not {ends}")
+        raise UserError(f"{path}: eos_token_id: must be a token's number, or a list of such, not {shown(ends)}")
     stop = {end for end in (*ends, tokenizer.special_id("eos_token"), tokenizer.end_of_text) if end is not None}
+    if not isinstance(settings.get("do_sample"), bool | None):
+        raise UserError(f"{path}: do_sample: must be true or false, not {shown(settings['do_sample'])}")
     if not settings.get("do_sample"):
         return stop, Sampling()
     fields: dict[str, Any] = {"temperature": 1.0, "top_k": 50}  # Transformers' own, where the file leaves them out
@@ -210,7 +212,7 @@ def _generation_settings(assets: Path, tokenizer: Tokenizer) -> tuple[set[int], 
         if (value := settings.get(name)) is None:
             continue
         if type(value) not in (int, float):
-            raise UserError(f"{path}: {name}: must be a number, not {json.dumps(value)}")
+            raise UserError(f"{path}: {name}: must be a number, not {shown(value)}")
         fields[name] = int(value) if name == "top_k" and float(value).is_integer() else value
     sampling = Sampling(**fields)
     sampling.check(f"{path}: ")

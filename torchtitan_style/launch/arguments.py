@@ -55,7 +55,7 @@ def take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
         text = argument.partition("=")[2] if "=" in argument else next(given, "nothing")
     if not text and name == "MAX_RESTARTS":
         return rest, None
-    if not text.isdecimal():
+    if not _is_number(text):
         raise UserError(f'{name}: must be a whole number, 0 or more, not "{text}"')
     return rest, int(text)
 
@@ -93,18 +93,23 @@ def read_environment(*, gpus: int, default_nproc: int) -> Hosts:
             "with CUDA_VISIBLE_DEVICES= in front they train on the CPU"
         )
     node_rank = os.environ.get("NODE_RANK", "0")
-    if not node_rank.isdecimal() or int(node_rank) >= nnodes:
+    if not _is_number(node_rank) or int(node_rank) >= nnodes:
         raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
     endpoint = os.environ.get("RDZV_ENDPOINT", "")
-    if nnodes > 1 and not re.fullmatch(r".+:\d+", endpoint):
+    port = re.fullmatch(r"[^\s\0]+:([0-9]{1,5})", endpoint)
+    if nnodes > 1 and not (port and int(port[1]) < 2**16):
         raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
     return Hosts(gpus, nproc, nnodes, int(node_rank), endpoint if nnodes > 1 else "")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _positive(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     if not text:
         return default
-    if not text.isdecimal() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise UserError(f'{name}: must be a whole number of at least 1, not "{text}"')
     return int(text)

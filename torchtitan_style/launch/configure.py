@@ -108,7 +108,7 @@ def _own_checkpoint(job: dict[str, Any]) -> SavedModel | None:
     try:
         path = find_checkpoint(Path(os.path.expanduser(folder)), verify=False)
         return SavedModel(path) if path else None
-    except (UserError, TypeError):
+    except (UserError, TypeError, OSError, ValueError):
         return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
+from torchtitan_style.common.program import check_start
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
@@ -58,6 +59,7 @@ def main(arguments: list[str], *, program: str = "./run_train.sh", one_process: 
     nproc = "1" if one_process else "the number of GPUs, or 1,"
     usage = USAGE.format(program=program, setup="" if one_process else SETUP, nproc=nproc)
     with reported_errors():
+        check_start(arguments)
         arguments, restarts = take_restarts(arguments)
         is_dry, arguments = DRY_RUN in arguments, [argument for argument in arguments if argument != DRY_RUN]
         named = parse_config_arguments(arguments, usage=usage)

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # first of all: the imports below take half a second
 
     begin_run(sys.argv[1:])
 
+from torchtitan_style.common.program import check_start, environment_number
 from torchtitan_style.common.reporting import VERDICT, check_verdict, reported_errors
 from torchtitan_style.train.stopping import ending_at_once, ignore_stops, interruptible, stops_end_at_once
 
@@ -32,8 +33,9 @@ def main(arguments: list[str], *, usage: str = "") -> None:
     """
     with ending_at_once(), reported_errors():
         check_verdict()
+        check_start(arguments)
         named = parse_config_arguments(arguments, usage=usage)
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        world_size = environment_number("WORLD_SIZE", 1)
         config = load_config(named.path, named.overrides, world_size=world_size)
         check_torch()
         folder = Path(config.job.dump_folder)
@@ -43,7 +45,7 @@ def main(arguments: list[str], *, usage: str = "") -> None:
                 config,
                 world_size=world_size,
                 say=print,
-                ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+                ranks_here=environment_number("LOCAL_WORLD_SIZE", 1),
                 on_gpus=count_gpus() > 0,
                 notes=advice(named.chosen, named.overrides, config),
             )
@@ -57,7 +59,7 @@ def main(arguments: list[str], *, usage: str = "") -> None:
         with interruptible(folder, gracefully=world_size > 1):
             from .run import train
 
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            here = environment_number("LOCAL_WORLD_SIZE", 1)
             plan = planned_figures(config, world_size=world_size, ranks_here=here, on_gpus=count_gpus() > 0)
             train(config, world_size=world_size, plan=plan)
             ignore_stops()

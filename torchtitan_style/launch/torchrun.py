@@ -37,8 +37,8 @@ def check_address(endpoint: str) -> None:
     """Raise UserError if the host in ``endpoint`` (host:port) is unknown; torchrun would retry for minutes."""
     try:
         socket.getaddrinfo(endpoint.rpartition(":")[0], None)
-    except OSError as error:
-        raise UserError(f"RDZV_ENDPOINT: {endpoint}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"RDZV_ENDPOINT: {endpoint}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def wait_for_host(endpoint: str) -> None:

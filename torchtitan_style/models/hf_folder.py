@@ -7,15 +7,19 @@ weight is read and without torch. Weights are then read a tensor or a slice at a
 from __future__ import annotations
 
 import functools
-import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from torchtitan_style.common.errors import UserError
+from pydantic import Field, TypeAdapter
+
+from torchtitan_style.common.errors import UserError, cut, shown
+from torchtitan_style.common.reading import open_regular, parse_json, read_json, read_json_object
+from torchtitan_style.common.typed import Content, Count, typed
 
 from .registry import read_hf_config
 from .spec import ModelSpec
@@ -41,6 +45,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 """The types that are read: safetensors' name, torch's, and bytes per number."""
+_MOST_HEADER = 100_000_000
+"""Bytes, as the library has it."""
 _COMPARED_AT_ONCE = 2**24
 
 
@@ -63,9 +69,9 @@ def special_tokens(folder: Path) -> dict[str, str]:
     tokens = {}
     for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
         token = settings.get(role)
-        content = token.get("content") if isinstance(token, dict) else token
+        content = token.get("content", token) if isinstance(token, dict) else token
         if content is not None and not isinstance(content, str):
-            raise ValueError(f"{role} must be text, not {json.dumps(content)}")
+            raise ValueError(f"{role} must be text, not {shown(content)}")
         if content is not None:
             tokens[role] = content
     return tokens
@@ -73,10 +79,10 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in ``path``; an empty one if there is no such file."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must hold a JSON object")
-    return content
+    try:
+        return read_json_object(path, most=2**26) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -186,12 +192,15 @@ class HFFolder:
 
     def read(self, name: str, where: tuple[slice, ...] | None = None) -> Tensor:
         """Tensor ``name``, or the part ``where`` of it, in the type that it is stored in. No other bytes are read."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self.tensors[name].file
         if self._open is None or self._open[0] != file:  # one file mapped at a time
             self._open = None
-            self._open = file, safe_open(file, framework="pt")
+            try:
+                self._open = file, safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read: {error}") from None
         handle = self._open[1]
         tensor: Tensor = handle.get_tensor(name) if where is None else handle.get_slice(name)[where]
         return tensor
@@ -215,36 +224,52 @@ def part_shape(shape: tuple[int, ...], part: tuple[int | slice, ...]) -> tuple[i
     return (*kept, *shape[len(part) :])
 
 
+class _Entry(Content):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[Count]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+_HEADER_METADATA: TypeAdapter[dict[str, str] | None] = TypeAdapter(dict[str, str] | None, config={"strict": True})
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """What a safetensors file holds, in the order of its bytes.
 
     The format: 8 bytes with the length of a JSON header, the header, the tensors' bytes without a gap.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start == b"version ":
             raise UserError(f"{path}: is a git-lfs pointer, not the file itself; `git lfs pull` fetches it")
         length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
             raise UserError(f"{path}: is truncated, or no safetensors file: its header does not fit into {size} bytes")
+        if length > _MOST_HEADER:
+            raise UserError(f"{path}: is damaged, or no safetensors file: its header has {length:,} bytes")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        begin = 8 + length
-        tensors = {
-            name: StoredTensor(
-                file=path,
-                dtype=_DTYPES[entry["dtype"]][0] if entry["dtype"] in _DTYPES else entry["dtype"],
-                shape=tuple(entry["shape"]),
-                start=begin + entry["data_offsets"][0],
-                stop=begin + entry["data_offsets"][1],
-            )
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        if not raw.startswith(b"{"):
+            raise ValueError("it is not a JSON object")
+        header = parse_json(raw)
+        typed(_HEADER_METADATA, header.pop("__metadata__", None))
+        entries = {name: _Entry.model_validate(entry) for name, entry in header.items()}
+    except ValueError:  # pydantic's errors are, too
         raise UserError(f"{path}: is damaged, or no safetensors file: its header cannot be read") from None
+    begin = 8 + length
+    tensors = {
+        name: StoredTensor(
+            file=path,
+            dtype=_DTYPES[entry.dtype][0] if entry.dtype in _DTYPES else entry.dtype,
+            shape=tuple(entry.shape),
+            start=begin + entry.data_offsets[0],
+            stop=begin + entry.data_offsets[1],
+        )
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets)
+    }
     end = max((tensor.stop for tensor in tensors.values()), default=begin)
     if end != size:
         what = "is truncated" if end > size else "is damaged"
@@ -261,7 +286,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 def blocks(tensor: StoredTensor) -> Iterator[bytes]:
     """The bytes of a tensor, a part at a time."""
-    with tensor.file.open("rb") as file:
+    with open_regular(tensor.file) as file:
         file.seek(tensor.start)
         left = tensor.stop - tensor.start
         while left > 0:
@@ -272,11 +297,12 @@ def blocks(tensor: StoredTensor) -> Iterator[bytes]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, most=2**26)
     except FileNotFoundError:
         raise UserError(f"{path.parent}: has no {path.name}; is it a model folder in Transformers' format?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not a JSON object")
     return found
@@ -288,4 +314,4 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _some(names: list[str]) -> str:
     """The first few of ``names``."""
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return ", ".join(cut(name, 200) for name in names[:4]) + (", …" if len(names) > 4 else "")

@@ -12,8 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reading import json_lines
+from torchtitan_style.common.typed import Content, Count, Seconds
 from torchtitan_style.config.files import read_toml
 from torchtitan_style.metrics.events import EVENTS
+
+
+class _Record(Content, extra="allow"):
+    """What the report relies on in a line of metrics.jsonl or events.jsonl, where it has that."""
+
+    step: Count
+    loss: float | None = None
+    tokens_seen: Count = 0
+    time: Seconds = 0.0
+    event: str | None = None
+    layout: str | None = None
+    to: Count = 0
+    prompt: str = ""
+    text: str = ""
+
 
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
@@ -48,17 +65,24 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a file of JSON objects with a step, and how many others there are, as cut by a full disk."""
-    found, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            good = isinstance(record, dict) and type(record["step"]) is int
-        except (ValueError, KeyError, RecursionError):
-            good = False
-        if good:
-            found.append(record)
-        damaged += not good
+    found: list[dict[str, Any]] = []
+    damaged = 0
+    try:
+        for _, record in json_lines(path) if path.is_file() else ():
+            good = isinstance(record, dict) and _is_record(record)
+            found += [record] if good else []
+            damaged += not good
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     return found, damaged
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    try:
+        _Record.model_validate(record)
+    except ValueError:
+        return False
+    return all(not isinstance(value, int) or abs(value) < 2**63 for value in record.values())
 
 
 def _figures(path: Path) -> tuple[dict[int, dict[str, Any]], int]:

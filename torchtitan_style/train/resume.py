@@ -20,6 +20,7 @@ from torchtitan_style.checkpoint.manifest import MANIFEST, read_manifest
 from torchtitan_style.checkpoint.saved import SavedModel, open_base, open_model
 from torchtitan_style.checkpoint.weights import load_weights
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.program import environment_number
 from torchtitan_style.common.typed import typed
 from torchtitan_style.config import Config, to_toml
 from torchtitan_style.config.layout import Layout
@@ -103,7 +104,7 @@ class Resume:
 
         Raises UserError if there is no usable checkpoint where one is needed, or if it belongs to a different run.
         """
-        if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        if restarts := environment_number("TORCHELASTIC_RESTART_COUNT", 0):
             most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
             self.display.warn(f"a process of this run has died; starting again ({restarts} of {most} times)")
         step = self.checkpointer.find(self._wanted())
