@@ -16,6 +16,7 @@ from typing import IO
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.extensions import SOURCES
+from torchtitan_style.common.reading import open_regular
 
 from .chat.conversations import MESSAGE_LISTS, Conversations
 from .corpus import SourceFile
@@ -121,7 +122,7 @@ def is_one_piece(file: SourceFile) -> bool:
     """Whether a local file is called one of JSON lines, but is something else, which cannot be read in parts."""
     if file.format != "jsonl":
         return False
-    with Path(file.url).open("rb") as content:
+    with open_regular(file.url) as content:
         head = content.read(HEAD)
     return layout_of_json(head) != "lines" or bool(why_not_text(head, json_lines=True))
 

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from torchtitan_style.common.errors import some
+
 from .chat.conversations import Conversations, NoConversation, without_nulls
 from .corpus import SourceFile
 from .records import Fields, Lost, Record, advice, all_lost, checked, is_damage, one_line, open_file, text_of
@@ -41,11 +43,11 @@ def read_parquet(
                             done = consumed + metadata.total_byte_size * (index + 1 - first_row + count) // count
                             yield Record(index, index, done, text, problem)
                         index += 1
-            except (pa.ArrowException, OSError) as error:
-                if not isinstance(error, pa.ArrowException) and not is_damage(error):
+            except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+                if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and not is_damage(error):
                     raise
                 problem = f"rows up to {first_row - 1} are damaged: {one_line(error)}"
-                lost = Lost(first_row - index, metadata.total_byte_size * (first_row - index) // count)
+                lost = Lost(first_row - index, metadata.total_byte_size * (first_row - index) // max(count, 1))
                 yield Record(index, index, consumed, problem=problem, lost=lost)
             consumed += metadata.total_byte_size
 
@@ -64,20 +66,21 @@ def parquet_column(
     try:
         parquet = pq.ParquetFile(raw)
         schema = parquet.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        if not isinstance(error, pa.ArrowInvalid) and not is_damage(error):
+        names = schema.names
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and not is_damage(error):
             raise
         return all_lost(file, f"not a readable parquet file: {one_line(error)}")
     rows = parquet.metadata.num_rows
     if isinstance(text_key, Conversations):
         try:
-            return parquet, text_key.columns(schema.names), functools.partial(_conversations, text_key)
+            return parquet, text_key.columns(names), functools.partial(_conversations, text_key)
         except NoConversation as error:
             return all_lost(file, str(error), rows)
-    if text_key not in schema.names:
-        columns = ", ".join(schema.names)
-        return all_lost(file, f'no column "{text_key}"; it has {columns}; {advice(schema.names, "one")}', rows)
-    kind = schema.types[schema.names.index(text_key)]
+    if text_key not in names:
+        columns = some(names, 20)
+        return all_lost(file, f'no column "{text_key}"; it has {columns}; {advice(names, "one")}', rows)
+    kind = schema.types[names.index(text_key)]
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = pa.types
     # Some tools write text as bytes without saying that it is text: each value is checked to be UTF-8.
@@ -126,6 +129,6 @@ def parquet_groups(file: SourceFile) -> list[int]:
 
     try:
         metadata = pq.read_metadata(file.url)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, UnicodeDecodeError, OSError):
         return []
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]

@@ -251,6 +251,9 @@ class _Corpus(Content):
 
 class _CorpusSettings(Content, extra="allow"):
     text_key: str
+    format: str = "text"
+    messages_key: str | None = None
+    train_on: str | None = None
     paths: list[str] = Field(default_factory=list)
 
 
@@ -267,6 +270,7 @@ class _Manifest(Content):
     tokenizer_sha256: Sha256
     end_of_text: Count
     dtype: Literal["<u2", "<u4"]
+    chat_template: str | None = None
     corpora: dict[str, _Corpus]
 
 
@@ -303,6 +307,9 @@ def _check(manifest: _Manifest) -> None:
     """Raise ValueError where the parts of a manifest contradict each other."""
     if manifest.corpora.keys() != manifest.settings.corpora.keys():
         raise ValueError("it has other corpora than its settings")
+    chats = [corpus for corpus in manifest.settings.corpora.values() if corpus.format == "chat"]
+    if any(None in (manifest.chat_template, chat.messages_key, chat.train_on) for chat in chats):
+        raise ValueError("it does not say how conversations were read")
     width = np.dtype(manifest.dtype).itemsize
     if manifest.end_of_text >= 2 ** (8 * width):
         raise ValueError("its end-of-text is no token")

@@ -10,8 +10,10 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from torchtitan_style.common.errors import cut, some
+from torchtitan_style.common.reading import open_regular
 
 from .chat.conversations import MESSAGE_LISTS, Conversations, NoConversation
 from .corpus import SourceFile
@@ -63,14 +65,53 @@ def open_file(file: SourceFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             raw: Any = stack.enter_context(fsspec.open(file.url, "rb").open())
             stored: Any = io.BufferedReader(raw, PIECE)  # some servers' files give less than was asked for
         else:
-            raw = stored = stack.enter_context(Path(file.url).open("rb"))
+            raw = stored = stack.enter_context(open_regular(file.url))
         if file.compression == ".zst":
-            import pyarrow as pa
-
-            yield raw, io.BufferedReader(pa.CompressedInputStream(stored, "zstd"))
+            yield raw, io.BufferedReader(_Zstandard(stored))
         else:
             openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
             yield raw, openers[file.compression](stored) if file.compression else stored
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of a zstandard file. Of one that is cut short, all that can be had of it.
+
+    Arrow's reader drops what it has decoded of a read when that meets damage. Where that happens, the file is read
+    again up to there, and on in smaller pieces, the last of a byte each.
+    """
+
+    def __init__(self, stored: IO[bytes]) -> None:
+        self._stored, self._read, self._at_once = stored, 0, 2**16
+        self._before: list[Any] = []
+        """Streams that are not used any more: freed, they would close the file."""
+        self._begin()
+
+    def _begin(self) -> None:
+        import pyarrow as pa
+
+        self._stream = pa.CompressedInputStream(self._stored, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            try:
+                data = self._stream.read(min(len(buffer), self._at_once))
+                break
+            except OSError as error:
+                if self._at_once == 1 or not is_damage(error) or not self._stored.seekable():
+                    raise
+                self._at_once = max(self._at_once // 256, 1)
+                self._before.append(self._stream)
+                self._stored.seek(0)
+                self._begin()
+                left = self._read
+                while left:
+                    left -= len(self._stream.read(min(left, 2**16)))
+        self._read += len(data)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def is_damage(error: Exception) -> bool:
@@ -100,7 +141,7 @@ def text_of(record: Any, text_key: Fields, max_bytes: int) -> tuple[str, str]:
         except NoConversation as error:
             return "", str(error)
     if text_key not in record:
-        return "", f'no text under "{text_key}"; it has {", ".join(record)}; {advice(record, "field")}'
+        return "", f'no text under "{text_key}"; it has {some(record, 20)}; {advice(record, "field")}'
     if record[text_key] is None:
         return "", EMPTY
     if not isinstance(record[text_key], str):
@@ -129,4 +170,4 @@ def checked(text: str, max_bytes: int) -> tuple[str, str]:
 
 
 def one_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return cut(str(error).strip().partition("\n")[0], 300)

@@ -27,7 +27,7 @@ from typing import Any
 from torchtitan_style.common.errors import RunError
 from torchtitan_style.common.files import digest_of, sha256
 from torchtitan_style.common.program import STOP_SIGNALS, begin
-from torchtitan_style.common.reading import read_json_object
+from torchtitan_style.common.reading import open_regular, read_json_object
 from torchtitan_style.common.signals import shielding_children
 from torchtitan_style.common.typed import Content, Count, typed
 
@@ -415,7 +415,7 @@ def _problems(files: Sequence[SourceFile], done: list[tuple[Unit, dict[str, Any]
 def _lines_that_begin(path: Path, start: int, stop: int) -> int:
     """How many lines of a file begin at its bytes start … stop - 1."""
     count = int(start == 0 < stop)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         at = max(start - 1, 0)
         file.seek(at)
         while at < stop - 1 and (block := file.read(min(2**20, stop - 1 - at))):

@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.common.errors import UserError
+from pydantic import TypeAdapter
+
+from torchtitan_style.common.errors import UserError, cut, shown
+from torchtitan_style.common.reading import read_json_object, read_text
+from torchtitan_style.common.signals import OutOfTime, time_limit
+from torchtitan_style.common.typed import Content, typed
 from torchtitan_style.models.hf_folder import special_tokens
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -32,6 +37,17 @@ _ANSWER, _NEXT = "an-answer-to-look-for", "a-question-to-look-for"
 """Messages that are found again in a rendered conversation."""
 
 
+class _Named(Content):
+    name: str
+    template: str
+
+
+_NAMED = TypeAdapter(list[_Named])
+
+_SECONDS = 20
+"""That a template may take for its conversations: it is a program, and may have no end."""
+
+
 class ChatTemplate:
     """source: in Jinja. special_tokens: by role, as a template knows them. path: the file that it is from."""
 
@@ -43,13 +59,15 @@ class ChatTemplate:
         """The template among a tokenizer's files, or None. Raises UserError if they cannot be read."""
         path = assets / "tokenizer_config.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            settings = read_json_object(path, most=2**26) if path.is_file() else {}
             separate = assets / TEMPLATE_FILE
-            source = separate.read_text(encoding="utf-8") if separate.is_file() else settings.get("chat_template")
+            source = read_text(separate) if separate.is_file() else settings.get("chat_template")
             if isinstance(source, list):  # several, by name
-                source = {each["name"]: each["template"] for each in source}.get("default")
+                source = {each.name: each.template for each in typed(_NAMED, source)}.get("default")
+            if not isinstance(source, str | None):
+                raise ValueError(f"chat_template must be text, not {shown(source)}")
             special = special_tokens(assets)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{assets}: the chat template cannot be read: {error}") from None
         return cls(source, special, separate if separate.is_file() else path) if source else None
 
@@ -74,7 +92,8 @@ class ChatTemplate:
         from jinja2 import TemplateSyntaxError
 
         try:
-            self._render([[]], prompt=False)
+            with time_limit(_SECONDS):
+                self._render([[]], prompt=False)
         except TemplateSyntaxError as error:
             raise UserError(f"{self.path}: the chat template, line {error.lineno}: {error.message}") from None
         except Exception:  # a template may refuse a conversation without messages, in any way
@@ -108,7 +127,8 @@ class ChatTemplate:
         try:
             (text,) = self.render_each([messages], prompt=answer_follows, **options)
         except Refused as error:
-            raise UserError(f"the model's chat template does not take this conversation: {error}") from None
+            where = f" ({self.path})" if self.path else ""
+            raise UserError(f"the model's chat template does not take this conversation: {error}{where}") from None
         return text
 
     def render_each(
@@ -130,12 +150,11 @@ class ChatTemplate:
         return texts[0], marks[0]
 
     def _safely(self, conversations: Sequence[Sequence[dict[str, Any]]], **options: Any) -> tuple[list[str], list[Any]]:
-        from jinja2 import TemplateError
-
         try:
-            return self._render(conversations, **options)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise Refused(str(error)) from None  # a template is a program
+            with time_limit(_SECONDS):
+                return self._render(conversations, **options)
+        except Exception as error:  # a template is a program, and what it raises may be of any kind
+            raise Refused(_reason(error)) from None
 
     def _render(
         self, conversations: Sequence[Sequence[dict[str, Any]]], *, prompt: bool, **options: Any
@@ -148,6 +167,16 @@ class ChatTemplate:
             add_generation_prompt=prompt,
             **(self._special_tokens | options),
         )
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, or, of those that do not speak to people, what it is."""
+    from jinja2 import TemplateError
+
+    text = cut(str(error).strip(), 500)
+    if isinstance(error, TemplateError | OutOfTime) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class Refused(ValueError):
