@@ -136,7 +136,7 @@ def test_a_layout_that_holds_something_else_is_warned_of(
     (("--device", "H10"), 'there is no device "H10"; did you mean H100?'),
     (("--world-size", "6", "--parallelism.tensor_parallel_degree", "4"), "does not divide the 6 processes"),
     (("--config", "qwen3_32b", "--world-size", "8", "--parallelism.tensor_parallel_degree", "1", "--device", "A100-40",
-      "--training.global_batch_size", "32"), "optimizer state alone take 61.0 GiB on each rank, and A100-40 has 40.0"),
+      "--parallelism.pipeline_parallel_degree", "1", "--training.global_batch_size", "32"), "optimizer state alone take 61.0 GiB on each rank, and A100-40 has 40.0"),
     (("--world-size", "0"), "--world-size: must be at least 1"),
     (("--assume", "matmul=1"), 'no assumption "matmul"'),
     (("--assume", "overlap=x"), "overlap must be a number"),

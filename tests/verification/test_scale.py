@@ -100,11 +100,13 @@ def test_a_run_shorter_than_what_is_compared_has_learning_rates_for_all_of_it() 
 
 
 def test_patterns_that_match_nothing_on_the_copy_are_left_out() -> None:
-    targets = ["--lora.rank", "4", "--lora.dropout", "0.1", "--lora.target_modules", "layers.30.*", "q_proj"]
+    alone = ["--parallelism.pipeline_parallel_degree", "1"]
+    targets = [*alone, "--lora.rank", "4", "--lora.dropout", "0.1", "--lora.target_modules", "layers.30.*", "q_proj"]
     _, small, _, notes = scaled("qwen3_14b.toml", *targets, world_size=8, **LITTLE)
     assert small.lora.target_modules == ["q_proj"]
     assert (small.lora.rank, small.lora.dropout) == (4, 0)
     assert "without dropout" in notes
     assert "layers.30.*" in notes
-    _, small, _, _ = scaled("qwen3_14b.toml", "--training.freeze", "*layers.30.*", "*norm*", world_size=8, **LITTLE)
+    freeze = [*alone, "--training.freeze", "*layers.30.*", "*norm*"]
+    _, small, _, _ = scaled("qwen3_14b.toml", *freeze, world_size=8, **LITTLE)
     assert small.training.freeze == ["*norm*"]
