@@ -18,6 +18,7 @@ from torchtitan_style.planner.workload import Workload
 
 SHAPE = ("--model.flavor", "debug", "--model.num_hidden_layers", "3", "--training.seq_len", "64",
          "--training.local_batch_size", "2")  # fmt: skip
+CP = ("--parallelism.context_parallel_degree", "2")
 TP = ("--parallelism.tensor_parallel_degree", "2")
 CASES: dict[str, tuple[dict[str, int], int, tuple[str, ...]]] = {
     "dp": ({"dp_shard": 2}, 2, ()),
@@ -28,6 +29,11 @@ CASES: dict[str, tuple[dict[str, int], int, tuple[str, ...]]] = {
                                         "--model.tie_word_embeddings", "false")),
     "tp, full": ({"tp": 2}, 1, (*TP, "--activation_checkpoint.mode", "full")),
     "tp, selective": ({"tp": 2}, 1, (*TP, "--activation_checkpoint.mode", "selective")),
+    "cp": ({"cp": 2}, 2, CP),
+    "cp, documents, fp32": ({"cp": 2}, 1, (*CP, "--data.document_mask", "true", "--training.mixed_precision_param",
+                                           "float32")),
+    "cp, full": ({"cp": 2}, 1, (*CP, "--activation_checkpoint.mode", "full")),
+    "cp, selective": ({"cp": 2}, 1, (*CP, "--activation_checkpoint.mode", "selective")),
 }  # fmt: skip
 
 
@@ -39,7 +45,7 @@ def test_ranks_send_what_is_planned(run_ranks: Callable[..., None], tmp_path: Pa
         config = load_config(DEFAULT_CONFIG, overrides, world_size=2)
         works[name] = Workload.of(config, layout, on_gpu=False)
         assert works[name].batch.accumulation_steps == microbatches
-        keeps = config.activation_checkpoint.mode == "none" and layout.tp > 1
+        keeps = config.activation_checkpoint.mode == "none" and layout.tp * layout.cp > 1
         cases.append({"layout": degrees, "overrides": overrides, "microbatches": microbatches, "keeps": keeps})
     (tmp_path / "cases").write_text(json.dumps(cases), encoding="utf-8")
     run_ranks(Path(__file__).with_name("traffic_of_ranks.py"), 2, tmp_path / "cases", tmp_path / "found")

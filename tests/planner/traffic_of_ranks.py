@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import Layout, reduces_each_microbatch
+from torchtitan_style.data.loader import Microbatch
 from torchtitan_style.distributed.gloo import one_thread_each
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.qwen3.attention import document_positions
 from torchtitan_style.train.step import build_training_model, forward_backward
 from torchtitan_style.train.stopping import ending_at_once
 
@@ -51,7 +53,7 @@ def address(tensor: torch.Tensor) -> int:
     return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
 
 
-def kept_by_forward(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
+def kept_by_forward(model: Any, batch: Microbatch) -> int:
     kept: dict[int, int] = {}
     weights: set[int] = set()
 
@@ -76,15 +78,18 @@ def found(case: dict[str, Any]) -> dict[str, Any]:
     world = init_world(layout, timeout_seconds=60)
     model = build_training_model(config, world, warn=print)
     ids = torch.randint(0, 256, (config.training.local_batch_size, config.training.seq_len))
+    rows = Microbatch(ids, ids)
+    if config.data.document_mask:
+        documents = torch.arange(ids.shape[1]).expand_as(ids) // 50
+        rows = Microbatch(ids, ids, documents, document_positions(documents))
+    batch = rows.of_part(world.part)
     tokens = torch.tensor(ids.numel())
     each = reduces_each_microbatch(config.parallelism, world.layout)
-    forward_backward(
-        model, [(ids, ids)] * case["microbatches"], tokens, reduce_each=each
-    )  # the first pass sets FSDP up
+    forward_backward(model, [batch] * case["microbatches"], tokens, reduce_each=each)  # the first pass sets FSDP up
     model.zero_grad()
     with Sent() as sent:
-        forward_backward(model, [(ids, ids)] * case["microbatches"], tokens, reduce_each=each)
-    kept = kept_by_forward(model, (ids, ids)) if case["keeps"] else 0
+        forward_backward(model, [batch] * case["microbatches"], tokens, reduce_each=each)
+    kept = kept_by_forward(model, batch) if case["keeps"] else 0
     return {"sent": sent.bytes, "kept": kept}
 
 

@@ -165,11 +165,12 @@ def _rest(config: Config) -> Iterator[Problem]:
             ("activation_checkpoint.mode", "compile.enable"),
             '"memory_budget" is the compiler\'s choice: it needs compile.enable = true',
         )
-    if recompute.mode == "memory_budget" and config.parallelism.tensor_parallel_degree > 1:
-        yield Problem(
-            ("activation_checkpoint.mode", "parallelism.tensor_parallel_degree"),
-            'torch cannot weigh the activations of tensor-parallel blocks: use "selective" or "full"',
-        )
+    for axis, degree in (("tensor", tp), ("context", cp)):
+        if recompute.mode == "memory_budget" and degree > 1:
+            yield Problem(
+                ("activation_checkpoint.mode", f"parallelism.{axis}_parallel_degree"),
+                f'torch cannot weigh the activations of {axis}-parallel blocks: use "selective" or "full"',
+            )
     if config.checkpoint.load_step > config.training.steps:
         yield Problem(
             ("checkpoint.load_step", "training.steps"),

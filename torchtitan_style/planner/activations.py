@@ -43,6 +43,8 @@ def block_inside(work: Workload) -> int:
         again = int((1 - recompute.memory_budget) * max(0, whole - _input(work)))
     # The MLP: gradients of the product and of both factors; the residual's and the norm's, which is taken in fp32.
     gradients = work.tokens * work.c * (3 * work.features + work.hidden) + work.scattered_tokens * 8 * work.hidden
+    if work.layout.cp > 1:  # gradients of the gathered keys and values, and in the order in which they are sent
+        gradients += 2 * gathered_keys(work)
     return again + int(gradients)
 
 
@@ -73,9 +75,27 @@ def kept_by_block(work: Workload) -> int:
         kept += n * c * rank  # what is between its two matrices
         if work.config.lora.dropout:  # its input after that, and a mask
             kept += n * width * (c + (1 if work.on_gpu else c))
-    if not work.on_gpu and work.config.data.document_mask:  # the mask that is added to the scores
-        kept += work.batch.local_batch_size * work.config.training.seq_len**2 * c
+    if work.layout.cp > 1:  # keys and values of whole rows instead of this rank's, and the spans' outputs put together
+        kept += gathered_keys(work) - 2 * n * c * kv + n * c * q
+    if not work.on_gpu:  # the mask that is added to the scores
+        kept += _scores(work) * c
     return int(kept)
+
+
+def gathered_keys(work: Workload) -> float:
+    """Bytes of the keys and values of a microbatch's whole rows, on each of the tp ranks."""
+    return 2 * work.tokens * work.layout.cp * work.c * work.keys
+
+
+def _scores(work: Workload) -> int:
+    """Entries of the mask of a microbatch on CPU; 0 where it needs none."""
+    cp, rows, seq_len = work.layout.cp, work.batch.local_batch_size, work.config.training.seq_len
+    documents = work.config.data.document_mask
+    if cp == 1:
+        return rows * seq_len**2 * documents
+    # Two spans, which see as many keys together on each rank; see ``RowPart``.
+    span = seq_len // (2 * cp)
+    return (rows if documents else 1) * span**2 * (2 * cp + 1)
 
 
 def _keeps_input(work: Workload, *projections: str) -> bool:
@@ -105,8 +125,9 @@ def _operations(work: Workload) -> int:
 def kept_outside(work: Workload) -> int:
     """Token ids, rotary cosines and sines, the last norm."""
     seq_len = work.config.training.seq_len // work.layout.cp
-    rows = work.batch.local_batch_size if work.config.data.document_mask else 1
+    documents, cp = work.config.data.document_mask, work.layout.cp
+    rows = work.batch.local_batch_size if documents or cp > 1 else 1  # whose positions differ, or are given
     angles = 2 * rows * seq_len * work.model.head_dim * work.c
     norm = work.scattered_tokens * ((4 + work.c) * work.hidden + 4)
-    masks = work.batch.local_batch_size * seq_len**2 if rows > 1 and not work.on_gpu else 0
+    masks = _scores(work) if documents and not work.on_gpu else 0
     return int(8 * work.tokens + angles + norm + masks)

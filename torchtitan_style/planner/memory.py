@@ -134,7 +134,7 @@ def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) 
     changing = sum(parts.values())
     fixed = assumptions.library_bytes(on_gpu=work.on_gpu)
     if work.on_gpu and work.layout.world_size > 1:
-        axes = (work.layout.fsdp, work.layout.dp_replicate, work.layout.tp, work.layout.pp)
+        axes = (work.layout.fsdp, work.layout.dp_replicate, work.layout.cp, work.layout.tp, work.layout.pp)
         fixed += int(assumptions.nccl_bytes * (1 + sum(size > 1 for size in axes)))
     slack = assumptions.allocator_slack if work.on_gpu else assumptions.allocator_slack_cpu
     every = {"weights": work.state.weights, "optimizer": work.state.optimizer, "slack": fixed + int(changing * slack)}

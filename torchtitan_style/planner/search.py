@@ -124,7 +124,7 @@ def _families(config: Config, world_size: int) -> Iterator[tuple[Config, Layout]
                 "tensor_parallel_degree": layout.tp,
             }
         )
-        budgets = [("memory_budget", "op")] if config.compile.enable and layout.tp == 1 else []
+        budgets = [("memory_budget", "op")] if config.compile.enable and layout.tp == layout.cp == 1 else []
         for mode, option in (*_RECOMPUTE, *budgets):
             recompute = config.activation_checkpoint.model_copy(update={"mode": mode, "selective_ac_option": option})
             for reshard in ("never", "always") if layout.fsdp > 1 else ("always",):
@@ -141,13 +141,16 @@ def _families(config: Config, world_size: int) -> Iterator[tuple[Config, Layout]
 
 def _layouts(config: Config, world_size: int) -> Iterator[Layout]:
     model, dimensions = model_config(config.model), spec_of(config.model.name).tensor_parallel
-    pp = config.parallelism.pipeline_parallel_degree  # as it is: a search does not change the pipeline
-    world_size //= pp
+    # As they are: a search changes neither the pipeline nor the parts of a row.
+    pp, cp = config.parallelism.pipeline_parallel_degree, config.parallelism.context_parallel_degree
+    world_size //= pp * cp
     for tp in _divisors(world_size):
-        if config.training.seq_len % tp or any(getattr(model, each.field) % tp for each in dimensions):
+        if config.training.seq_len % (tp if cp == 1 else 2 * cp * tp) or any(
+            getattr(model, each.field) % tp for each in dimensions
+        ):
             continue
         for replicate in _divisors(world_size // tp):
-            yield Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // tp // replicate, tp=tp)
+            yield Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // tp // replicate, cp=cp, tp=tp)
 
 
 def _local_batches(rows: int, dp: int) -> list[int]:
@@ -184,6 +187,7 @@ def _choices(plan: Plan) -> dict[str, object]:
     return {
         "parallelism.data_parallel_replicate_degree": layout.dp_replicate,
         "parallelism.data_parallel_shard_degree": layout.dp_shard,
+        "parallelism.context_parallel_degree": layout.cp if layout.cp > 1 else None,
         "parallelism.tensor_parallel_degree": layout.tp,
         "parallelism.fsdp_reshard_after_forward": "always" if reshards_after_forward(config.parallelism) else "never",
         "activation_checkpoint.mode": recompute.mode,
@@ -238,7 +242,7 @@ def shortfall(plan: Plan) -> str:
         "gradients": 'parallelism.fsdp_reduce_gradients = "each_microbatch", more tensor parallelism, or more ranks',
         "optimizer": 'more ranks, or optimizer.name = "muon", which keeps one moment instead of two',
         "copies": "more tensor parallelism, or a model with smaller blocks",
-        "activations": "shorter rows (training.seq_len), or more tensor parallelism",
+        "activations": "shorter rows (training.seq_len), or more tensor or context parallelism",
         "logits": "more tensor parallelism, or a smaller vocabulary",
         "buffers": "more tensor parallelism",
         "slack": "a device with more memory",

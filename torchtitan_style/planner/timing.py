@@ -160,9 +160,14 @@ class _Clock:
         """Of collectives, on rings that use every adapter of a host that a rank of the group is beside."""
         layout = self.work.layout
         stage = self.work.stage_ranks
-        sizes = {"tp": layout.tp, "fsdp": layout.fsdp, "dp_replicate": layout.dp_replicate, "pp": 2, "world": stage}
-        strides = {"tp": 1, "world": 1, "fsdp": layout.tp, "dp_replicate": layout.tp * layout.fsdp, "pp": stage}
-        ranks, stride = sizes[traffic.axis], strides[traffic.axis]
+        ranks, stride = {
+            "tp": (layout.tp, 1),
+            "cp": (layout.cp, layout.tp),
+            "fsdp": (layout.fsdp, layout.tp),
+            "dp_replicate": (layout.dp_replicate, layout.tp * layout.fsdp),
+            "pp": (2, stage),
+            "world": (stage, 1),
+        }[traffic.axis]
         together = min(ranks, max(1, self.device.per_host // stride))  # ranks of the group in a host
         bandwidth = self.device.link_bandwidth
         if ranks > together:

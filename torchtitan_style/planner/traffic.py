@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torchtitan_style.common.sizes import FP32
 from torchtitan_style.config.layout import reduces_each_microbatch
 
+from .activations import gathered_keys
 from .workload import Workload
 
 
@@ -20,7 +21,7 @@ class Traffic:
     """Collectives of one kind along one axis, in one phase of the step."""
 
     axis: str
-    """"fsdp", "dp_replicate", "tp", "pp", or "world": all, or all of a pipeline stage."""
+    """"fsdp", "dp_replicate", "cp", "tp", "pp", or "world": all, or all of a pipeline stage."""
     kind: str
     """"all-gather", "reduce-scatter", "all-reduce", "all-to-all", or "send" to one rank."""
     phase: str
@@ -37,7 +38,7 @@ class Traffic:
 
 def traffic_of(work: Workload) -> list[Traffic]:
     """Everything that is sent in a step but for a few numbers (the loss, the norm)."""
-    found = [*_sharding(work), *_tensor_parallel(work), *_pipeline(work), *_muon(work)]
+    found = [*_sharding(work), *_tensor_parallel(work), *_context_parallel(work), *_pipeline(work), *_muon(work)]
     return [each for each in found if each.bytes]
 
 
@@ -87,6 +88,20 @@ def _tensor_parallel(work: Workload) -> list[Traffic]:
         ),
         Traffic("tp", "reduce-scatter", "backward", (2 * layers + again[1]) * rows, 2 * layers + again[1], False),
         Traffic("tp", "all-reduce", _when_reduced(work), norms * work.c, sum(k.count for k in whole), False),
+    ]
+
+
+def _context_parallel(work: Workload) -> list[Traffic]:
+    """Keys and values of whole rows, gathered in each block, and their gradients summed back. Where a block is
+    are computed again, so is the gather."""
+    if work.layout.cp == 1:
+        return []
+    layers, again = work.layers, _recomputed_blocks(work)[0]
+    rows = int(gathered_keys(work))
+    return [
+        Traffic("cp", "all-gather", "forward", layers * rows, layers, False),
+        Traffic("cp", "all-gather", "backward", again * rows, again, False),
+        Traffic("cp", "reduce-scatter", "backward", layers * rows, layers, False),
     ]
 
 

@@ -106,8 +106,8 @@ def _rope(settings: dict[str, Any], positions: int) -> dict[str, Any]:
             kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ValueError(
-                f'{name}: the rope scaling "{kind}" is not implemented; without that entry the model is what it was '
-                "trained as, right up to original_max_position_embeddings positions"
+                f'{name}: the rope scaling "{cut(str(kind), 120)}" is not implemented; without that entry the model is '
+                "what it was trained as, right up to original_max_position_embeddings positions"
             )
     partial = found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
