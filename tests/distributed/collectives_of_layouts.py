@@ -1,6 +1,6 @@
 """Run by test_collectives.py as the ranks of one layout: the collectives of a training step, counted.
 
-Arguments: dp_shard tp output.json.
+Arguments: dp_shard cp tp output.json. Left there: {"counts": by kind, "bytes": of the gathers and sums along cp}.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class CountCollectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        """Of a rank's side of those that blocks call by themselves."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -49,31 +51,36 @@ class CountCollectives(TorchDispatchMode):
             "_wrap_tensor_autograd",
         ):
             name = func.name()
-            self.counts[next((kind for part, kind in KINDS.items() if part in name), name)] += 1
+            kind = next((kind for part, kind in KINDS.items() if part in name), name)
+            self.counts[kind] += 1
+            if func.namespace == "_c10d_functional":
+                self.bytes[kind] += args[0].nbytes
         return func(*args, **kwargs or {})
 
 
 def main() -> None:
-    dp, tp = map(int, sys.argv[1:3])
+    dp, cp, tp = map(int, sys.argv[1:4])
     flags = {
         "model.flavor": "debug",
+        "parallelism.context_parallel_degree": cp,
         "parallelism.tensor_parallel_degree": tp,
         "training.seq_len": 16,
         "training.global_batch_size": 4 * dp,
         "training.local_batch_size": 2,  # two microbatches
     }
     line = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-    config = load_config(DEFAULT_CONFIG, line, world_size=dp * tp)
-    world = init_world(plan_layout(config.parallelism, dp * tp), timeout_seconds=300)
+    config = load_config(DEFAULT_CONFIG, line, world_size=dp * cp * tp)
+    world = init_world(plan_layout(config.parallelism, dp * cp * tp), timeout_seconds=300)
     model = build_training_model(config, world, warn=print)
     optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
     ids = torch.arange(2 * 17).view(2, 17)
-    part = Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+    part = Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None).of_part(world.part)
     with CountCollectives() as collectives:
         train_step(model, optimizer, Batch([part, part], hash=0), step=1, config=config, world=world, guard=guard)
     if world.is_main:
-        Path(sys.argv[3]).write_text(json.dumps(collectives.counts), encoding="utf-8")
+        found = {"counts": collectives.counts, "bytes": collectives.bytes}
+        Path(sys.argv[4]).write_text(json.dumps(found), encoding="utf-8")
     destroy_world()
 
 

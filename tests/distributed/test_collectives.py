@@ -23,18 +23,29 @@ TP = {
     "reduce-scatter": MICROBATCHES * 2 * (2 * BLOCKS + 1),
     "all-reduce": MICROBATCHES * 2 + NORMS,
 }
+# Context parallelism: each block gathers keys and values, and sums their gradients.
+CP = {"all-gather": MICROBATCHES * BLOCKS, "reduce-scatter": MICROBATCHES * BLOCKS}
 COUNTS = {
     "dp2": Counter(FSDP) + Counter(STEP),
     "tp2": Counter(TP) + Counter(STEP),
     # The norms' are summed when FSDP sums, which is after each microbatch.
     "dp2 × tp2": Counter(FSDP) + Counter(TP) + Counter(STEP) + Counter({"all-reduce": (MICROBATCHES - 1) * NORMS}),
 }
-DEGREES = {"dp2": (2, 1), "tp2": (1, 2), "dp2 × tp2": (2, 2)}
+COUNTS |= {
+    "cp2": Counter(FSDP) + Counter(CP) + Counter(STEP),
+    "cp2 × tp2": COUNTS["dp2 × tp2"] + Counter(CP),
+}
+DEGREES = {"dp2": (2, 1, 1), "tp2": (1, 1, 2), "dp2 × tp2": (2, 1, 2), "cp2": (1, 2, 1), "cp2 × tp2": (1, 2, 2)}
 
 
 @pytest.mark.parametrize("layout", COUNTS)
 def test_a_step_has_no_more_collectives_than_it_needs(run_ranks, tmp_path: Path, layout: str) -> None:
-    dp, tp = DEGREES[layout]
+    dp, cp, tp = DEGREES[layout]
     output = tmp_path / "collectives.json"
-    run_ranks(Path(__file__).parent / "collectives_of_layouts.py", dp * tp, dp, tp, output)
-    assert json.loads(output.read_text()) == COUNTS[layout]
+    run_ranks(Path(__file__).parent / "collectives_of_layouts.py", dp * cp * tp, dp, cp, tp, output)
+    found = json.loads(output.read_text())
+    assert found["counts"] == COUNTS[layout]
+    if layout == "cp2":
+        # Keys and values, 4 heads of 16 in bf16, of this rank's 8 positions of 2 rows; the gradients are of all 16.
+        sent = MICROBATCHES * BLOCKS * 2 * (2 * 8) * (4 * 16) * 2
+        assert found["bytes"] == {"all-gather": sent, "reduce-scatter": 2 * sent}

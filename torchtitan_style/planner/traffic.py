@@ -92,8 +92,8 @@ def _tensor_parallel(work: Workload) -> list[Traffic]:
 
 
 def _context_parallel(work: Workload) -> list[Traffic]:
-    """Keys and values of whole rows, gathered in each block, and their gradients summed back. Where a block is
-    are computed again, so is the gather."""
+    """Keys and values of whole rows, gathered in each block, and their gradients summed back. Where a block
+    is computed again, so is the gather."""
     if work.layout.cp == 1:
         return []
     layers, again = work.layers, _recomputed_blocks(work)[0]
