@@ -160,7 +160,8 @@ def test_a_run_resumes_on_another_layout_and_only_with_the_same_base(
     file.write_bytes(original)
     for changed in (["--lora.rank", 8], ["--lora.alpha", 8]):
         assert "belongs to a different run: lora." in fail(launch(*arguments, *changed))
-    succeed(launch(*arguments, "--parallelism.tensor_parallel_degree", 2, nproc=2))
+    pipeline = ["--parallelism.pipeline_parallel_degree", 2, "--training.local_batch_size", 1]
+    succeed(launch(*arguments, *pipeline, nproc=2))
     assert list(records(tmp_path / "run", "loss")) == [3, 4]
     for step, loss in records(tmp_path / "run", "loss").items():
         assert loss == pytest.approx(records(run, "loss")[step], rel=1e-5)

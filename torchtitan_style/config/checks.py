@@ -179,12 +179,6 @@ def _rest(config: Config) -> Iterator[Problem]:
 
 
 def _lora(config: Config) -> Iterator[Problem]:
-    key = "lora.rank" if config.lora.rank else "training.freeze"
-    if config.parallelism.pipeline_parallel_degree > 1 and (config.lora.rank or config.training.freeze):
-        yield Problem(
-            ("parallelism.pipeline_parallel_degree", key),
-            f"a pipeline trains all weights of its stages: set it to 1, or leave out {key}",
-        )
     if not config.lora.rank:
         return
     if config.training.freeze:

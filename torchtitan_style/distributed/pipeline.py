@@ -80,6 +80,9 @@ class PipelinedModel(nn.Module):
         self.pp_group = world.pp_group
         self.first = next((part for stage, part in parts if stage.is_first), None)
         self.last = next((part for stage, part in parts if stage.is_last), None)
+        if self.first is not None and not self.first.model.embed_tokens.weight.requires_grad:
+            # torch has every stage send gradients back to the one before, and compute some itself.
+            self.first.model.embed_tokens.register_forward_hook(_with_gradient)
         self.tied = _TiedHead(self.first, self.last, self.rank_of(0), self.rank_of(-1), self.pp_group) if tied else None
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._tokens = torch.ones(())
@@ -244,13 +247,19 @@ class _TiedHead:
     def __init__(self, first: Any, last: Any, first_rank: int, last_rank: int, group: dist.ProcessGroup) -> None:
         self.weight = None if first is None else first.model.embed_tokens.weight
         self.copy = None if last is None else last.lm_head.weight
+        held = self.weight if self.weight is not None else self.copy
+        self.trained = held is not None and held.requires_grad
+        self._is_sent = False
         self.first_rank, self.last_rank, self.group = first_rank, last_rank, group
         self._sending: tuple[dist.Work, Tensor] | None = None
 
     @torch.no_grad()
     def send_weights(self) -> None:
-        """Give the copy the weights. The first stage need not wait until they have arrived."""
+        """Give the copy the weights, once if they are frozen. The first stage need not wait until they have arrived."""
         self._wait()
+        if self._is_sent and not self.trained:
+            return
+        self._is_sent = True
         if self.copy is not None:
             self._to_last(self.weight, local_tensor(self.copy))
         elif self.weight is not None:
@@ -260,7 +269,7 @@ class _TiedHead:
     def sum_gradients(self) -> None:
         """Add the copy's gradient to the embedding's, each rank its shard."""
         self._wait()
-        if self.weight is None and self.copy is None:
+        if not self.trained:
             return
         mine = None if self.weight is None else local_tensor(self.weight.grad)
         theirs = None if self.copy is None else local_tensor(self.copy.grad)
@@ -293,6 +302,10 @@ class _TiedHead:
         if self._sending is not None:
             self._sending[0].wait()
             self._sending = None
+
+
+def _with_gradient(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _four(microbatch: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -68,8 +68,9 @@ class Optimizers:
                     ],
                     group=group,
                 )
+            if config.name == "muon":  # also where this rank's stage of a pipeline trains no matrices
                 self.peaks["lr_muon"], self.schedulers["lr_muon"] = config.muon_lr, config.muon.schedule(scheduler)
-        device = next(iter(named.values())).device
+        device = next(iter(model.parameters())).device
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         """Taken so far: on the device, which decides of each whether it is taken."""
         self._rates: dict[str, Tensor] = {}

@@ -29,7 +29,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Te
         rows.setdefault(_copies(grad), []).append(torch.linalg.vector_norm(part, dim=-1).flatten())
     # Each rank adds what it holds; what several ranks hold counts once.
     squares = [torch.cat(norms).double().square().sum() / copies for copies, norms in rows.items()]
-    total = torch.stack(squares).sum()
+    device = None if beside is None else beside.device
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     if dist.is_initialized():
         sums = torch.stack([total] if beside is None else [total, beside])
         dist.all_reduce(sums)
@@ -38,7 +39,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, beside: Te
             beside.copy_(sums[1])
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(local, factor.float())
+    if local:  # a stage of a pipeline may train nothing
+        torch._foreach_mul_(local, factor.float())
     return norm.float()
 
 

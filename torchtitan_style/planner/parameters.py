@@ -99,7 +99,10 @@ def parameter_kinds(config: Config, stages: Sequence[Stage] = ()) -> tuple[Kind,
     if stages and stages[-1].is_last and shape.tie_word_embeddings:
         size = (shape.vocab_size, shape.hidden_size)
         split = spec.tensor_parallel_dim("lm_head.weight")
-        counts[Kind(name="lm_head.weight", shape=size, count=0, tp_dim=split, muon=False, saved=False, copy=True)] = 1
+        trained = not is_frozen("model.embed_tokens.weight", config)
+        kept = FP32 if trained else frozen_bytes
+        copy = Kind("lm_head.weight", size, 1, split, False, trained=trained, saved=False, number_bytes=kept, copy=True)
+        counts[copy] = 1
     return tuple(dataclasses.replace(kind, count=count) for kind, count in counts.items())
 
 

@@ -152,10 +152,13 @@ def draw_weights(model: Any, config: Config) -> None:
     init_weights(model, seed=config.training.seed, initial_std=initial_std(model, of_base=of_base))
 
 
-def freeze(model: nn.Module, config: Config) -> None:
+def freeze(model: Any, config: Config) -> None:
     """Have no gradients computed of parameters that are not trained."""
+    embedding = "model.embed_tokens.weight"
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_frozen(name, config))
+        # A tied head by itself is the copy of a pipeline's last stage.
+        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+        parameter.requires_grad_(not is_frozen(embedding if tied else name, config))
 
 
 def build_optimizer(model: nn.Module, config: Config, world: World) -> Optimizers:
