@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_style.cpu.attention import with_fast_gradient
-from torchtitan_style.models.qwen3.attention import attend
+from torchtitan_style.models.qwen3.attention import attention_mask
+
+
+def not_plainly(*_: Any, **__: Any) -> Tensor:
+    raise AssertionError("the fast way does not apply")
 
 
 @pytest.mark.parametrize(
-    ("b", "heads", "key_value_heads", "t", "s", "d"),
+    ("b", "heads", "key_value_heads", "t", "s", "d", "masked"),
     [
-        (2, 4, 2, 256, 256, 32),
-        (1, 3, 3, 300, 300, 16),
-        (2, 8, 1, 64, 64, 64),
-        (1, 2, 1, 1025, 1025, 32),
-        (2, 4, 2, 200, 500, 16),
+        (2, 4, 2, 256, 256, 32, ""),
+        (1, 3, 3, 300, 300, 16, ""),
+        (2, 8, 1, 64, 64, 64, ""),
+        (1, 2, 1, 1025, 1025, 32, ""),
+        (2, 4, 2, 200, 500, 16, ""),
+        (3, 4, 2, 260, 260, 32, "documents"),
+        (2, 2, 1, 140, 300, 16, "documents"),
+        (2, 2, 1, 256, 256, 16, "window"),
     ],
 )
-def test_every_gradient_is_that_of_fp64(b: int, heads: int, key_value_heads: int, t: int, s: int, d: int) -> None:
+def test_every_gradient_is_that_of_fp64(
+    b: int, heads: int, key_value_heads: int, t: int, s: int, d: int, masked: str
+) -> None:
     """The queries are those of the last t of s positions."""
     torch.manual_seed(0)
+    documents = (torch.rand(b, s) < 0.02).cumsum(1) if masked == "documents" else None
+    mask = attention_mask(documents, s, 40 if masked == "window" else None, flex=False, device=torch.device("cpu"))
+    mask = mask[..., s - t :, :] if isinstance(mask, Tensor) else None
 
     def draw(count: int, positions: int) -> Tensor:  # in the order that projections leave them in
         return torch.randn(b, positions, count, d).bfloat16().transpose(1, 2).requires_grad_()
@@ -31,11 +45,11 @@ def test_every_gradient_is_that_of_fp64(b: int, heads: int, key_value_heads: int
     q, k, v = draw(heads, t), draw(key_value_heads, s), draw(key_value_heads, s)
     grad = draw(heads, t).detach()
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    allowed = torch.ones(t, s, dtype=torch.bool).tril(s - t)
+    allowed = torch.ones(t, s, dtype=torch.bool).tril(s - t) if mask is None else mask
     expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed, enable_gqa=True)
     expected.backward(grad.double())
 
-    y = torch.compile(with_fast_gradient(attend), dynamic=False)(q, k, v, None)
+    y = torch.compile(with_fast_gradient(not_plainly), dynamic=False)(q, k, v, mask)
     y.backward(grad)
     pairs = [(y, expected), *((x.grad, e.grad) for x, e in zip((q, k, v), exact, strict=True))]
     for found, wanted in pairs:
