@@ -61,8 +61,8 @@ def _causal_attention_gradient(
     """Gradients with respect to q, k, v, block of queries by block (Dao et al. 2022, FlashAttention, algorithm 4).
 
     grad, q, y: [B, H, T, D]; k, v: [B, K, S, D]; lse: [B, H, T], of the scaled scores; mask: [T, S] or [B, 1, T, S], or
-    None if causality is all there is. A block of queries meets all keys up to its last one, in matrix multiplications with nothing but element-wise operations between them, and the
-    H/K query heads of a key head are rows of one matrix.
+    None if causality is all there is. A block of queries meets all keys up to its last one, in matrix multiplications
+    with nothing but element-wise operations between them, and the H/K query heads of a key head are rows of one matrix.
     """
     b, h, t, d = q.shape
     shape, n, heads, s = k.shape, b * k.shape[1], h // k.shape[1], k.shape[2]

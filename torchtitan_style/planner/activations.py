@@ -77,7 +77,8 @@ def kept_by_block(work: Workload) -> int:
             kept += n * width * (c + (1 if work.on_gpu else c))
     if work.layout.cp > 1:  # keys and values of whole rows instead of this rank's, and the spans' outputs put together
         kept += gathered_keys(work) - 2 * n * c * kv + n * c * q
-    if not work.on_gpu:  # the mask that is added to the scores
+    fast = work.compiled and c == 2  # attention of our own (cpu/attention.py), which keeps none
+    if not work.on_gpu and not fast:  # the mask that is added to the scores
         kept += _scores(work) * c
     return int(kept)
 
