@@ -45,8 +45,8 @@ _BATCH_BYTES = 2**19
 """Text that is tokenized at once, about."""
 _NOT_ALLOWED = 2**32
 """What a file that is lost and may not be counts for, in bad documents: it stops everything."""
-_ALONE = 2**24
-"""Bytes of a corpus that is tokenized without starting processes for it."""
+_ALONE, _ALONE_CHAT = 2**24, 2**22
+"""Bytes of a corpus that is tokenized without starting processes for it: of texts, of conversations."""
 _REPORT_SECONDS = 0.5
 
 Unit = list[tuple[int, tuple[int, int] | None]]
@@ -157,7 +157,7 @@ def tokenize(
     """
     job = _Job(files, plan_units(files), folder, recipe)
     total, units = sum(file.size for file in files), len(job.units)
-    if processes == 1 or total < _ALONE or units == 1:
+    if processes == 1 or total < (_ALONE_CHAT if recipe.chat else _ALONE) or units == 1:
         counter = _Counter()
         tokenizer = Tokenizer(Path(recipe.tokenizer))
         for number in job.todo():

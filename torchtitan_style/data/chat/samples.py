@@ -61,7 +61,7 @@ class _Growing:
 
     def add(self, ids: Ids, marks: Marks | int) -> None:
         self._ids.append(ids)
-        self._marks.append(np.broadcast_to(np.uint8(marks), ids.shape) if isinstance(marks, int) else marks)
+        self._marks.append(np.full(len(ids), marks, np.uint8) if isinstance(marks, int) else marks)
 
     @property
     def ids(self) -> Ids:
@@ -82,7 +82,8 @@ class Sampler:
         self.template, self.tokenizer, self.train_on = template, tokenizer, train_on
         added = sorted(tokenizer.added_tokens(), key=len, reverse=True)
         special = "|".join(map(re.escape, added)) or "(?!)"
-        self._begins_special = re.compile(special).match
+        self._special = re.compile(special)
+        self._begins_special = self._special.match
         self._ends_special = re.compile(f"(?:{special})$").search
 
     def __call__(self, text: str) -> Conversation:
@@ -149,13 +150,27 @@ class Sampler:
             texts = [(before + turn, [(len(before), len(before + turn))]) for before, turn in pairs]
             return self._grow(texts)
         grown: list[_Growing] = []
+        known = "", np.empty(0, np.uint32)
         for before, turn in pairs:
             if not grown or not self._extend(grown[-1], before):
+                if grown:  # contexts of the same conversation mostly begin alike
+                    ids, known = self._encode_after(known, before)
+                else:
+                    ids = self._encode(before)
                 grown.append(_Growing())
-                grown[-1].add(self._encode(before), 0)
+                grown[-1].add(ids, 0)
             grown[-1].add(self._encode(turn), TRAINED)
             grown[-1].text = before + turn
         return [sample.done() for sample in grown]
+
+    def _encode_after(self, known: tuple[str, Ids], text: str) -> tuple[Ids, tuple[str, Ids]]:
+        """Token ids of ``text``, and the beginning of it up to its last special token, with its ids. known: such a
+        beginning of another text."""
+        before, before_ids = known if text.startswith(known[0]) else ("", known[1][:0])
+        rest = text[len(before) :]
+        end = max((match.end() for match in self._special.finditer(rest)), default=0)
+        ids = np.concatenate((before_ids, self._encode(rest[:end])))
+        return np.concatenate((ids, self._encode(rest[end:]))), (text[: len(before) + end], ids)
 
     def _extend(self, sample: _Growing, text: str) -> bool:
         """Add to ``sample`` what it lacks of ``text``, if the tokens of ``text`` begin with it. Whether they do."""
