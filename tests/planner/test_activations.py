@@ -45,7 +45,9 @@ def alive() -> Kept:
         warnings.simplefilter("ignore")
         for each in gc.get_objects():
             if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
-                with contextlib.suppress(NotImplementedError):  # a tensor of torch.vmap, left over in a cache
+                with contextlib.suppress(
+                    NotImplementedError, RuntimeError
+                ):  # left over in a cache, of vmap or a compiler
                     keep(kept, each)
     return kept
 
