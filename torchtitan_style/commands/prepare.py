@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
         from torchtitan_style.data.store import CorpusStore
+        from torchtitan_style.data.validation_sets import prepare_sets
 
         begin = time.monotonic()
         folder = Path(config.job.dump_folder)
@@ -74,6 +75,8 @@ def main(arguments: list[str]) -> None:
         lock = contextlib.nullcontext() if config.data.prepared_folder else run_lock(folder)
         with lock, tokenizing_bar(stderr=options.json) as (progress, say):
             prepared = store.get(say=say, progress=progress, processes=options.processes)
+            if not config.data.prepared_folder and not config.data.streaming:  # else the run does, in its dump folder
+                prepare_sets(config, prepared.tokenizer, say=say)
             if not options.show:
                 tokens = prepared.tokens("train") + prepared.tokens("validation")
                 print(f"{prepared.folder} has {tokens:,} tokens, ready after {time.monotonic() - begin:,.1f} s")

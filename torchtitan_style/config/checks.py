@@ -139,6 +139,7 @@ def _rest(config: Config) -> Iterator[Problem]:
             f"{tp} ranks cannot share the {seq_len} positions of a row (training.seq_len) evenly",
         )
     yield from _data(config.data, config.validation)
+    yield from _validation_sets(config)
     if config.model.hf_assets_path and config.checkpoint.initial_load_path:
         yield Problem(
             ("checkpoint.initial_load_path", "model.hf_assets_path"),
@@ -214,15 +215,39 @@ def _data(data: Data, validation: Validation) -> Iterator[Problem]:
         yield Problem(("data.num_streams", "data.streaming"), "is only read with data.streaming = true")
     if data.streaming and data.prepared_folder:
         yield Problem(("data.prepared_folder", "data.streaming"), "is not used with data.streaming = true")
-    if validation.enable and data.validation_fraction == 0:
+    if validation.enable and data.validation_fraction == 0 and not validation.sets:
         yield Problem(
             ("data.validation_fraction", "validation.enable"),
             "0 holds nothing out to validate on: raise it, or set validation.enable = false",
         )
-    if validation.enable and data.streaming and validation.steps == -1:
+    if validation.enable and data.validation_fraction > 0 and data.streaming and validation.steps == -1:
         yield Problem(
             ("validation.steps", "data.streaming"),
             "-1 would read a whole stream for its held-out rows: say how many batches, as 20",
+        )
+
+
+def _validation_sets(config: Config) -> Iterator[Problem]:
+    sets, metric = config.validation.sets, config.checkpoint.best_metric
+    names = [each.name for each in sets]
+    for number, each in enumerate(sets):
+        if each.name in names[:number]:
+            yield Problem(("validation.sets",), f'two sets have the name "{each.name}"')
+        if each.name.endswith(".tmp"):
+            yield Problem(("validation.sets",), f'"{each.name}": a name that ends in .tmp is taken; choose another')
+        if each.dataset == "mixture":
+            yield Problem(("validation.sets",), f"{each.name}: a set cannot be a mixture; make it several sets")
+            continue
+        for problem in _corpus(each, ""):
+            yield Problem(("validation.sets",), f"{each.name}: {problem.keys[0]}: {problem.text}")
+    known = [*(["val_loss"] if config.data.validation_fraction else []), *(f"val_loss/{name}" for name in names)]
+    if metric not in known and (config.validation.enable or metric != "val_loss"):
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near and metric != "val_loss" else ""
+        nothing = "; nothing of the corpus is held out (data.validation_fraction = 0)" if metric == "val_loss" else ""
+        yield Problem(
+            ("checkpoint.best_metric", "validation.sets", "data.validation_fraction"),
+            f'must be {" or ".join(known) or "val_loss"}, not "{metric}"{nothing}{hint}',
         )
 
 

@@ -47,6 +47,15 @@ class MixtureCorpus(Corpus):
     """Its part of all rows, relative to the other weights."""
 
 
+class ValidationSet(Corpus):
+    """One held-out set: an entry of [[validation.sets]]."""
+
+    dataset: PathText = Field("files", min_length=1)
+    """As data.dataset, but for "mixture"."""
+    name: str = Field(pattern=r"^\w[\w.-]*$", max_length=100)
+    """What to call it, in the metrics and on disk."""
+
+
 class Data(Corpus):
     """The corpus, its tokenizer, and how documents become rows."""
 

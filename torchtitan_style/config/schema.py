@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from .data import Corpus as Corpus
 from .data import Data as Data
 from .data import MixtureCorpus as MixtureCorpus
+from .data import ValidationSet as ValidationSet
 from .kinds import MOST, FiniteNonNegative, NonNegative, PathText, PipelineSchedule, Positive, PositiveOrRest, TimeLimit
 from .section import Section
 
@@ -280,7 +281,10 @@ class Checkpoint(Section):
     keep_every: NonNegative = 0
     """Also keep for good the checkpoints of steps that are multiples of this; 0: none."""
     keep_best: bool = True
-    """Also save when the validation loss is the lowest so far, and name it in checkpoint/best."""
+    """Also save when best_metric is the lowest so far, and name it in checkpoint/best."""
+    best_metric: str = "val_loss"
+    """The loss that decides which checkpoint is the best: "val_loss", that of the held-out documents of the corpus, or
+    "val_loss/NAME", that of a set of validation.sets."""
     initial_load_path: PathText = ""
     """Start a new run from the weights of another: its folder, or one of its checkpoints. Dimensions
     and tokenizer are taken over too. Optimizer and data start afresh."""
@@ -305,6 +309,11 @@ class Validation(Section):
     steps: int = Field(-1, ge=-1)
     """Batches of global_batch_size rows per validation; -1: all held-out rows (with data.streaming a
     number is needed: so many are collected from the beginning of the stream, once)."""
+    sets: list[ValidationSet] = []
+    """Further held-out sets, one [[validation.sets]] entry each, with name, and dataset ("files" if left out), subset,
+    split, paths, text_key, format, messages_key and train_on as in [data]. Each is validated whole, and has
+    val_loss/NAME, val_perplexity/NAME, val_accuracy/NAME and val_bits_per_byte/NAME. With sets,
+    data.validation_fraction may be 0: then they alone are validated."""
 
 
 class Metrics(Section):
@@ -384,6 +393,11 @@ class Config(Section):
     comm: Comm = Comm()
     generation: Generation = Generation()
     debug: Debug = Debug()
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether documents of the corpus are held out, and validated."""
+        return self.validation.enable and self.data.validation_fraction > 0
 
     @property
     def sample_prompt(self) -> str:

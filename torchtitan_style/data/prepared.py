@@ -111,13 +111,21 @@ class Prepared:
         return None
 
     def rows(
-        self, name: str, part: str, *, seq_len: int, packing: str, say: Callable[[str], None] = lambda line: None
+        self,
+        name: str,
+        part: str,
+        *,
+        seq_len: int,
+        packing: str,
+        least: int = 0,
+        say: Callable[[str], None] = lambda line: None,
     ) -> RowSource:
         """The rows of one corpus, "train" or "validation". Raises UserError if the corpus has too few tokens.
 
-        say: told what is special. Tables of packed rows that are not as they were written are made anew.
+        least: tokens that it must have; 0: a row. say: told what is special. Tables of packed rows that are not as they
+        were written are made anew.
         """
-        tokens, base = self._split(name, part, seq_len, say)
+        tokens, base = self._split(name, part, least or seq_len + 1, say)
         end_of_text = self.manifest["end_of_text"]
         if packing == "concat":
             return ConcatRows(tokens, seq_len=seq_len, end_of_text=end_of_text)
@@ -133,16 +141,16 @@ class Prepared:
         say(f"best_fit: {rows.num_rows:,} {part} rows{of}, {share:.2%} of their positions are padding")
         return rows
 
-    def _split(self, name: str, part: str, seq_len: int, say: Callable[[str], None]) -> tuple[TokenShards, int]:
+    def _split(self, name: str, part: str, row: int, say: Callable[[str], None]) -> tuple[TokenShards, int]:
         """The tokens of a part of a corpus, and where they begin among all its tokens, train before validation.
 
+        row: how many it has at least.
         With too few documents to hold out whole ones, the end of the corpus is held out instead.
         """
         if self.is_chat(name):
             return self._split_samples(name, part, say)
         corpus = self.manifest["corpora"][name]
         fraction = self.manifest["settings"]["validation_fraction"]
-        row = seq_len + 1
         counts = {each: corpus["tokens"][each] for each in PARTS}
         shards = self._shards(name)
         streamed = self.manifest["settings"]["streaming"]

@@ -41,6 +41,9 @@ class CorpusStore:
     gets its own copy of the tokenizer. allow_changed_data: accept a corpus that has changed after the first checkpoint.
     """
 
+    least = 0
+    """Tokens that a corpus must have; 0: a row."""
+
     def __init__(
         self,
         data: Data,
@@ -67,13 +70,13 @@ class CorpusStore:
     def of(cls, config: Config, *, dp: int = 1, for_run: bool = True) -> CorpusStore:
         """The store of a run. dp: data-parallel ranks, which decide how much is held out of streams."""
         data, validation = config.data, config.validation
-        needs_held_out = data.streaming and validation.enable
+        needs_held_out = data.streaming and config.holds_out
         return cls(
             data,
             Path(config.job.dump_folder),
             vocab_size=model_config(config.model).vocab_size,
             seq_len=config.training.seq_len,
-            validates=validation.enable,
+            validates=config.holds_out,
             held_out_rows=validation.steps * plan_batch(config.training, dp).global_batch_size if needs_held_out else 0,
             allow_changed_data=config.checkpoint.allow_changed_data,
             for_run=for_run,
@@ -174,7 +177,7 @@ class CorpusStore:
         train = () if self.data.streaming else ("train",)
         for part in (*train, *(("validation",) if self.validates else ())):
             for name in prepared.names:
-                prepared.rows(name, part, seq_len=self.seq_len, packing=self.data.packing, say=say)
+                prepared.rows(name, part, seq_len=self.seq_len, packing=self.data.packing, least=self.least, say=say)
 
     def _check_may_change(self, change: str) -> None:
         """Raise UserError if this run, or others, rely on the folder as it was."""

@@ -105,12 +105,15 @@ def _leave_word_in(config: Config, hosts: Hosts) -> Path | None:
 def _prepare(config: Config, hosts: Hosts) -> None:
     """Prepare the data. The ranks lock the folder themselves afterwards."""
     from torchtitan_style.data.store import CorpusStore
+    from torchtitan_style.data.validation_sets import check_sets, prepare_sets
 
     if hosts.endpoint:
         check_address(hosts.endpoint)
     folder = Path(config.job.dump_folder)
     with interruptible(folder), run_lock(folder):
-        CorpusStore.of(config, dp=plan_layout(config.parallelism, hosts.world_size).dp).get(say=print)
+        check_sets(config)
+        store = CorpusStore.of(config, dp=plan_layout(config.parallelism, hosts.world_size).dp)
+        prepare_sets(config, store.get(say=print).tokenizer, say=print)
 
 
 def _start(config: Config, arguments: list[str], hosts: Hosts, *, max_restarts: int) -> None:

@@ -65,13 +65,27 @@ class Display:
             f"{record['tokens_per_second']:>9,.0f} tokens/s{mfu}  {record['peak_memory_gib']:.2f} GiB{left}"
         )
 
-    def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:
-        self.say(
-            f"validation at step {step}: loss {figures['val_loss']:.4f}, "
-            f"perplexity {figures['val_perplexity']:,.2f}, accuracy {figures['val_accuracy']:.1%}"
-            + (" (best so far)" if best else ""),
-            style="bold",
-        )
+    def validation(self, step: int, figures: dict[str, float], *, best: str = "") -> None:
+        """The figures by their names in metrics.jsonl, a line for the corpus and one for each further set. best: which
+        loss is the lowest so far, if that decides the best checkpoint."""
+        names = [key.removeprefix("val_loss") for key in figures if key.partition("/")[0] == "val_loss"]
+        if names != [""]:
+            self.say(f"validation at step {step}", style="bold")
+        width = max(map(len, names), default=0)
+        for name in names:
+            bits = figures.get(f"val_bits_per_byte{name}")
+            self.say(
+                (
+                    f"validation at step {step}: "
+                    if names == [""]
+                    else f"  {name[1:] or 'corpus':<{max(width - 1, 6)}}  "
+                )
+                + f"loss {figures[f'val_loss{name}']:.4f}, perplexity {figures[f'val_perplexity{name}']:,.2f}, "
+                + f"accuracy {figures[f'val_accuracy{name}']:.1%}"
+                + ("" if bits is None else f", {bits:.4f} bits/byte")
+                + (" (best so far)" if f"val_loss{name}" == best else ""),
+                style="bold",
+            )
 
     def sample(self, prompt: str, continuation: str) -> None:
         """Generated text, the prompt set apart."""

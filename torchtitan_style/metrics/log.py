@@ -220,8 +220,8 @@ class TrainingLog:
             return 0.0
         return (self.last_step - step) * (now - since) / (step - first) if step > first else None
 
-    def validation(self, step: int, figures: dict[str, float], *, best: bool) -> None:
-        """Record and print the figures of a validation."""
+    def validation(self, step: int, figures: dict[str, float], *, best: str = "") -> None:
+        """Record and print the figures of a validation. best: as ``Display.validation``."""
         self.last_validation = figures
         if self._recorder:
             self._recorder.write([{"step": step} | figures | {"time": time.time()}])

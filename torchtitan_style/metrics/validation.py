@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """A named set. batches: those of this rank. tokens, bytes: of all ranks, those with a label and their text's."""
+
+    name: str
+    batches: Sequence[Sequence[Any]]
+    tokens: int
+    bytes: int
+
+    def figures(self, found: dict[str, float]) -> dict[str, float]:
+        """``found`` by ``validate``, under the names of this set, with bits per byte."""
+        bits = found["val_loss"] * self.tokens / math.log(2)
+        figures = found | {"val_bits_per_byte": bits / self.bytes if self.bytes else math.nan}
+        return {f"{key}/{self.name}": value for key, value in figures.items()}
 
 
 @torch.no_grad()

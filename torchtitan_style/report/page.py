@@ -23,6 +23,7 @@ _PANELS = [
     ("Loss", r"loss|val_loss.*", "linear"),
     ("Perplexity of validation", r"val_perplexity.*", "log"),
     ("Accuracy of validation", r"val_accuracy.*", "linear"),
+    ("Bits per byte of validation", r"val_bits_per_byte.*", "linear"),
     ("Learning rate", r"lr|lr_.*", "linear"),
     ("Gradient norm", r"grad_norm", "log"),
     ("Tokens per second", r"tokens_per_second", "linear"),
@@ -125,12 +126,18 @@ def _mark(number: int, run: Run, kind: str, step: int, text: str) -> dict[str, A
     return {"run": number, "kind": kind, "x": step, "y": float(f"{near:.6g}"), "text": text}
 
 
+def _lowest(run: Run, name: str) -> str:
+    values = run.curves.get(name, (None, np.array([math.nan])))[1]
+    return "-" if np.isnan(values).all() else f"{np.nanmin(values):.4f}"
+
+
 def _summary(runs: Sequence[Run]) -> list[list[str]]:
-    best = [run.curves.get("val_loss", (None, np.array([math.nan])))[1] for run in runs]
+    sets = sorted({name for run in runs for name in run.curves if name.startswith("val_loss/")})
     rows = {
         "step": [f"{run.steps[-1]:,} of {run.settings.get('training.steps', '?')}" for run in runs],
         "loss, smoothed": [f"{smooth(run.curves['loss'][1])[-1]:.4f}" for run in runs],
-        "lowest validation loss": ["-" if np.isnan(b).all() else f"{np.nanmin(b):.4f}" for b in best],
+        "lowest validation loss": [_lowest(run, "val_loss") for run in runs],
+        **{f"lowest {name}": [_lowest(run, name) for run in runs] for name in sets},
         "tokens": ["-" if math.isnan(run.tokens[-1]) else f"{run.tokens[-1]:,.0f}" for run in runs],
         "hours of training": [f"{run.hours[-1]:.2f}" for run in runs],
         "lines that cannot be read": [str(run.unreadable or "-") for run in runs],

@@ -15,10 +15,14 @@ from torchtitan_style.data.counts import describe_chat
 from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from torchtitan_style.data.mixture import choose
 from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
-from torchtitan_style.data.rows import Rows, RowSource
+from torchtitan_style.data.rows import NO_LABEL, Rows, RowSource
 from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.token_bytes import token_bytes
+from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.validation_sets import SetStore, prepare_sets
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.metrics.display import Display
+from torchtitan_style.metrics.validation import HeldOutSet
 
 
 class RunData:
@@ -51,7 +55,10 @@ class RunData:
         if (busy := len(self.loader.shares)) < config.data.num_workers:
             what = "streams" if config.data.streaming else "rows"
             display.warn(f"data.num_workers: a rank has {what} for {busy} workers only, not {config.data.num_workers}")
-        self.validation_batches = self._held_out() if config.validation.enable else []
+        self.validation_batches = self._held_out() if config.holds_out else []
+        self.best_metric = config.checkpoint.best_metric
+        """Changes whenever the documents do that the best checkpoint is chosen by, if they are a set."""
+        self.validation_sets = self._validation_sets()
         self._problems: list[Problem] = []
         """Documents that this rank could not read, since they were last reported."""
 
@@ -134,6 +141,23 @@ class RunData:
             seed=config.training.seed,
         )
 
+    def _validation_sets(self) -> list[HeldOutSet]:
+        """This rank's batches of the further held-out sets, all of their rows."""
+        config, tokenizer = self.config, self.prepared.tokenizer
+        if config.validation.sets and not config.validation.enable:
+            self.display.warn("validation.enable = false: validation.sets are not validated either")
+        prepared = on_main(lambda: prepare_sets(config, tokenizer, say=self.display.say))
+        sizes = token_bytes(Tokenizer(tokenizer)) if prepared else np.empty(0, np.int64)
+        found = []
+        for name, each in prepared.items():
+            if config.checkpoint.best_metric == f"val_loss/{name}":
+                self.best_metric += f" {each.fingerprint('')}"
+            source = SetStore(config, name, tokenizer=tokenizer).rows(each)
+            rows = source.rows(np.arange(source.num_rows))
+            labels = rows.labels[rows.labels != NO_LABEL]
+            found.append(HeldOutSet(name, self._batches(rows), tokens=labels.size, bytes=int(sizes[labels].sum())))
+        return found
+
     def _held_out(self) -> list[Microbatch]:
         """This rank's validation batches: all held-out rows, or as many as asked for, from each corpus its share."""
         config, sources = self.config, self._rows("validation")
@@ -146,12 +170,15 @@ class RunData:
             shares = np.bincount(choose(wanted, config.data.weights(), ""), minlength=len(sources))
             counts = np.minimum(counts, shares).tolist()
         parts = [source.rows(np.arange(count)) for source, count in zip(sources, counts, strict=True) if count]
+        return self._batches(Rows.join(parts))
+
+    def _batches(self, rows: Rows) -> list[Microbatch]:
         return validation_batches(
-            Rows.join(parts),
+            rows,
             self.batch_plan,
             dp=self.world.layout.dp,
             dp_rank=self.world.dp_rank,
-            document_mask=config.data.document_mask,
+            document_mask=self.config.data.document_mask,
             device=self.world.device,
             part=self.world.part,
         )

@@ -49,6 +49,8 @@ class TrainState:
     """The last step that was done."""
     rows_seen: Count = 0
     best_val_loss: float | None = None
+    """The lowest so far of the loss that ``best_metric``, ``RunData.best_metric``, names."""
+    best_metric: str = "val_loss"
     validated_step: Count | None = None
     """The last step that was validated."""
     skipped: SkippedSteps = dataclasses.field(default_factory=SkippedSteps)
@@ -63,8 +65,11 @@ class TrainState:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The position in the data: what ``Loader.start`` takes."""
 
-    def update_best(self, val_loss: float) -> bool:
-        """Take note of the validation loss at this step. Whether it is the lowest so far."""
+    def update_best(self, val_loss: float, metric: str = "val_loss") -> bool:
+        """Take note of the validation loss at this step, that of ``metric``. Whether it is the lowest so far; of
+        another metric than before, the first is."""
+        if metric != self.best_metric:
+            self.best_metric, self.best_val_loss = metric, None
         best = math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss)
         if best:
             self.best_val_loss = val_loss
@@ -74,7 +79,8 @@ class TrainState:
     def rewind_to(self, saved: TrainState) -> None:
         """Restore ``saved``, except the position in the data, which stays ahead, and the count of rewinds."""
         self.step, self.skipped, self.recent_losses = saved.step, saved.skipped, saved.recent_losses
-        self.best_val_loss, self.validated_step = saved.best_val_loss, saved.validated_step
+        self.best_val_loss, self.best_metric = saved.best_val_loss, saved.best_metric
+        self.validated_step = saved.validated_step
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TrainState:

@@ -95,6 +95,7 @@ class Trainer:
             config.validation,
             self.model,
             self.data.validation_batches,
+            sets=self.data.validation_sets,
             last_step=config.training.steps,
             group=world.result_group,
             stages=world.layout.pp,
@@ -221,8 +222,9 @@ class Trainer:
         figures = self.validator.run(state.step, stop=self._stop_requested)
         if figures is None:
             return False
-        best = state.update_best(figures["val_loss"])
-        self.log.validation(state.step, figures, best=best and state.step > 0)
+        metric = self.config.checkpoint.best_metric
+        best = state.update_best(figures[metric], self.data.best_metric)
+        self.log.validation(state.step, figures, best=metric if best and state.step > 0 else "")
         return best and self.config.checkpoint.keep_best
 
     def _catch_up_on_validation(self) -> None:
