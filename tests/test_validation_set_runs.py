@@ -123,8 +123,9 @@ def test_the_figures_of_each_set_are_those_of_transformers(config: Path, run: Pa
     [
         (4, ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]),
         pytest.param(2, ["--parallelism.tensor_parallel_degree", "2"], marks=pytest.mark.nightly),
+        pytest.param(2, ["--parallelism.context_parallel_degree", "2"], marks=pytest.mark.nightly),
     ],
-    ids=["dp2 × pp2", "tp2"],
+    ids=["dp2 × pp2", "tp2", "cp2"],
 )
 def test_every_layout_has_the_same_figures(
     launch: Launch, config: Path, run: Path, tmp_path: Path, nproc: int, options: list[str]
