@@ -7,10 +7,12 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -18,8 +20,12 @@ from tiny_hf import hf_model, write_tokenizer
 
 from tests.conftest import Python
 from tests.data.corpora import words, write_jsonl
+from torchtitan_style.checkpoint.peft_export import export_adapter
 from torchtitan_style.checkpoint.reader import SafeReader
+from torchtitan_style.checkpoint.saved import SavedModel
+from torchtitan_style.common.errors import UserError
 from torchtitan_style.inference.load import load_model
+from torchtitan_style.models.qwen3_moe.spec import QWEN3_MOE
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 SEQ_LEN, STEPS = 32, 4
@@ -243,3 +249,11 @@ def test_frozen_parameters_stay_and_have_no_state(launch: Launch, config: Path, 
 def test_mistakes_are_named(launch: Launch, config: Path, tmp_path: Path, options: list[Any], message: str) -> None:
     assert message in fail(launch("--config", config, "--job.dump_folder", tmp_path / "run", *options))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_peft_would_take_for_experts_is_not_exported(tmp_path: Path) -> None:
+    shape = {"name": "qwen3_moe", **asdict(QWEN3_MOE.flavors["debug"]), "mlp_only_layers": [1]}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({"model": shape, "lora": {"rank": 4}}))
+    with pytest.raises(UserError, match=r"PEFT takes model.layers.1.mlp.gate_proj for an expert"):
+        export_adapter(SavedModel(tmp_path), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
