@@ -1,8 +1,9 @@
-"""What a layout costs: the same step on one process, and split over two by FSDP2 or tensor parallelism, side by side.
+"""What a layout costs: the same step on one process, and split over two along each axis, side by side.
 
     python benchmarks/parallel.py                        # eager; on CPU two processes of one thread
     python benchmarks/parallel.py --compile block
     python benchmarks/parallel.py --model mini --rows 4 --seq-len 512 --json layouts.json
+    python benchmarks/parallel.py --layouts cp2 cp2xtp2 --rows 2 --seq-len 2048
 
 All contenders do the same work, one global batch, with as many threads in all as there are processes in the largest
 layout. They take turns with the single process; ratios are medians over the turns. Before the turns each layout runs
@@ -38,8 +39,27 @@ CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2": (2, ()),
     "dp2, parameters kept": (2, ("--parallelism.fsdp_reshard_after_forward", "never")),
     "tp2": (2, ("--parallelism.tensor_parallel_degree", "2")),
+    "cp2": (2, ("--parallelism.context_parallel_degree", "2")),
 }
 """Name → number of processes and command line for our config. The first is what the others are compared with."""
+
+AXES = {"cp": "context", "tp": "tensor"}
+
+
+def layout(name: str) -> tuple[int, tuple[str, ...]]:
+    """As in CONTENDERS, of a name as "cp2" or "dp2xtp2"."""
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    processes, line = 1, []
+    for part in name.split("x"):
+        axis, degree = part[:2], part[2:]
+        if axis not in ("dp", *AXES) or not degree.isdecimal():
+            raise SystemExit(f"{name}: a layout is a name as cp2 or dp2xtp2, of the axes dp, {', '.join(AXES)}")
+        processes *= int(degree)
+        if axis in AXES:
+            line += [f"--parallelism.{AXES[axis]}_parallel_degree", degree]
+    return processes, tuple(line)
+
 
 WARM_UP, PROFILED = 3, 5
 """Steps."""
@@ -52,7 +72,7 @@ BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Int": 4, "Double": 8, "Long": 8,
 
 def contend(name: str, arguments: argparse.Namespace, turns: Turns) -> None:
     """Serve a layout's steps, after a look at its communication. Does not return."""
-    processes, given = CONTENDERS[name]
+    processes, given = layout(name)
     if name == "one process, wrapped by FSDP2":
         wrap_always()
     step = our_step(arguments, turns.device, *given, *our_compile(arguments.compile), world_size=processes)
@@ -146,7 +166,8 @@ def waiting(step: Callable[[], None], device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, CONTENDERS, [*FLAVORS, *SHAPES])
+    parser = parser_of(__doc__, None, [*FLAVORS, *SHAPES])
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="to compare with one process, as cp2 dp2xtp2")
     parser.add_argument("--compile", default="eager", choices=["eager", "block", "model"])
     parser.add_argument("--communication", help=argparse.SUPPRESS)
     arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
@@ -155,7 +176,8 @@ def main() -> None:
     if arguments.serve:
         contend(arguments.serve, arguments, Turns(device))
     make_config(arguments)  # so that a mistake shows at once
-    racers = race(CONTENDERS, lambda name: begin(name, arguments), arguments)
+    names = ["one process", *(arguments.layouts or list(CONTENDERS)[1:])]
+    racers = race(names, lambda name: begin(name, arguments), arguments)
     about = machine(device)
     report(arguments, racers, about)
     write(arguments, about, racers)
@@ -163,7 +185,7 @@ def main() -> None:
 
 def begin(name: str, arguments: argparse.Namespace) -> Racer:
     """Start a contender; what it found about its communication comes back with it."""
-    processes = CONTENDERS[name][0]
+    processes = layout(name)[0]
     threads = max((os.cpu_count() or 2) // processes, 1) if torch.cuda.is_available() else 2 // processes
     with TemporaryDirectory() as folder:
         file = Path(folder) / "communication.json"

@@ -219,7 +219,9 @@ def race(contenders: Iterable[str], begin: Callable[[str], Racer], arguments: ar
     return racers
 
 
-def parser_of(description: str | None, contenders: Iterable[str], models: Iterable[str]) -> argparse.ArgumentParser:
+def parser_of(
+    description: str | None, contenders: Iterable[str] | None, models: Iterable[str]
+) -> argparse.ArgumentParser:
     """The options of every race: of the model, of the turns, and which contender a process is to be."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

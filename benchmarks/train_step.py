@@ -113,7 +113,8 @@ def step_on(ids: torch.Tensor, config: Config, world: World) -> Callable[[], Non
     model = build_training_model(config, world, warn=print)
     optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    batch = Batch([Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)], hash=0)
+    rows = Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+    batch = Batch([rows.of_part(world.part)], hash=0)
     step = 0
 
     def run() -> None:
