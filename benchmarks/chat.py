@@ -2,7 +2,7 @@
 
     python benchmarks/chat.py [--tokenizer DIR] [--conversations 10000] [--processes 2]
 
-Ours makes the masks too, and the samples that a conversation is split into where the template wants it; ``datasets.map``
+Ours makes the masks too, and the samples that a conversation is split into where the template wants it; `datasets.map`
 makes token ids of the whole conversation. Both start new processes, and are timed with them. Without --tokenizer one
 is trained on the spot, with ChatML.
 """
