@@ -145,6 +145,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bias": {"attention_bias": True},
     "theta, eps, range": {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "initializer_range": 0.05},
     "dropout": {"attention_dropout": 0.1},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.3,
+        }
+    },
     "window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "three layers, one key/value head": {"num_hidden_layers": 3, "num_key_value_heads": 1, "max_window_layers": 3},
 }
@@ -163,6 +172,8 @@ def test_the_exported_config_says_what_the_imported_one_said(tmp_path: Path, cha
     assert written["architectures"] == ["Qwen3ForCausalLM"]
     # Where Transformers before version 5 looks for it, and takes 10,000 if it is not there.
     assert written["rope_theta"] == before["rope_parameters"]["rope_theta"]
+    if before["rope_parameters"]["rope_type"] == "yarn":
+        assert written["rope_scaling"] | {"rope_theta": 1e5} == written["rope_parameters"]
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "back")(ids).logits, model(ids).logits)

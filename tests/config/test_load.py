@@ -241,6 +241,47 @@ def test_a_memory_budget_of_tensor_parallel_blocks_is_refused(tmp_path: Path) ->
     assert line.startswith("FILE: activation_checkpoint.mode (with --parallelism.tensor_parallel_degree): ")
 
 
+def test_rows_that_cannot_be_shared_out_say_how_long_they_may_be(tmp_path: Path) -> None:
+    toml = "[parallelism]\ncontext_parallel_degree = 2\ntensor_parallel_degree = 2\n[training]\nseq_len = 500"
+    [line] = problems_of(tmp_path, toml, world_size=4)
+    assert line.startswith("FILE: training.seq_len: a row of 500 positions cannot be split evenly over")
+    assert "a multiple of 2 × 2 × 2 = 8, as 496 or 504" in line
+    assert loaded(tmp_path, toml, "--training.seq_len=504", world_size=4)
+    [line] = problems_of(tmp_path, toml, "--training.seq_len=3", world_size=4)
+    assert "= 8, as 8" in line
+
+
+def test_what_does_not_go_with_context_parallelism_is_refused(tmp_path: Path) -> None:
+    toml = "[parallelism]\ncontext_parallel_degree = 2"
+    [line] = problems_of(tmp_path, toml, world_size=3)
+    assert "context_parallel_degree 2" in line
+    assert "NPROC=2" in line
+    budget = "[compile]\nenable = true\n[activation_checkpoint]\nmode = 'memory_budget'\n"
+    [line] = problems_of(tmp_path, budget + toml, world_size=2)
+    assert line.startswith("FILE: activation_checkpoint.mode: ")
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "says"),
+    [
+        ("rope_type = 'linear'", "rope_type", 'must be "default" or "yarn", not "linear"'),
+        ("rope_type = 'yarn'", "original_max_position_embeddings", 'rope_type = "yarn" needs'),
+        ("rope_factor = 4.0", "rope_factor", 'is only read with rope_type = "yarn"'),
+        ("original_max_position_embeddings = 512", "original_max_position_embeddings", "is only read with"),
+        ("rope_type = 'yarn'\noriginal_max_position_embeddings = 512\nrope_factor = 0.5", "rope_factor", "at least 1"),
+        (
+            "rope_type = 'yarn'\noriginal_max_position_embeddings = 512\nrope_beta_slow = 64.0",
+            "rope_beta_fast",
+            "greater than rope_beta_slow",
+        ),
+    ],
+)
+def test_a_rotary_embedding_that_is_not_possible(tmp_path: Path, model: str, key: str, says: str) -> None:
+    [line] = problems_of(tmp_path, f"[model]\n{model}")
+    assert line.startswith(f"FILE: model.{key}")
+    assert says in line
+
+
 @pytest.mark.parametrize(
     ("toml", "key", "world_size"),
     [

@@ -23,6 +23,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "bias": {"attention_bias": True},
     "padding token": {"pad_token_id": 0, "vocab_size": 24},
     "window": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    # Rows of 256 are compared: four times as long as it says the model was trained on.
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 8.0,
+        }
+    },
 }
 
 
@@ -39,8 +49,12 @@ def folders(tmp_path_factory) -> dict[str, HFFolder]:
             num_key_value_heads=4,
             head_dim=16,
             max_position_embeddings=512,
-            rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
-            **{"tie_word_embeddings": True, "vocab_size": 512, **options},
+            **{
+                "tie_word_embeddings": True,
+                "vocab_size": 512,
+                "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+                **options,
+            },
         )
         model = transformers.Qwen3ForCausalLM(config)
         for parameter in model.parameters():

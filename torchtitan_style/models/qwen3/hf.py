@@ -175,13 +175,17 @@ def to_hf(config: Qwen3Config) -> dict[str, Any]:
             "rope_theta": fields.pop("rope_theta"),
             "factor": yarn.factor,
             "original_max_position_embeddings": yarn.trained_positions,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
         }
-        if config.rope_attention_factor:
-            fields["rope_parameters"]["attention_factor"] = config.rope_attention_factor
-        if not yarn.truncate:
-            fields["rope_parameters"]["truncate"] = False
+        optional = {
+            "beta_fast": "rope_beta_fast",
+            "beta_slow": "rope_beta_slow",
+            "attention_factor": "rope_attention_factor",
+            "truncate": "rope_truncate",
+        }
+        set_ones = {theirs: getattr(config, ours) for theirs, ours in optional.items()}
+        fields["rope_parameters"] |= {
+            name: value for name, value in set_ones.items() if value != YARN_FIELDS[optional[name]]
+        }
     return fields
 
 
