@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.parametrize(("options", "lines"), [
     (("--lora.rank", 4, "--optimizer.name", "muon"), 2),
     (("--model.name", "qwen3_moe", "--lora.rank", 4, "--lora.target_modules", "q_proj", "o_proj",
-      "--parallelism.expert_parallel_degree", 2), 2),
+      "--parallelism.expert_parallel_degree", 2, "--training.mixed_precision_param", "float32"), 1),
     (("--training.freeze", "*embed_tokens*", "model.layers.0.*", "--training.mixed_precision_param", "float32"), 1),
     (("--lora.rank", 4, "--optimizer.name", "muon", "--lora.target_modules", "layers.1.*",
       "--parallelism.pipeline_parallel_degree", 2, "--training.mixed_precision_param", "float32"), 1),

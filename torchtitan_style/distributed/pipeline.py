@@ -25,6 +25,7 @@ from torchtitan_style.config.kinds import PipelineSchedule
 from torchtitan_style.config.pipeline import Stage, rank_of_stage
 
 from .local import local_tensor
+from .tensor import with_gradient
 from .world import World
 
 
@@ -82,7 +83,7 @@ class PipelinedModel(nn.Module):
         self.last = next((part for stage, part in parts if stage.is_last), None)
         if self.first is not None and not self.first.model.embed_tokens.weight.requires_grad:
             # torch has every stage send gradients back to the one before, and compute some itself.
-            self.first.model.embed_tokens.register_forward_hook(_with_gradient)
+            self.first.model.embed_tokens.register_forward_hook(with_gradient)
         self.tied = _TiedHead(self.first, self.last, self.rank_of(0), self.rank_of(-1), self.pp_group) if tied else None
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._tokens = torch.ones(())
@@ -302,10 +303,6 @@ class _TiedHead:
         if self._sending is not None:
             self._sending[0].wait()
             self._sending = None
-
-
-def _with_gradient(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _four(microbatch: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -53,3 +54,8 @@ def wait_for_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Ten
     2.13: the embedding's gradient is zero). An operation on it waits.
     """
     return output * 1.0
+
+
+def with_gradient(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Have gradients computed of the output of a frozen module, though nobody wants them."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output

@@ -23,7 +23,7 @@ from torchtitan_style.distributed.context import Context
 from torchtitan_style.distributed.loss import chunked_cross_entropy
 from torchtitan_style.distributed.recompute import apply_activation_checkpoint, recomputes_operations, set_memory_budget
 from torchtitan_style.distributed.sharding import compute_in, shard
-from torchtitan_style.distributed.tensor import NormOfShard, VocabParallelHead, wait_for_output
+from torchtitan_style.distributed.tensor import NormOfShard, VocabParallelHead, wait_for_output, with_gradient
 
 from .attention import attend, attend_from_part
 from .model import DecoderLayer, Qwen3ForCausalLM
@@ -59,6 +59,9 @@ def parallelize_qwen3(
     if adapt is not None:  # adapters are cut as the matrices are that they adapt
         adapt(model)
     layers = [layer for layer in model.model.layers if layer is not None]  # a pipeline stage has some of them
+    if adapt is not None and compile.enable and _trains_first_block(model):
+        # Without a gradient of its input the first block would be a graph of its own.
+        model.model.embed_tokens.register_forward_hook(with_gradient)
     if model.lm_head is not None:
         model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
     _set_attention(model, layers, context, fast_gradient=mesh.device_type == "cpu" and compile.enable)
@@ -106,6 +109,12 @@ def _set_attention(
     for layer in layers:  # one function for all: a compiled graph is made for it
         assert isinstance(layer, DecoderLayer)
         layer.self_attn.attend = chosen
+
+
+def _trains_first_block(model: Qwen3ForCausalLM) -> bool:
+    """Whether this is the stage with the first block, and something in that is trained."""
+    first = model.model.layers[0]
+    return first is not None and any(parameter.requires_grad for parameter in first.parameters())
 
 
 def dense_mlp_plan(_layer: DecoderLayer) -> dict[str, ParallelStyle]:
