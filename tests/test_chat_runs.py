@@ -18,7 +18,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def made_up(folder: Path) -> Path:
     """The corpus of the documentation."""
-    [code] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[0]
     path = folder / "conversations.jsonl"
     exec(code.replace('"conversations.jsonl"', repr(str(path))), {})
     return path

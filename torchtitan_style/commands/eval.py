@@ -161,6 +161,7 @@ def _own_names() -> Any:
 
 
 def _in_options(message: str) -> str:
+    message = message.replace('data.format = "chat" reads them', "eval reads texts; validation in a run reads these")
     return message.replace("data.paths", "--data").replace("data.text_key", "--text-key")
 
 

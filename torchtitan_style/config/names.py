@@ -67,6 +67,8 @@ _FOREIGN = {
     "data.tokenizer": "tokenizer_name tokenizer_dir tokenizer_path tokenizer_name_or_path",
     "data.text_key": "text_column dataset_text_field text_field",
     "data.packing": "sample_packing",
+    "data.messages_key": "messages_column messages_field field_messages",
+    "data.train_on": "assistant_only_loss completion_only_loss train_on_inputs train_on_responses_only roles_to_train",
     "data.num_workers": "dataloader_num_workers",
     "data.prepared_folder": "dataset_prepared_path",
     "data.validation_fraction": "val_set_size val_split_fraction val_split test_size",

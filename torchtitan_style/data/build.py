@@ -130,7 +130,7 @@ class Build:
         plan = {
             "settings": self.settings,
             "tokenizer": [tokenizer_in_folder(self.data), template_in_folder(self.data)],
-            "units": 2,  # version of the unit files
+            "units": 3,  # version of the unit files
             "sources": {name: [asdict(file) for file in files] for name, files in self.sources.items()},
         }
         file = self.staging / "plan.json"
