@@ -206,3 +206,17 @@ def test_it_fits_a_phone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert await tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 25, 29)"
 
     in_browser(tmp_path / "page.html", tmp_path / "profile", look, width=400, dark=True)
+
+
+def test_held_out_sets_are_in_the_panels_of_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = ("val_loss", "val_loss/code", "val_perplexity/code", "val_accuracy/code", "val_bits_per_byte/code")
+    lines = [{"step": 0} | dict.fromkeys(names, 2.0), {"step": 1, "loss": 3.0}, {"step": 1} | dict.fromkeys(names, 1.5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(capsys, folder, output=tmp_path / "page.html")
+    panels = {panel["title"]: [curve["name"] for curve in panel["curves"]] for panel in data_of(page)["panels"]}
+    assert panels["Loss"][-2:] == ["val_loss", "val_loss/code"]
+    for what in ("Perplexity", "Accuracy", "Bits per byte"):
+        assert panels[f"{what} of validation"] == [f"val_{what.lower().replace(' ', '_')}/code"]
+    assert "<th>lowest val_loss/code</th><td>1.5000</td>" in page

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -21,6 +22,10 @@ class Display:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
+    @property
+    def _is_narrow(self) -> bool:
+        return self._console.is_terminal and self._console.width < 100
+
     def say(self, text: str, *, style: str = "") -> None:
         """A line of text, as it is."""
         with _forgiving():
@@ -32,16 +37,18 @@ class Display:
     def start(self, step: int, steps: int) -> None:
         """Show how far the run is, on a terminal."""
         if self._console.is_terminal and not self._console.quiet:
+            wide = self._console.width >= 80
             self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
+                *([TextColumn("training")] if wide else []),
+                *([BarColumn()] if self._console.width >= 60 else []),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
+                *([TimeElapsedColumn()] if wide else []),
+                TextColumn("{task.fields[loss]}"),
                 TextColumn("{task.fields[left]}"),
                 console=self._console,
                 transient=True,
             )
-            self._progress.add_task("", total=steps, completed=step, left="")
+            self._progress.add_task("", total=steps, completed=step, loss="", left="")
             self._progress.start()
 
     def advance(self, step: int) -> None:
@@ -55,37 +62,56 @@ class Display:
 
     def step(self, record: dict[str, Any], *, steps: int, seconds_left: float | None) -> None:
         """The line of a training step, from its record in metrics.jsonl. seconds_left: None if it is not known yet."""
-        left = "" if seconds_left is None else f"  {timedelta(seconds=round(seconds_left))} left"
+        left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
+        loss = f"loss {record['loss']:.4f}"
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], left=left)
-        mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:5.1%}"
-        self.say(
-            f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:7.4f}  "
-            f"grad norm {record['grad_norm']:6.3f}  lr {record['lr']:.2e}  "
-            f"{record['tokens_per_second']:>9,.0f} tokens/s{mfu}  {record['peak_memory_gib']:.2f} GiB{left}"
-        )
+            self._progress.update(self._progress.task_ids[0], loss=loss, left=left)
+        fields = {
+            "step": f"step {record['step']:>{len(str(steps))}}/{steps}",
+            "loss": f"loss {record['loss']:7.4f}",
+            "grad_norm": f"grad norm {record['grad_norm']:6.3f}",
+            "lr": f"lr {record['lr']:.2e}",
+            "tokens": f"{record['tokens_per_second']:>9,.0f} tokens/s",
+            "mfu": "" if record["mfu"] is None else f"MFU {record['mfu']:5.1%}",
+            "memory": f"{record['peak_memory_gib']:.2f} GiB",
+            "left": left,
+        }
+        self.say(self._fitting(fields, less=("memory", "lr", "mfu", "grad_norm", "tokens", "left"), between="  "))
+
+    def _fitting(self, fields: dict[str, str], *, less: Sequence[str], between: str) -> str:
+        """``fields`` in a line. A terminal that is too narrow goes without some of ``less``, the first one first:
+        metrics.jsonl has all."""
+        line = between.join(filter(None, fields.values()))
+        for name in less:
+            if not self._console.is_terminal or cell_len(line) <= self._console.width:
+                break
+            fields = fields | {name: ""}
+            line = between.join(filter(None, fields.values()))
+        return line
 
     def validation(self, step: int, figures: dict[str, float], *, best: str = "") -> None:
         """The figures by their names in metrics.jsonl, a line for the corpus and one for each further set. best: which
         loss is the lowest so far, if that decides the best checkpoint."""
         names = [key.removeprefix("val_loss") for key in figures if key.partition("/")[0] == "val_loss"]
-        if names != [""]:
+        alone = names == [""]
+        if not alone:
             self.say(f"validation at step {step}", style="bold")
-        width = max(map(len, names), default=0)
+        width = 0 if alone else max(6, *(len(name) - 1 for name in names))
+        perplexities = {name: f"{figures[f'val_perplexity{name}']:,.2f}" for name in names}
+        longest = max(map(len, perplexities.values()), default=0)
         for name in names:
             bits = figures.get(f"val_bits_per_byte{name}")
-            self.say(
-                (
-                    f"validation at step {step}: "
-                    if names == [""]
-                    else f"  {name[1:] or 'corpus':<{max(width - 1, 6)}}  "
-                )
-                + f"loss {figures[f'val_loss{name}']:.4f}, perplexity {figures[f'val_perplexity{name}']:,.2f}, "
-                + f"accuracy {figures[f'val_accuracy{name}']:.1%}"
-                + ("" if bits is None else f", {bits:.4f} bits/byte")
-                + (" (best so far)" if f"val_loss{name}" == best else ""),
-                style="bold",
-            )
+            accuracy = f"{figures[f'val_accuracy{name}']:.1%}"
+            begin = f"validation at step {step}: " if alone else f"  {name[1:] or 'corpus':<{width}}  "
+            note = " (best so far)" if f"val_loss{name}" == best else ""
+            fields = {
+                "loss": f"{begin}loss {figures[f'val_loss{name}']:.4f}{note if self._is_narrow else ''}",
+                "perplexity": f"perplexity {perplexities[name]:>{longest}}",
+                "accuracy": f"accuracy {accuracy if alone else f'{accuracy:>5}'}",
+                "bits": "" if bits is None else f"{bits:.4f} bits/byte",
+            }
+            line = self._fitting(fields, less=("accuracy", "perplexity", "bits"), between=", ")
+            self.say(line + ("" if self._is_narrow else note), style="bold")
 
     def sample(self, prompt: str, continuation: str) -> None:
         """Generated text, the prompt set apart."""
