@@ -2,6 +2,7 @@
 
     python benchmarks/parallel.py                        # eager; on CPU two processes of one thread
     python benchmarks/parallel.py --compile block
+    python benchmarks/parallel.py --rows 16 --only pp2 --only microbatches
     python benchmarks/parallel.py --model mini --rows 4 --seq-len 512 --json layouts.json
     python benchmarks/parallel.py --layouts cp2 cp2xtp2 --rows 2 --seq-len 2048
 
@@ -33,6 +34,9 @@ from train_step import SHAPES, make_config, our_compile, our_step, precision
 
 from torchtitan_style.models.qwen3.config import FLAVORS
 
+MICROBATCHES = 8
+"""Of a pipeline's step."""
+PP2 = ("--parallelism.pipeline_parallel_degree", "2")
 CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
     "one process, wrapped by FSDP2": (1, ()),
@@ -40,6 +44,11 @@ CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2, parameters kept": (2, ("--parallelism.fsdp_reshard_after_forward", "never")),
     "tp2": (2, ("--parallelism.tensor_parallel_degree", "2")),
     "cp2": (2, ("--parallelism.context_parallel_degree", "2")),
+    f"one process, {MICROBATCHES} microbatches": (1, ()),
+    "pp2, 1F1B": (2, PP2),
+    "pp2, GPipe": (2, (*PP2, "--parallelism.pipeline_parallel_schedule", "GPipe")),
+    "pp2, Interleaved1F1B": (2, (*PP2, "--parallelism.pipeline_parallel_schedule", "Interleaved1F1B")),
+    "pp2, ZBVZeroBubble": (2, (*PP2, "--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble")),
 }
 """Name → number of processes and command line for our config. The first is what the others are compared with."""
 
@@ -75,7 +84,14 @@ def contend(name: str, arguments: argparse.Namespace, turns: Turns) -> None:
     processes, given = layout(name)
     if name == "one process, wrapped by FSDP2":
         wrap_always()
-    step = our_step(arguments, turns.device, *given, *our_compile(arguments.compile), world_size=processes)
+    step = our_step(
+        arguments,
+        turns.device,
+        *given,
+        *our_compile(arguments.compile),
+        world_size=processes,
+        microbatches=MICROBATCHES if "pp2" in name or "microbatches" in name else 1,
+    )
     for _ in range(WARM_UP):
         step()
     found = {**collectives(step), **waiting(step, turns.device)}

@@ -100,21 +100,23 @@ def our_compile(compile: str) -> list[str]:
     return ["--compile.enable", "true"]
 
 
-def our_step(arguments: argparse.Namespace, device: str, *more: str, world_size: int = 1) -> Callable[[], None]:
+def our_step(
+    arguments: argparse.Namespace, device: str, *more: str, world_size: int = 1, microbatches: int = 1
+) -> Callable[[], None]:
     """A step of this rank's rows. more: of the command line, for our config."""
     config = make_config(arguments, *more, world_size=world_size)
     world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=600)
     rows = tokens(model_config(config.model), arguments, device).chunk(world.layout.dp)
-    return step_on(rows[world.dp_rank], config, world)
+    return step_on(rows[world.dp_rank], config, world, microbatches=microbatches)
 
 
-def step_on(ids: torch.Tensor, config: Config, world: World) -> Callable[[], None]:
+def step_on(ids: torch.Tensor, config: Config, world: World, *, microbatches: int = 1) -> Callable[[], None]:
     """What ``train`` does at each step, on the same rows [B, T + 1] each time."""
     model = build_training_model(config, world, warn=print)
     optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    rows = Microbatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
-    batch = Batch([rows.of_part(world.part)], hash=0)
+    rows = (Microbatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids.chunk(microbatches))
+    batch = Batch([part.of_part(world.part) for part in rows], hash=0)
     step = 0
 
     def run() -> None:
