@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.errors import UserError, cut
 from torchtitan_style.common.hub import fetch
-from torchtitan_style.common.reading import toml_of
+from torchtitan_style.common.reading import name_problem, toml_of
 from torchtitan_style.common.typed import Content, problem_in, typed
 from torchtitan_style.config.schema import Lora
 from torchtitan_style.models.hf_folder import HFFolder
@@ -106,6 +106,8 @@ def open_model(
     Raises UserError, saying what is wrong with ``source``.
     """
     folder = Path(os.path.expanduser(source))  # Path.expanduser raises for a user that there is not
+    if problem := name_problem(folder):
+        raise UserError(f"{cut(source, 200)}: {problem}")
     if (checkpoint := find_checkpoint(folder, verify=verify, say=say, advance=advance)) is not None:
         saved = SavedModel(checkpoint)
         if saved.lora.rank and verify:

@@ -72,7 +72,7 @@ def _bytes(text: str) -> int:
     """ "500MB" as a number of bytes. Raises UserError."""
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", text.strip(), flags=re.IGNORECASE)
-    size = int(float(match[1]) * units[match[2].upper()]) if match else 0
-    if size < 1:
+    size = float(match[1]) * units[match[2].upper()] if match else 0
+    if not 1 <= size < 2**63:
         raise UserError(f"--max-shard-size {text}: must be a size as 500MB or 5GB")
-    return size
+    return int(size)

@@ -66,4 +66,4 @@ def _printable(line: str) -> str:
     if line.isprintable():
         return line
     controls = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if n != 9}
-    return line.translate(controls)
+    return line.translate(controls).encode(errors="backslashreplace").decode()

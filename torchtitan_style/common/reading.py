@@ -58,6 +58,17 @@ def file_problem(path: str | os.PathLike[str]) -> OSError | None:
     return OSError(number, f"it is {kind}, not a regular file", str(path))
 
 
+def name_problem(path: str | os.PathLike[str]) -> str | None:
+    """Why nothing can have this name; None if something could."""
+    try:
+        os.stat(path)
+    except ValueError as error:
+        return f"not the name of a file: {error}"
+    except OSError as error:
+        return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    return None
+
+
 def _kernel_devices() -> set[int]:
     found = set()
     for place in ("/proc", "/sys"):

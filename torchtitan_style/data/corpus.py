@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.common.errors import UserError, cut, some
+from torchtitan_style.common.errors import UserError, cut
 from torchtitan_style.common.extensions import SOURCES
 from torchtitan_style.common.hub import looks_like_path, similar_folder
 from torchtitan_style.common.reading import file_problem
@@ -129,7 +129,8 @@ def _expand(patterns: list[str]) -> list[Path | str]:
         for match in matches:
             found.setdefault(match.resolve(), match)  # one file, however it is named
     if missing:
-        raise UserError(f"data.paths: no file matches {some(missing, 10)} (looked in {Path.cwd()})")
+        more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
+        raise UserError(f"data.paths: no file matches {', '.join(missing[:10])}{more} (looked in {Path.cwd()})")
     return list(found.values())
 
 

@@ -137,8 +137,8 @@ class HFFolder:
             wanted = [name for name, where in weight_map.items() if where == file]
             if Path(file).name != file:
                 raise UserError(f"{index}: names {file}, which is not a file of this folder")
-            if not (self.path / file).is_file():
-                raise UserError(f"{index}: {file}, with {len(wanted)} of its tensors, is not there")
+            if "\0" in file or not os.path.isfile(self.path / file):
+                raise UserError(f"{index}: {cut(file, 200)}, with {len(wanted)} of its tensors, is not there")
             header = _read_header(self.path / file)
             if absent := [name for name in wanted if name not in header]:
                 raise UserError(f"{index}: says that {_some(absent)} is in {file}, but it is not")
