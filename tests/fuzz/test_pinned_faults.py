@@ -403,6 +403,23 @@ def test_headers_that_the_library_refuses_are_refused(made: Callable[[str], Path
     assert "its header cannot be read" in refusal(lambda: HFFolder(folder).check())
 
 
+def test_an_index_names_files_that_there_can_be(made: Callable[[str], Path]) -> None:
+    folder = made("hf index")
+    path = folder / "model.safetensors.index.json"
+    for name in ("x" * 300, "a\x00", "../a.safetensors"):
+        write(path, path.read_text().replace("a.safetensors", json.dumps(name)[1:-1]))
+        assert path.name in refusal(lambda: HFFolder(folder).check())
+        ENTRIES["hf index"].setup(folder)
+
+
+def test_sizes_of_shards_are_finite() -> None:
+    from torchtitan_style.commands.export_hf import _bytes
+
+    for text in ("9" * 400 + "GB", "0.1B", "1e9GB"):
+        assert "--max-shard-size" in refusal(lambda text=text: _bytes(text))
+    assert _bytes("5GB") == 5 * 10**9
+
+
 def test_a_header_of_much_padding_is_refused(made: Callable[[str], Path]) -> None:
     folder = made("hf weights")
     with (folder / "model.safetensors").open("wb") as file:
