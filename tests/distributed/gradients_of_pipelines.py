@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from torchtitan_style.distributed.world import World, destroy_world, init_world
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.clip import clip_grad_norm_
+from torchtitan_style.planner.traffic import traffic_of
+from torchtitan_style.planner.workload import Workload
 from torchtitan_style.train.step import build_training_model, evaluating, forward_backward
 from torchtitan_style.train.stopping import ending_at_once
 from torchtitan_style.verification.layout import global_batch
@@ -70,7 +74,12 @@ def compare(world: World, case: str) -> dict[str, float]:
     with evaluating(model):
         validated = torch.stack([torch.stack([x.double() for x in model(*part)]) for part in microbatches]).sum(0)
     dist.all_reduce(validated)
-    loss_share = forward_backward(model, microbatches, tokens) * world.counts
+    sent: list[int] = []
+    with patch.object(dist, "P2POp", counting(sent)):
+        loss_share = forward_backward(model, microbatches, tokens) * world.counts
+    planned = [t for t in traffic_of(work_of(config, world)) if t.axis == "pp" and t.phase != "optimizer"]
+    found["sends"] = abs(len(sent) - plan.accumulation_steps * sum(each.count for each in planned))
+    found["bytes sent"] = abs(sum(sent) - plan.accumulation_steps * sum(each.bytes for each in planned))
     norm = clip_grad_norm_(model.parameters(), float("inf"), beside=loss_share)
     plain_norm = torch.stack([p.grad.double().square().sum() for p in plain.parameters()]).sum().sqrt()
     found["loss"] = abs(loss_share.item() / (loss_sum / tokens).item() - 1)
@@ -91,6 +100,22 @@ def compare(world: World, case: str) -> dict[str, float]:
     of_ranks: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, found)
     return {name: max(each.get(name, 0.0) for each in of_ranks) for each in of_ranks for name in each}
+
+
+def counting(sent: list[int]) -> Any:
+    """In the place of ``dist.P2POp``: adds the bytes of each tensor that is sent to ``sent``."""
+    real = dist.P2POp
+
+    def make(op: Any, tensor: torch.Tensor, *args: Any, **named: Any) -> Any:
+        if op is dist.isend:
+            sent.append(tensor.nbytes)
+        return real(op, tensor, *args, **named)
+
+    return make
+
+
+def work_of(config: Config, world: World) -> Workload:
+    return Workload.of(config, world.layout, on_gpu=False, pp_rank=world.stage)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

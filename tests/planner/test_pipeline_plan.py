@@ -61,6 +61,18 @@ def test_a_plan_knows_stages_and_bubble() -> None:
     assert all(plan.work.layout.pp == 2 for plan in search(one.work.config, 16, DEVICES["H100"], Assumptions()).best)
 
 
+def test_weights_and_optimizer_are_shared_out_evenly() -> None:
+    for name, pp in (("qwen3_14b", 2), ("qwen3_32b", 4)):
+        config = load_config(name, [], world_size=pp * 8)
+        layout = Layout(
+            pp=pp, dp_shard=8 // config.parallelism.tensor_parallel_degree, tp=config.parallelism.tensor_parallel_degree
+        )
+        works = [Workload.of(config, layout, on_gpu=True, pp_rank=rank) for rank in range(pp)]
+        bytes_of = [work.state.weights + work.state.optimizer for work in works]
+        assert max(bytes_of) < 1.15 * sum(bytes_of) / pp
+        assert min(bytes_of) > 0.85 * sum(bytes_of) / pp
+
+
 def test_the_bubble_of_each_schedule() -> None:
     assert bubble("1F1B", pp=2, microbatches=8) == bubble("GPipe", pp=2, microbatches=8) == 1 / 8
     assert bubble("Interleaved1F1B", pp=4, microbatches=8) == 3 / 16
