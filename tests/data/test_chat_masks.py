@@ -189,9 +189,23 @@ def test_context_and_turn_are_tokenized_as_they_are_in_use(folders: dict[str, Pa
     samples = make(conversation(user("a"), said("\n\nb"), user("c"), said("d"))).samples
     whole = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\n\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
     joined = tokenizer.encode(whole + "<|im_start|>assistant\n")
-    two = [make(conversation(user("a"), said("\n\nb"))).samples[0].ids.tolist()]
-    assert [sample.ids.tolist() for sample in samples[:1]] == two or len(samples) == 1
-    assert samples[-1].ids.tolist()[: len(joined)] in (joined, samples[0].ids.tolist()[: len(joined)])
+    assert samples[0].ids.tolist() == sample.ids.tolist()
+    assert samples[1].ids.tolist() == joined + tokenizer.encode("d<|im_end|>\n")
+
+
+def test_a_context_whose_tokens_reach_across_the_end_of_a_turn_is_another_sample(tmp_path: Path) -> None:
+    """What follows the turn begins with a line's end, which is one token with that of the turn."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '\nQ ' + m.content + '\n' }}"
+        "{% else %}{{ 'A ' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A ' }}{% endif %}"
+    )
+    make, tokenizer = sampler(folder_with(source, tmp_path))
+    first, second = make(conversation(user("a"), said("b"), user("c"), said("d"))).samples
+    assert first.ids.tolist() == tokenizer.encode("\nQ a\nA ") + tokenizer.encode("b<|im_end|>\n")
+    context = tokenizer.encode("\nQ a\nA b<|im_end|>\n\nQ c\nA ")
+    assert second.ids.tolist() == context + tokenizer.encode("d<|im_end|>\n")
+    assert trained_text(second, tokenizer) == "d<|im_end|>\n"
 
 
 def test_marks_of_a_template_that_drops_thoughts_split_too(tmp_path: Path) -> None:

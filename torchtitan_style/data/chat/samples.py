@@ -25,6 +25,9 @@ from .template import CHATML, ChatTemplate, Refused
 TRAINED, BEGINS = 1, 2
 """Marks of a token: it is trained on; it is the first of its sample, which nothing predicts."""
 
+_NEAR = 24
+"""Characters before and after a border that decide whether there is one."""
+
 Ids = NDArray[np.uint32]
 Marks = NDArray[np.uint8]
 
@@ -52,10 +55,12 @@ class Unusable(ValueError):
 
 
 class _Growing:
-    """A sample to which turns are added. text: what it is the tokens of."""
+    """A sample to which turns are added. text: what it is the tokens of. border: the texts before and after the last
+    place where it was put together. as_whole: whether it has the tokens of the text as a whole, as the model reads it
+    later on, apart from that place."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.text, self.border, self.as_whole = "", ("", ""), True
         self._ids: list[Ids] = []
         self._marks: list[Marks] = []
 
@@ -84,7 +89,7 @@ class Sampler:
         special = "|".join(map(re.escape, added)) or "(?!)"
         self._special = re.compile(special)
         self._begins_special = self._special.match
-        self._ends_special = re.compile(f"(?:{special})$").search
+        self._added = tuple(added)
 
     def __call__(self, text: str) -> Conversation:
         """The samples of a conversation that ``Conversations.text_of`` has made. Raises Unusable."""
@@ -161,7 +166,13 @@ class Sampler:
                 grown[-1].add(ids, 0)
             grown[-1].add(self._encode(turn), TRAINED)
             grown[-1].text = before + turn
+            grown[-1].border = before[-_NEAR:], turn[:_NEAR]
         return [sample.done() for sample in grown]
+
+    def _is_border(self, before: str, turn: str) -> bool:
+        """Whether no token reaches across from one text to the other if both are one."""
+        apart = np.concatenate((self._encode(before), self._encode(turn)))
+        return np.array_equal(apart, self._encode(before + turn))
 
     def _encode_after(self, known: tuple[str, Ids], text: str) -> tuple[Ids, tuple[str, Ids]]:
         """Token ids of ``text``, and the beginning of it up to its last special token, with its ids. known: such a
@@ -177,7 +188,8 @@ class Sampler:
         if not text.startswith(sample.text):
             return False
         rest = text[len(sample.text) :]
-        if not rest or self._begins_special(rest) or self._ends_special(sample.text):
+        sample.as_whole = sample.as_whole and self._is_border(*sample.border)
+        if sample.as_whole and (not rest or self._begins_special(rest) or sample.text.endswith(self._added)):
             sample.add(self._encode(rest), 0)  # no token reaches across
             return True
         return self._extend_ids(sample, self._encode(text), 0)
