@@ -42,7 +42,7 @@ def test_a_run_goes_on_with_and_without_a_pipeline(runs: Runs, command: Command,
         for step, right in records(whole, key).items():
             assert records(folder, key)[step] == pytest.approx(right, rel=1e-5), (key, step)
     checkpoint = folder / "checkpoint/step-20"
-    assert read_manifest(checkpoint)["mesh"]["pp"] == 2
+    assert read_manifest(checkpoint).mesh["pp"] == 2
     assert "pp 2" in command("torchtitan_style.commands.checkpoint", "show", checkpoint)
     command("torchtitan_style.commands.export_hf", "--checkpoint", checkpoint, "--output", tmp_path / "exported")
     options = ["--prompt", "a", "--max-new-tokens", 2]
