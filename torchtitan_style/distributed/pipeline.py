@@ -13,6 +13,7 @@ Shapes: B rows of a microbatch, T positions, C hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,8 @@ class PipelinedModel(nn.Module):
         """torch's schedule for so many microbatches of the shape of ``ids``."""
         from torch.distributed import pipelining  # a quarter of a second that runs without a pipeline save
 
+        # When a rank is gone, the others would print the whole schedule above the error.
+        logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
         key = microbatches, ids.shape
         if key not in self._schedules:
             stages: list[Any] = [
