@@ -139,7 +139,9 @@ def text_of(record: Any, text_key: Fields, max_bytes: int) -> tuple[str, str]:
         try:
             return checked(text_key.text_of(record), max_bytes)
         except NoConversation as error:
-            return "", str(error)
+            return "", cut(str(error), 1000)
+        except RecursionError:
+            return "", "nested too deep"
     if text_key not in record:
         return "", f'no text under "{text_key}"; it has {some(record, 20)}; {advice(record, "field")}'
     if record[text_key] is None:
