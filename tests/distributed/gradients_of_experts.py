@@ -58,7 +58,7 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, ep: int, compile: str,
     what is sent, on two that share the experts."""
     if compile == "eager":
         return recompute == "full" and dp_replicate * dp_shard * tp > 1
-    return dp_shard * tp > 1 and (tp > 1 or ep == 1 or dp_shard > 2 or recompute == "none")
+    return recompute == "none" or (dp_shard * tp > 1 and (tp > 1 or ep == 1 or dp_shard > 2))
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,7 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recomput
         return False
     if dp_replicate * dp_shard > 1:
         return dp_replicate > 1 or recompute != "op"
-    return tp > 2 or recompute in ("full", "2")
+    return tp > 2 or recompute in ("full", "2") or (tp > 1 and recompute == "none")
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:

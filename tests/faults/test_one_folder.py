@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.runs import Runs
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.data.prepared import Prepared
 from torchtitan_style.launch import launcher as launch
 from torchtitan_style.launch.run_lock import check_free, run_lock
 
@@ -105,10 +106,11 @@ def test_a_lock_file_with_nonsense_is_taken_over(tmp_path: Path) -> None:
 def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def get(*_: object, **__: object) -> None:
+    def get(*_: object, **__: object) -> Prepared:
         with pytest.raises(UserError, match=f"in use by another run, process {os.getpid()} on"):
             check_free(tmp_path / "run")
         seen.append("prepared")
+        return Prepared(tmp_path, {})
 
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setattr("torchtitan_style.data.store.CorpusStore.get", get)

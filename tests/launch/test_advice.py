@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def weights(tmp_path: Path) -> Path:
     folder = CheckpointFolder(tmp_path / "weights")
     temporary = folder.begin(1)
     dimensions = dataclasses.asdict(dataclasses.replace(FLAVORS["debug"], num_hidden_layers=3))
-    lines = [f"{name} = {str(value).lower()}" for name, value in dimensions.items()]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in dimensions.items() if value is not None]
     (temporary / "config.toml").write_text("[model]\n" + "\n".join(lines))
     folder.commit(1, {}, about={})
     return folder.path(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 
 from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import Layout
@@ -98,4 +99,5 @@ def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None
     work = Workload.of(config, Layout(), on_gpu=False)
     planned = kept_by_layers(work) + kept_outside(work)
     # Counted to the byte but for the state of random generators (5 KB a recomputed block) and scalars.
-    assert planned == pytest.approx(actual(work), rel=0.05)
+    with functorch_config.patch(activation_memory_budget=1.0):  # other tests have set it
+        assert planned == pytest.approx(actual(work), rel=0.05)

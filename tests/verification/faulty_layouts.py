@@ -66,8 +66,8 @@ def without_token_sum() -> Iterator[None]:
 
 
 def other_seed_per_rank() -> Patch:
-    real = init._draw
-    return patch.object(init, "_draw", lambda p, std, key: real(p, std, f"{key}/{dist.get_rank()}"))
+    real = init.draw
+    return patch.object(init, "draw", lambda p, std, key: real(p, std, f"{key}/{dist.get_rank()}"))
 
 
 FAULTS: dict[str, Callable[[], Patch]] = {

@@ -45,6 +45,8 @@ def shown(value: object, most: int = 120) -> str:
     """A value that somebody wrote, for a message about it: text in quotes, and a long value in part."""
     if isinstance(value, str):
         return f'"{cut(value, most)}"'
+    if isinstance(value, bool):
+        return str(value).lower()  # as in TOML and JSON
     if isinstance(value, int) and value.bit_length() > 400:
         return f"a number of about {value.bit_length() * 3 // 10:,} digits"
     if isinstance(value, dict | list | tuple | set | bytes) and len(value) > 20:

@@ -241,6 +241,8 @@ def _validation_sets(config: Config) -> Iterator[Problem]:
         for problem in _corpus(each, ""):
             yield Problem(("validation.sets",), f"{each.name}: {problem.keys[0]}: {problem.text}")
     known = [*(["val_loss"] if config.data.validation_fraction else []), *(f"val_loss/{name}" for name in names)]
+    if not known and metric == "val_loss":
+        return  # nothing to validate on, which is told elsewhere
     if metric not in known and (config.validation.enable or metric != "val_loss"):
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"; did you mean {near[0]}?" if near and metric != "val_loss" else ""
