@@ -56,20 +56,26 @@ def address(tensor: torch.Tensor) -> int:
 def kept_by_forward(model: Any, batch: Microbatch) -> int:
     kept: dict[int, int] = {}
     weights: set[int] = set()
+    """Of the modules that are being computed: FSDP frees them afterwards, and activations may take their addresses."""
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[address(tensor)] = getattr(tensor, "_local_tensor", tensor).untyped_storage().nbytes()
+        if address(tensor) not in weights:
+            kept[address(tensor)] = getattr(tensor, "_local_tensor", tensor).untyped_storage().nbytes()
         return tensor
 
     def note_weights(module: Any, inputs: Any) -> None:  # FSDP has gathered them by now
         weights.update(address(parameter) for parameter in module.parameters(recurse=False))
 
+    def forget_weights(module: Any, inputs: Any, outputs: Any) -> None:
+        weights.difference_update(address(parameter) for parameter in module.parameters(recurse=False))
+
     for module in model.modules():
         module.register_forward_pre_hook(note_weights)
+        module.register_forward_hook(forget_weights)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(*batch)
     del loss
-    return sum(size for where, size in kept.items() if where not in weights)
+    return sum(kept.values())
 
 
 def found(case: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .kinds import PipelineSchedule
 from .schema import Parallelism
@@ -94,12 +95,13 @@ def make_stages(blocks: Sequence[Cost], *, embedding: Cost, head: Cost, parallel
     Stages other than the first and the last have at least one block.
     """
     count = num_stages(parallelism)
-    numbers = parallelism.pipeline_parallel_blocks or _share_out(blocks, embedding, head, count)
+    numbers = parallelism.pipeline_parallel_blocks or _share_out(tuple(blocks), embedding, head, count)
     starts = [sum(numbers[:i]) for i in range(count + 1)]
     return tuple(Stage(i, count, range(starts[i], starts[i + 1])) for i in range(count))
 
 
-def _share_out(blocks: Sequence[Cost], embedding: Cost, head: Cost, stages: int) -> list[int]:
+@lru_cache(maxsize=100)
+def _share_out(blocks: tuple[Cost, ...], embedding: Cost, head: Cost, stages: int) -> list[int]:
     """Blocks of each stage. Of shares whose dearest stage costs the same, the one with the least sum of squares."""
     costs = _combined([embedding, *blocks, head])
     if stages == 1:

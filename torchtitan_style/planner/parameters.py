@@ -75,8 +75,23 @@ class State:
 def parameter_kinds(config: Config, stages: Sequence[Stage] = ()) -> tuple[Kind, ...]:
     """In the order of the layers, adapters last. A tied head is not one, but where the embedding is on another stage.
 
-    stages: of the pipeline, whose parameters are wanted; (): all.
+    stages: of the pipeline, whose parameters are wanted; (): all. What was counted is kept: a search asks thousands of
+    times for the same.
     """
+    parts = config.model, config.lora, config.training.freeze, config.training.mixed_precision_param
+    key = repr((*parts, config.optimizer.name, stages))
+    if key not in _COUNTED:
+        if len(_COUNTED) == _MOST_COUNTED:
+            _COUNTED.clear()
+        _COUNTED[key] = _count(config, stages)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, tuple[Kind, ...]] = {}
+_MOST_COUNTED = 1000
+
+
+def _count(config: Config, stages: Sequence[Stage]) -> tuple[Kind, ...]:
     spec, shape, lora = spec_of(config.model.name), model_config(config.model), config.lora
     muon = config.optimizer.name == "muon"
     frozen_bytes = FP32 if not lora.rank or config.training.mixed_precision_param == "float32" else FP32 // 2
