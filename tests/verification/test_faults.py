@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
 from faulty_layouts import FAULTS
 
-from torchtitan_style.config import to_toml
-from torchtitan_style.config.layout import plan_batch
-from torchtitan_style.launch.configure import load_config
-from torchtitan_style.verification.layout import reference
-from torchtitan_style.verification.report import Check
+from tests.verification.conftest import Checks
 
 OVERRIDES = [
     *("--model.flavor", "debug", "--training.seq_len", "32", "--training.mixed_precision_param", "float32"),
@@ -34,14 +26,8 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def checks(run_ranks, tmp_path_factory) -> dict[str, dict[str, Check]]:
-    folder = tmp_path_factory.mktemp("faults")
-    config = load_config(Path("train_configs/qwen3.toml"), OVERRIDES, world_size=4)
-    (folder / "config.toml").write_text(to_toml(config))
-    reference(config, folder, device=torch.device("cpu"), rows=plan_batch(config.training, 2).global_batch_size)
-    run_ranks(Path(__file__).parent / "faulty_layouts.py", 4, folder)
-    found = json.loads((folder / "checks.json").read_text())
-    return {fault: {check["name"]: Check(**check) for check in each} for fault, each in found.items()}
+def checks(find_faults) -> Checks:
+    return find_faults("faulty_layouts.py", OVERRIDES, 4)
 
 
 def test_a_layout_that_is_right_passes(checks) -> None:
