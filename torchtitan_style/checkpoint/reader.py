@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import pickle
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,17 @@ from .metadata import read_metadata
 
 _FILES_AT_ONCE = 4
 
+_UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+"""What reading a damaged tensor raises."""
+
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
@@ -38,6 +51,34 @@ def without_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*TypedStorage is deprecated.*")
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized.*")
         yield
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file as a file. That of DCP seeks wrongly from the end."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -75,16 +116,20 @@ class SafeReader(dcp.FileSystemReader):
         done.set_result(None)
         return done
 
-    def _archive(self, item: ReadItem, file: BinaryIO) -> Any:
-        """A stored tensor: a zip file, whose entries are not compressed."""
+    def _archive(self, item: ReadItem, file: BinaryIO) -> tuple[Any, dict[str, int]]:
+        """A stored tensor: a zip file, whose entries are not compressed. Its reader, and the bytes of each entry."""
         info = self.storage_data[item.storage_index]
         if info.offset + info.length > os.fstat(file.fileno()).st_size:
             raise UserError(f"{file.name}: is damaged: it is shorter than .metadata says")
         view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
         archive: Any = torch._C.PyTorchFileReader(view)
-        if sum(archive.get_record_size(name) for name in archive.get_all_records()) > info.length:
+        # torch's own reader tells sizes since 2.12 only.
+        with zipfile.ZipFile(_Part(file, info.offset, info.length)) as listed:  # type: ignore[arg-type]
+            sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in listed.infolist()}
+            total = sum(entry.file_size for entry in listed.infolist())
+        if total > info.length:
             raise UserError(f"{file.name}: is damaged: a tensor is larger than its part of the file")
-        return archive
+        return archive, sizes
 
     def _read_part(self, item: ReadItem, file: BinaryIO, planner: LoadPlanner) -> None:
         """Read a piece, and copy the part of it that is wanted."""
@@ -95,7 +140,7 @@ class SafeReader(dcp.FileSystemReader):
             self._archive(item, file)
             view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
             tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             first = str(error).strip().partition("\n")[0]
             raise UserError(f"{file.name}: is damaged: a tensor cannot be read: {first}") from None
         fits = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
@@ -125,11 +170,11 @@ class SafeReader(dcp.FileSystemReader):
             return False
         info = self.storage_data[item.storage_index]
         try:
-            archive = self._archive(item, file)
+            archive, sizes = self._archive(item, file)
             at = archive.get_record_offset("data/0")
-            if archive.get_record_size("data/0") != target.nbytes or at + target.nbytes > info.length:
+            if sizes.get("data/0") != target.nbytes or at + target.nbytes > info.length:
                 return False
-        except RuntimeError:
+        except _UNREADABLE:
             return False
         file.seek(info.offset + at)
         values: Any = target.view(-1).view(torch.uint8).numpy()

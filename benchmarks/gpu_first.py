@@ -1,0 +1,556 @@
+"""What is true of this code on a GPU: one verdict a line, in two calls of some six minutes.
+
+    benchmarks/gpu_first.sh outputs/gpu checks     # what must hold, several at once
+    benchmarks/gpu_first.sh outputs/gpu speed      # what is measured, one after the other
+    benchmarks/gpu_first.sh outputs/gpu masks nccl # single parts
+    benchmarks/gpu_first.sh outputs/tiny checks speed --tiny   # small models, to try the script on a CPU
+
+Each part is a process of its own and writes NAME.txt, what it printed, and NAME.json, its verdict and figures; one that
+fails or takes too long does not stop the others. Exits with 1 if a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+Figures = dict[str, Any]
+
+
+class Failed(Exception):
+    """What a part found is not as it should be."""
+
+
+@dataclass
+class Run:
+    """What a part is given: where to write, and whether models are to be small."""
+
+    out: Path
+    tiny: bool
+
+    @property
+    def flavor(self) -> str:
+        return "debug" if self.tiny else "0.6B"
+
+    @property
+    def common(self) -> list[str]:
+        """Of every training run here: the corpus that is prepared once, and its tokenizer."""
+        return ["--data.tokenizer", str(self.out / "tokenizer"), "--generation.enable", "false"]
+
+    def program(self, *arguments: object, environment: dict[str, str] | None = None) -> str:
+        """Run ``python -m torchtitan_style``; returns what it printed. Raises Failed with the end of it."""
+        return self.python("-m", "torchtitan_style", *arguments, environment=environment)
+
+    def python(self, *arguments: object, environment: dict[str, str] | None = None) -> str:
+        command = [sys.executable, *map(str, arguments)]
+        print("$", *command, flush=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (environment or {})
+        )
+        print(done.stdout, flush=True)
+        if done.returncode:
+            lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+            raise Failed(f"status {done.returncode}: {' / '.join(lines[-2:])[-300:]}")
+        return done.stdout
+
+    def train(self, name: str, *arguments: object) -> list[Figures]:
+        """A run in the folder ``name``; returns its metrics."""
+        folder = self.out / name
+        self.program("train", "--job.dump_folder", folder, *self.common, *arguments)
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(metrics: Iterable[Figures]) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in metrics if "loss" in record}
+
+
+def largest_difference(one: dict[int, float], other: dict[int, float]) -> float:
+    """Of two curves, relative, over the steps that both have."""
+    steps = one.keys() & other.keys()
+    if not steps:
+        raise Failed("the two curves have no step in common")
+    return max(abs(one[step] - other[step]) / abs(one[step]) for step in steps)
+
+
+# What must hold
+
+
+def about(run: Run) -> tuple[str, Figures]:
+    """Versions, the compiler, and whether the data sheet's rate is known."""
+    import torch
+    from race import machine
+
+    from torchtitan_style.common.device import compiler_problem, current_device, peak_flops
+
+    device = current_device()
+    figures: Figures = machine(device.type) | {"compiler": compiler_problem(device) or "works"}
+    if device.type == "cuda":
+        figures |= {
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "cudnn": torch.backends.cudnn.version(),
+            "data_sheet_flops": peak_flops(device, torch.bfloat16),
+            "memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1),
+        }
+    return ", ".join(f"{key} {value}" for key, value in figures.items()), figures
+
+
+def cuda_tests(run: Run) -> tuple[str, Figures]:
+    """The tests that need a GPU: the curve of the CPU, no waiting within a step."""
+    printed = run.python("-m", "pytest", "-p", "no:cacheprovider", "-n0", "--tb=short", "tests/test_cuda.py")
+    return printed.strip().splitlines()[-1], {}
+
+
+def masks(run: Run) -> tuple[str, Figures]:
+    """Attention with each kind of mask against its definition in fp32, with all gradients; and cuDNN's, which is not
+    used with a mask because its gradients were not finite at T mod 128 = 64."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from torchtitan_style.common.device import current_device
+    from torchtitan_style.models.qwen3.attention import attend, attention_mask
+
+    device = current_device()
+    figures: Figures = {}
+    for t in (192, 1000):
+        torch.manual_seed(t)
+        q, k, v = (torch.randn(2, heads, t, 128, device=device).bfloat16() for heads in (16, 8, 8))
+        documents = (torch.arange(t, device=device) // 70).expand(2, t).contiguous()
+        weights = torch.randn(2, 16, t, 128, device=device)
+        for kind, given, window in (("causal", None, None), ("documents", documents, None), ("window", None, 50)):
+            for flex in (False, True) if given is not None and device.type == "cuda" else (False,):
+                allowed = attention_mask(given, t, window, flex=False, device=device)
+                want = _by_definition(q, k, v, allowed, weights)
+                mask = attention_mask(given, t, window, flex=flex, device=device)
+                inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+                y = attend(*inputs, mask)
+                (y.float() * weights).sum().backward()
+                got = [y.detach(), *(x.grad for x in inputs)]
+                name = f"{kind}{', flex' if flex else ''}, T = {t}"
+                figures[name] = max(_relative(a, b) for a, b in zip(got, want, strict=True))
+        if device.type == "cuda":
+            inputs = [x.clone().requires_grad_() for x in (q, *(x.repeat_interleave(2, 1) for x in (k, v)))]
+            allowed = attention_mask(documents, t, None, flex=False, device=device)
+            try:
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    y = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=allowed)
+                    (y.float() * weights).sum().backward()
+                finite = all(bool(x.grad.isfinite().all()) for x in inputs)
+                figures[f"cuDNN with a mask, T = {t}"] = "finite" if finite else "gradients not finite"
+            except RuntimeError as error:
+                figures[f"cuDNN with a mask, T = {t}"] = str(error).splitlines()[0][:80]
+    worst = max(x for x in figures.values() if isinstance(x, float))
+    if not worst < 0.02:
+        raise Failed(f"not the definition's: {figures}")
+    others = "; ".join(f"{key}: {value}" for key, value in figures.items() if isinstance(value, str))
+    return f"bf16 within {worst:.1e} of the definition{'; ' if others else ''}{others}", figures
+
+
+def _by_definition(q: Any, k: Any, v: Any, allowed: Any, weights: Any) -> list[Any]:
+    """Output and gradients of q, k, v in fp32. allowed: booleans that broadcast to [B, H, T, T]; None: causal."""
+    import torch
+
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    query, key, value = inputs
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    t = query.shape[2]
+    if allowed is None:
+        allowed = torch.ones(t, t, dtype=torch.bool, device=q.device).tril()
+    scores = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).masked_fill(~allowed, -math.inf)
+    y = scores.softmax(-1) @ value
+    (y * weights).sum().backward()
+    return [y.detach(), *(x.grad for x in inputs)]
+
+
+def _relative(a: Any, b: Any) -> float:
+    difference = float((a.double() - b.double()).norm() / b.double().norm())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def resume(run: Run) -> tuple[str, Figures]:
+    """Document masks, selective recomputation, compiled, saved in the background: a run of 12 steps, and one that is
+    resumed after 6."""
+    settings = [
+        "--model.flavor", run.flavor, "--data.document_mask", "true", "--data.packing", "best_fit",
+        "--training.seq_len", "256" if run.tiny else "2048", "--training.local_batch_size", "2",
+        "--training.global_batch_size", "4", "--activation_checkpoint.mode", "selective", "--compile.enable", "true",
+        "--checkpoint.interval", "6", "--checkpoint.async_mode", "async", "--lr_scheduler.total_steps", "12",
+        "--lr_scheduler.warmup_steps", "4", "--validation.steps", "2", "--metrics.log_freq", "1",
+    ]  # fmt: skip
+    whole = run.train("resume-whole", *settings, "--training.steps", 12)
+    run.train("resume-parts", *settings, "--training.steps", 6)
+    parts = run.train("resume-parts", *settings, "--training.steps", 12)
+    difference = largest_difference(losses(whole), losses(parts))
+    if not difference < 5e-3:
+        raise Failed(f"the resumed run's losses differ by {difference:.1e}")
+    peak = max(record.get("peak_memory_gib", 0) for record in whole)
+    planned = json.loads(run.program("plan", *run.common, *settings, "--training.steps", 12, "--json"))
+    figures = {"difference": difference, "peak_gib": peak, "plan": planned, "last": whole[-1]}
+    return f"losses of the resumed run within {difference:.1e}; {peak:.2f} GiB at most", figures
+
+
+def deterministic(run: Run) -> tuple[str, Figures]:
+    """Twice the same run, and one resumed in between, with debug.deterministic: bit for bit."""
+    settings = [
+        "--model.flavor", "debug", "--debug.deterministic", "true", "--compile.enable", "true",
+        "--checkpoint.interval", "4", "--metrics.log_freq", "1", "--lr_scheduler.total_steps", "8",
+        "--training.seq_len", "128", "--validation.enable", "false",
+    ]  # fmt: skip
+    curves = [losses(run.train(f"deterministic-{name}", *settings, "--training.steps", 8)) for name in "ab"]
+    run.train("deterministic-c", *settings, "--training.steps", 4)
+    curves.append(losses(run.train("deterministic-c", *settings, "--training.steps", 8)))
+    if not curves[0] == curves[1] == curves[2]:
+        raise Failed(f"losses differ: {curves}")
+    return "the same losses bit for bit, resumed too", {"losses": curves[0]}
+
+
+def text(run: Run) -> tuple[str, Figures]:
+    """A small model, trained here; its greedy text on GPU, compiled on GPU, and on CPU, in fp32."""
+    run.train("text", "--model.flavor", "debug", "--training.steps", 60, "--training.seq_len", 128,
+              "--validation.enable", "false")  # fmt: skip
+    options = ["--prompt", "def f(", "--temperature", 0, "--max-new-tokens", 80, "--dtype", "float32"]
+    on_cpu = run.program("generate", "--checkpoint", run.out / "text", *options, environment={"CUDA_VISIBLE_DEVICES": ""})
+    eager = run.program("generate", "--checkpoint", run.out / "text", *options)
+    compiled = run.program("generate", "--checkpoint", run.out / "text", *options, "--compile")
+    texts = [printed.split("prefill")[0].rsplit("\n", 1)[0] for printed in (on_cpu, eager, compiled)]
+    if not texts[0] == texts[1]:
+        raise Failed(f"GPU and CPU: {texts[:2]}")
+    if texts[2] not in texts[1] and texts[1] not in texts[2]:
+        raise Failed(f"compiled: {texts[1:]}")
+    return "the same greedy text on GPU, compiled, and on CPU", {"text": texts[0]}
+
+
+def verify(run: Run) -> tuple[str, Figures]:
+    """``verify`` on one process: plain, with all that a GPU takes other kernels for, Muon, experts."""
+    kernels = [
+        "--compile.enable", "true", "--data.document_mask", "true", "--data.packing", "best_fit",
+        "--activation_checkpoint.mode", "selective",
+    ]  # fmt: skip
+    kinds = {
+        "plain": [],
+        "compiled, documents, selective": kernels,
+        "muon": ["--optimizer.name", "muon"],
+        "experts": ["--model.name", "qwen3_moe"],
+        "experts, compiled": ["--model.name", "qwen3_moe", *kernels],
+    }
+    failed = {}
+    for name, settings in kinds.items():
+        try:
+            run.program("verify", "--world-size", 1, *settings, "--model.flavor", "debug")
+        except Failed as error:
+            failed[name] = str(error)
+    if failed:
+        raise Failed(str(failed))
+    return f"everything agrees: {', '.join(kinds)}", {}
+
+
+def against_transformers(run: Run) -> tuple[str, Figures]:
+    """``verify --hf`` of the text part's model: logits, greedy text, loss, gradients."""
+    run.train("hf", "--model.flavor", "debug", "--training.steps", 20, "--training.seq_len", 128,
+              "--validation.enable", "false")  # fmt: skip
+    run.program("export-hf", "--checkpoint", run.out / "hf", "--output", run.out / "hf" / "exported")
+    for dtype in ("float32", "bfloat16"):
+        run.program("verify", "--hf", run.out / "hf" / "exported", "--dtype", dtype)
+    return "agrees with Transformers in float32 and bfloat16", {}
+
+
+def lora(run: Run) -> tuple[str, Figures]:
+    """Adapters on the exported model of a run, compiled."""
+    run.train("lora-base", "--model.flavor", "debug", "--training.steps", 10, "--training.seq_len", 128,
+              "--validation.enable", "false")  # fmt: skip
+    run.program("export-hf", "--checkpoint", run.out / "lora-base", "--output", run.out / "lora-base" / "exported")
+    metrics = run.train("lora", "--model.hf_assets_path", run.out / "lora-base" / "exported", "--lora.rank", 8,
+                        "--training.steps", 10, "--training.seq_len", 128, "--compile.enable", "true",
+                        "--validation.enable", "false", "--metrics.log_freq", 1)  # fmt: skip
+    curve = losses(metrics)
+    if not all(map(math.isfinite, curve.values())):
+        raise Failed(f"losses: {curve}")
+    return f"loss {curve[1]:.3f} to {curve[10]:.3f}", {"losses": curve}
+
+
+def experts(run: Run) -> tuple[str, Figures]:
+    """A mixture of experts, compiled, 20 steps."""
+    curve = losses(
+        run.train("experts", "--model.name", "qwen3_moe", "--model.flavor", "debug" if run.tiny else "small",
+                  "--training.steps", 20, "--compile.enable", "true", "--metrics.log_freq", 1,
+                  "--validation.enable", "false", "--training.seq_len", "128" if run.tiny else "512")
+    )  # fmt: skip
+    if not curve[20] < curve[1]:
+        raise Failed(f"losses: {curve}")
+    return f"loss {curve[1]:.3f} to {curve[20]:.3f}", {"losses": curve}
+
+
+LAYOUTS: dict[str, list[str]] = {
+    "dp2": [],
+    "dp2, compiled": ["--compile.enable", "true"],
+    "replicas": ["--parallelism.data_parallel_replicate_degree", "2"],
+    "tp2": ["--parallelism.tensor_parallel_degree", "2"],
+    "tp2, compiled": ["--parallelism.tensor_parallel_degree", "2", "--compile.enable", "true"],
+    "cp2, documents": ["--parallelism.context_parallel_degree", "2", "--data.document_mask", "true"],
+    "pp2": ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"],
+    "pp2, ZBV": ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2",
+                 "--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"],
+    "experts, ep2": ["--model.name", "qwen3_moe", "--parallelism.expert_parallel_degree", "2"],
+    "muon, dp2": ["--optimizer.name", "muon"],
+}  # fmt: skip
+
+
+def nccl(run: Run) -> tuple[str, Figures]:
+    """``verify`` of layouts of two ranks, over NCCL where it lets them share one GPU (2.30, by
+    NCCL_MULTI_RANK_GPU_ENABLE). On a CPU: over gloo."""
+    import torch
+
+    os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and torch.cuda.device_count() < 2 and torch.cuda.nccl.version() < (2, 30):
+        raise Failed(f"NCCL {torch.cuda.nccl.version()} lets no two ranks share a GPU; 2.30 does")
+    from torchtitan_style.config.files import DEFAULT_CONFIG
+    from torchtitan_style.launch.configure import load_config
+    from torchtitan_style.launch.torchrun import start_ranks
+    from torchtitan_style.verification.report import print_checks
+    from torchtitan_style.verification.run import compare_layout
+
+    def start(folder: Path) -> None:
+        module = "torchtitan_style.commands.verify_rank"
+        start_ranks(["--standalone"], module, [str(folder)], nproc=2, on_gpus=on_gpu)
+
+    found: dict[str, str] = {}
+    for name, settings in LAYOUTS.items():
+        config = load_config(DEFAULT_CONFIG, ["--model.flavor", "debug", *settings], world_size=2)
+        begin = time.perf_counter()
+        try:
+            checks = compare_layout(config, 2, on_gpus=on_gpu, start=start, say=print)
+            found[name] = "agrees" if all([print_checks(kind, of) for kind, of in checks.items()]) else "differs"
+        except (Exception, SystemExit) as error:
+            found[name] = f"failed: {error}"
+        print(f"== {name}: {found[name]}, {time.perf_counter() - begin:.0f} s", flush=True)
+    if wrong := {name: said for name, said in found.items() if said != "agrees"}:
+        raise Failed(f"{wrong}; the others agree: {[name for name in found if name not in wrong]}")
+    return f"agree with one process: {', '.join(found)}", found
+
+
+def two_ranks(run: Run) -> tuple[str, Figures]:
+    """A whole run of two ranks that share a GPU: trained, saved in the background, resumed on one."""
+    if run.tiny:
+        return "not with --tiny", {}
+    environment = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    folder = run.out / "two-ranks"
+    settings = [
+        "--job.dump_folder", folder, *run.common, "--model.flavor", "debug", "--training.seq_len", 128,
+        "--checkpoint.interval", 4, "--checkpoint.async_mode", "async", "--metrics.log_freq", 1,
+        "--lr_scheduler.total_steps", 12, "--training.global_batch_size", 8, "--training.local_batch_size", 4,
+    ]  # fmt: skip
+    launch = ["-m", "torchtitan_style.launch"]
+    run.python(*launch, *settings, "--training.steps", 6, environment=environment | {"NPROC": "2"})
+    run.python(*launch, *settings, "--training.steps", 8, "--parallelism.tensor_parallel_degree", 2,
+               environment=environment | {"NPROC": "2"})  # fmt: skip
+    run.python(*launch, *settings, "--training.steps", 12, environment={"NPROC": "1"})
+    curve = losses(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    alone = losses(run.train("one-rank", *settings[3:], "--training.steps", 12))
+    difference = largest_difference(alone, curve)
+    if not difference < 5e-3:
+        raise Failed(f"dp2, then tp2, then one rank: losses differ from one rank's by {difference:.1e}")
+    return f"dp2, then tp2, then one rank: losses within {difference:.1e} of one rank's", {"losses": curve}
+
+
+# What is measured
+
+
+def peak(run: Run) -> tuple[str, Figures]:
+    run.python("benchmarks/device_peak.py", "--json", run.out / "device_peak.json")
+    figures = json.loads((run.out / "device_peak.json").read_text())
+    return f"{figures['flops'] / 1e12:,.1f} TFLOP/s, {figures['bytes_per_second'] / 1e9:,.0f} GB/s", figures
+
+
+def step(flavor: str, rows: int, *more: str) -> Callable[[Run], tuple[str, Figures]]:
+    def measure(run: Run) -> tuple[str, Figures]:
+        name, size = (run.flavor, 128) if run.tiny else (flavor, 4096)
+        path = run.out / f"step-{flavor}.json"
+        contenders = ("ours, a graph per block", "HF loop, compiled", "large matmuls")
+        only = [part for contender in contenders for part in ("--only", contender)]
+        printed = run.python(
+            "benchmarks/train_step.py", "--model", name, "--rows", rows, "--seq-len", size, "--repeats", 3,
+            "--steps", 4, *only, "--json", path, *more,
+        )  # fmt: skip
+        lines = [line.strip() for line in printed.splitlines() if line.startswith(("ours", "HF"))]
+        return " | ".join(line for line in lines if "first step after" not in line), json.loads(path.read_text())
+
+    measure.__doc__ = f"A step of {flavor} beside Transformers' and large matrix products."
+    return measure
+
+
+def kernels(run: Run) -> tuple[str, Figures]:
+    """Where a step's time goes: its kernels, by time, and how long the GPU stood still."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from train_step import make_config, step_on, tokens
+
+    from torchtitan_style.common.device import current_device, synchronize
+    from torchtitan_style.config.layout import plan_layout
+    from torchtitan_style.distributed.world import init_world
+    from torchtitan_style.models.registry import model_config
+
+    rows, size = (2, 128) if run.tiny else (4, 4096)
+    arguments = argparse.Namespace(model=run.flavor, rows=rows, seq_len=size, recompute="none", ours=[])
+    device = current_device()
+    config = make_config(arguments, "--compile.enable", "true")
+    world = init_world(plan_layout(config.parallelism, 1), timeout_seconds=600)
+    take = step_on(tokens(model_config(config.model), arguments, device.type), config, world)
+    for _ in range(4):
+        take()
+    synchronize(device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    begin = time.perf_counter()
+    for _ in range(3):
+        take()
+    synchronize(device)
+    plain = (time.perf_counter() - begin) / 3
+    with profile(activities=activities) as profiler:
+        for _ in range(3):
+            take()
+        synchronize(device)
+    sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=sort, row_limit=45, max_name_column_width=90))
+    if device.type == "cuda":
+        profiler.export_chrome_trace(str(run.out / "step.trace.json.gz"))
+        busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 3 / 1e6
+        return f"a step takes {plain * 1e3:.1f} ms, kernels {busy * 1e3:.1f} ms of it", {"step": plain, "busy": busy}
+    return f"a step takes {plain * 1e3:.1f} ms", {"step": plain}
+
+
+def generation(run: Run) -> tuple[str, Figures]:
+    """Prefill and decoding beside Transformers, uncompiled and compiled."""
+    small = ["--new", 16, "--repeats", 1, "--prompt", 16] if run.tiny else ["--new", 128, "--repeats", 3]
+    printed = run.python("benchmarks/generate.py", "--flavor", run.flavor, *small, "--compile")
+    lines = [line for line in printed.splitlines() if line.startswith(("batch", "ours", "HF", "memory"))]
+    return " | ".join(" ".join(line.split()) for line in lines), {"printed": printed}
+
+
+def checkpoint(run: Run) -> tuple[str, Figures]:
+    """How long training waits for a checkpoint, and how long one takes."""
+    printed = run.python("benchmarks/checkpoint.py", "--repeats", 2, "--folder", run.out,
+                         "--layers", 2 if run.tiny else 12, "--output", run.out / "checkpoints.json")  # fmt: skip
+    return " | ".join(printed.strip().splitlines()[-6:]), {"printed": printed}
+
+
+@dataclass(frozen=True)
+class Part:
+    action: Callable[[Run], tuple[str, Figures]]
+    seconds: int
+    """At most."""
+
+
+CHECKS = {
+    "about": Part(about, 60),
+    "cuda_tests": Part(cuda_tests, 330),
+    "masks": Part(masks, 200),
+    "resume": Part(resume, 330),
+    "deterministic": Part(deterministic, 300),
+    "text": Part(text, 300),
+    "verify": Part(verify, 330),
+    "against_transformers": Part(against_transformers, 200),
+    "lora": Part(lora, 200),
+    "experts": Part(experts, 200),
+    "nccl": Part(nccl, 400),
+    "two_ranks": Part(two_ranks, 250),
+}
+SPEED = {
+    "peak": Part(peak, 60),
+    "step-0.6B": Part(step("0.6B", 4), 150),
+    "kernels": Part(kernels, 100),
+    "generation": Part(generation, 150),
+    "step-1.7B": Part(step("1.7B", 2), 150),
+    "checkpoint": Part(checkpoint, 100),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("parts", nargs="+", help=f"checks, speed, or any of {', '.join([*CHECKS, *SPEED])}")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--at-once", type=int, default=8, help="checks that run side by side")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options.out.resolve(), options.tiny)
+    if options.here:
+        return work(options.parts[0], run)
+    groups: dict[str, dict[str, Part]] = {"checks": CHECKS, "speed": SPEED}
+    names = [name for part in options.parts for name in groups.get(part, {part: None})]
+    if unknown := [name for name in names if name not in CHECKS | SPEED]:
+        parser.error(f"there is no part {unknown[0]}")
+    begin = time.perf_counter()
+    if not (run.out / "tokenizer").is_dir() and set(names) - {"about", "peak", "masks", "kernels", "generation"}:
+        prepare(run)
+        print(f"prepared in {time.perf_counter() - begin:.0f} s", flush=True)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        good = list(pool.map(lambda name: start(name, run), [name for name in names if name in CHECKS]))
+    good += [start(name, run) for name in names if name in SPEED]  # alone, as they are timed
+    print(f"{sum(good)} of {len(good)} parts are good, {time.perf_counter() - begin:.0f} s; more in {run.out}")
+    return 0 if all(good) else 1
+
+
+def prepare(run: Run) -> None:
+    """A tokenizer for all parts."""
+    folder = run.out / "first"
+    run_quietly = ["-m", "torchtitan_style", "prepare", "--job.dump_folder", str(folder), "--model.flavor", "debug"]
+    subprocess.run([sys.executable, *run_quietly], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (folder / "tokenizer").rename(run.out / "tokenizer")
+
+
+def start(name: str, run: Run) -> bool:
+    """Run a part in a process of its own; print and keep its verdict."""
+    seconds = (CHECKS | SPEED)[name].seconds
+    command = [sys.executable, __file__, str(run.out), name, "--here", *(["--tiny"] if run.tiny else [])]
+    begin = time.perf_counter()
+    result = run.out / f"{name}.json"
+    result.unlink(missing_ok=True)
+    with (run.out / f"{name}.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(seconds)
+            said = "ended without a verdict"
+        except subprocess.TimeoutExpired:
+            said = f"took more than {seconds} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
+    found = json.loads(result.read_text()) if result.is_file() else {"good": False, "verdict": said}
+    found["seconds"] = round(time.perf_counter() - begin, 1)
+    result.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{'good' if found['good'] else 'BAD '} {name} ({found['seconds']:.0f} s): {found['verdict']}", flush=True)
+    return bool(found["good"])
+
+
+def work(name: str, run: Run) -> int:
+    good, figures = True, {}
+    try:
+        verdict, figures = (CHECKS | SPEED)[name].action(run)
+    except Failed as error:
+        good, verdict = False, str(error)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        good, verdict = False, f"{type(error).__name__}: {error}"
+    answer = {"good": good, "verdict": verdict, "figures": figures}
+    (run.out / f"{name}.json").write_text(json.dumps(answer, default=str))
+    sys.stdout.flush()
+    os._exit(0)  # no process group is left at once
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
