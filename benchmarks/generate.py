@@ -23,10 +23,10 @@ import transformers
 from torchtitan_style.common.device import current_device, fastest_dtype, name, synchronize
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
 from torchtitan_style.inference.cache import KVCache
-from torchtitan_style.inference.compiled import CompiledStep
 from torchtitan_style.inference.decode import Decoder
 from torchtitan_style.inference.sampling import Sampler
 from torchtitan_style.inference.settings import Sampling
+from torchtitan_style.inference.step import DecodingStep
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 from torchtitan_style.models.qwen3.hf import to_hf
 from torchtitan_style.models.qwen3.inference import fuse
@@ -36,7 +36,7 @@ Run = Callable[[torch.Tensor, int], tuple[float, float, torch.Tensor]]
 """(prompts [B, T], new tokens) → seconds of prefill, seconds of decode, new tokens [B, N]."""
 
 
-def ours(model: Qwen3ForCausalLM, config: Qwen3Config, *, step: CompiledStep | None = None) -> Run:
+def ours(model: Qwen3ForCausalLM, config: Qwen3Config, *, step: DecodingStep | None = None) -> Run:
     def run(prompts: torch.Tensor, new: int) -> tuple[float, float, torch.Tensor]:
         sampler = Sampler(Sampling(temperature=0.0), seeds=range(len(prompts)))
         cache = KVCache(config.windows, capacity=prompts.shape[1] + new)
@@ -126,14 +126,15 @@ def main() -> None:
     options.dtype = str(dtype).removeprefix("torch.")
     multiply_in_fp32(dtype, device)  # for Transformers too, which has much to gain
     model, hf = build(config, dtype, device, compile=options.compile)
+    replayed = DecodingStep(model, config, device, compile=False) if device.type == "cuda" else None
     contenders = {
-        "ours": ours(model, config),
+        "ours": ours(model, config, step=replayed),
         "HF, dynamic cache": theirs(hf, cache="dynamic", compile=False),
         "HF, static cache": theirs(hf, cache="static", compile=False),
     }
     if options.compile:
         begin = time.perf_counter()
-        step = CompiledStep(model, config, device)
+        step = DecodingStep(model, config, device, compile=True)
         for rows in options.batch:
             step.prepare(rows)
         print(f"compiled in {time.perf_counter() - begin:.1f} s")

@@ -97,7 +97,7 @@ def about(run: Run) -> tuple[str, Figures]:
     figures: Figures = machine(device.type) | {"compiler": compiler_problem(device) or "works"}
     if device.type == "cuda":
         figures |= {
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "nccl": ".".join(map(str, nccl_version())),
             "cudnn": torch.backends.cudnn.version(),
             "data_sheet_flops": peak_flops(device, torch.bfloat16),
             "memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1),
@@ -216,19 +216,24 @@ def deterministic(run: Run) -> tuple[str, Figures]:
 
 
 def text(run: Run) -> tuple[str, Figures]:
-    """A small model, trained here; its greedy text on GPU, compiled on GPU, and on CPU, in fp32."""
+    """A small model, trained here; its greedy texts after prompts of several lengths on GPU, compiled on GPU, and on
+    CPU, in fp32."""
     run.train("text", "--model.flavor", "debug", "--training.steps", 60, "--training.seq_len", 128,
               "--validation.enable", "false")  # fmt: skip
-    options = ["--prompt", "def f(", "--temperature", 0, "--max-new-tokens", 80, "--dtype", "float32"]
-    on_cpu = run.program("generate", "--checkpoint", run.out / "text", *options, environment={"CUDA_VISIBLE_DEVICES": ""})
-    eager = run.program("generate", "--checkpoint", run.out / "text", *options)
-    compiled = run.program("generate", "--checkpoint", run.out / "text", *options, "--compile")
-    texts = [printed.split("prefill")[0].rsplit("\n", 1)[0] for printed in (on_cpu, eager, compiled)]
-    if not texts[0] == texts[1]:
-        raise Failed(f"GPU and CPU: {texts[:2]}")
-    if texts[2] not in texts[1] and texts[1] not in texts[2]:
-        raise Failed(f"compiled: {texts[1:]}")
-    return "the same greedy text on GPU, compiled, and on CPU", {"text": texts[0]}
+    options = ["generate", "--checkpoint", run.out / "text", "--temperature", 0, "--max-new-tokens", 400, "--json",
+               "--dtype", "float32", "--prompt", "def f(", "--prompt", "import os, sys\n\nclass A"]  # fmt: skip
+    printed = {
+        "CPU": run.program(*options, environment={"CUDA_VISIBLE_DEVICES": ""}),
+        "GPU": run.program(*options),
+        "GPU, compiled": run.program(*options, "--compile"),
+    }
+    texts = {
+        where: [json.loads(line)["text"] for line in lines.splitlines() if line.startswith("{")]
+        for where, lines in printed.items()
+    }
+    if not texts["CPU"] == texts["GPU"] == texts["GPU, compiled"] or len(texts["CPU"]) != 2:
+        raise Failed(f"the texts differ: {texts}")
+    return "the same greedy texts on GPU, compiled, and on CPU", {"texts": texts["CPU"]}
 
 
 def verify(run: Run) -> tuple[str, Figures]:
@@ -306,6 +311,21 @@ LAYOUTS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+def nccl_version() -> tuple[int, int, int]:
+    """Of the library that is loaded: torch tells which it was built with."""
+    import ctypes
+
+    import torch
+
+    number = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("libnccl.so.2")
+    except OSError:
+        return torch.cuda.nccl.version()
+    library.ncclGetVersion(ctypes.byref(number))
+    return number.value // 10000, number.value // 100 % 100, number.value % 100
+
+
 def nccl(run: Run) -> tuple[str, Figures]:
     """``verify`` of layouts of two ranks, over NCCL where it lets them share one GPU (2.30, by
     NCCL_MULTI_RANK_GPU_ENABLE). On a CPU: over gloo."""
@@ -313,8 +333,8 @@ def nccl(run: Run) -> tuple[str, Figures]:
 
     os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     on_gpu = torch.cuda.is_available()
-    if on_gpu and torch.cuda.device_count() < 2 and torch.cuda.nccl.version() < (2, 30):
-        raise Failed(f"NCCL {torch.cuda.nccl.version()} lets no two ranks share a GPU; 2.30 does")
+    if on_gpu and torch.cuda.device_count() < 2 and nccl_version() < (2, 30):
+        raise Failed(f"NCCL {nccl_version()} lets no two ranks share a GPU; 2.30 does")
     from torchtitan_style.config.files import DEFAULT_CONFIG
     from torchtitan_style.launch.configure import load_config
     from torchtitan_style.launch.torchrun import start_ranks
@@ -331,7 +351,7 @@ def nccl(run: Run) -> tuple[str, Figures]:
         begin = time.perf_counter()
         try:
             checks = compare_layout(config, 2, on_gpus=on_gpu, start=start, say=print)
-            found[name] = "agrees" if all([print_checks(kind, of) for kind, of in checks.items()]) else "differs"
+            found[name] = "agrees" if sum(map(print_checks, checks, checks.values())) == len(checks) else "differs"
         except (Exception, SystemExit) as error:
             found[name] = f"failed: {error}"
         print(f"== {name}: {found[name]}, {time.perf_counter() - begin:.0f} s", flush=True)
@@ -351,11 +371,12 @@ def two_ranks(run: Run) -> tuple[str, Figures]:
         "--checkpoint.interval", 4, "--checkpoint.async_mode", "async", "--metrics.log_freq", 1,
         "--lr_scheduler.total_steps", 12, "--training.global_batch_size", 8, "--training.local_batch_size", 4,
     ]  # fmt: skip
-    launch = ["-m", "torchtitan_style.launch"]
-    run.python(*launch, *settings, "--training.steps", 6, environment=environment | {"NPROC": "2"})
-    run.python(*launch, *settings, "--training.steps", 8, "--parallelism.tensor_parallel_degree", 2,
-               environment=environment | {"NPROC": "2"})  # fmt: skip
-    run.python(*launch, *settings, "--training.steps", 12, environment={"NPROC": "1"})
+    # By torchrun itself: the launcher refuses more processes than there are GPUs.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "torchtitan_style", "train"]
+    run.python(*torchrun, *settings, "--training.steps", 6, environment=environment)
+    run.python(*torchrun, *settings, "--training.steps", 8, "--parallelism.tensor_parallel_degree", 2,
+               environment=environment)  # fmt: skip
+    run.program("train", *settings, "--training.steps", 12)
     curve = losses(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     alone = losses(run.train("one-rank", *settings[3:], "--training.steps", 12))
     difference = largest_difference(alone, curve)
@@ -392,7 +413,6 @@ def step(flavor: str, rows: int, *more: str) -> Callable[[Run], tuple[str, Figur
 
 def kernels(run: Run) -> tuple[str, Figures]:
     """Where a step's time goes: its kernels, by time, and how long the GPU stood still."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
     from train_step import make_config, step_on, tokens
 
@@ -427,6 +447,66 @@ def kernels(run: Run) -> tuple[str, Figures]:
         busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 3 / 1e6
         return f"a step takes {plain * 1e3:.1f} ms, kernels {busy * 1e3:.1f} ms of it", {"step": plain, "busy": busy}
     return f"a step takes {plain * 1e3:.1f} ms", {"step": plain}
+
+
+def decoding(run: Run) -> tuple[str, Figures]:
+    """Where a new token's time goes: the step alone, with the draw after it, and its kernels."""
+    import generate as benchmark
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from torchtitan_style.common.device import current_device, fastest_dtype, synchronize
+    from torchtitan_style.inference.cache import KVCache
+    from torchtitan_style.inference.decode import Decoder
+    from torchtitan_style.inference.sampling import Sampler
+    from torchtitan_style.inference.settings import Sampling
+    from torchtitan_style.inference.step import DecodingStep
+    from torchtitan_style.models.qwen3.config import FLAVORS
+
+    device, config = current_device(), FLAVORS[run.flavor]
+    model, _ = benchmark.build(config, fastest_dtype(device), device, compile=True)
+    settings = {
+        "greedy": Sampling(temperature=0.0),
+        "top-k and top-p": Sampling(temperature=0.6, top_k=20, top_p=0.95),
+        "all tokens": Sampling(temperature=1.0),
+    }
+    figures: Figures = {}
+    for compiled in (False, True):
+        step = DecodingStep(model, config, device, compile=compiled)
+        step.prepare(1)
+        kind = "compiled" if compiled else "as it is"
+        for prompt in (100, 2000):
+            cache = KVCache(config.windows, capacity=prompt + 300)
+            with torch.inference_mode():
+                ids = torch.zeros(1, prompt, dtype=torch.long, device=device)
+                model(ids, positions=cache.positions(ids), cache=cache)
+                cache.advance(prompt)
+                for count in (5, 50):
+                    synchronize(device)
+                    begin = time.perf_counter()
+                    for _ in range(count):
+                        step(ids[:, :1], cache=cache)
+                        cache.advance(1)
+                    synchronize(device)
+                figures[f"step, {kind}, after {prompt}"] = (time.perf_counter() - begin) / 50
+        for name, sampling in settings.items():
+            decoder = Decoder(model, [[1] * 100], Sampler(sampling, seeds=[0]), cache=KVCache(config.windows),
+                              device=device, step=step)  # fmt: skip
+            tokens = iter(decoder)
+            for _ in range(10):
+                next(tokens)
+            begin = time.perf_counter()
+            for _ in range(100):
+                next(tokens)
+            figures[f"token, {kind}, {name}"] = (time.perf_counter() - begin) / 100
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with profile(activities=activities) as profiler:
+            for _ in range(10):
+                next(tokens)
+            synchronize(device)
+        sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=90))
+    return " | ".join(f"{key}: {value * 1e3:.3f} ms" for key, value in figures.items()), figures
 
 
 def generation(run: Run) -> tuple[str, Figures]:
@@ -469,10 +549,14 @@ SPEED = {
     "peak": Part(peak, 60),
     "step-0.6B": Part(step("0.6B", 4), 150),
     "kernels": Part(kernels, 100),
+    "decoding": Part(decoding, 100),
     "generation": Part(generation, 150),
     "step-1.7B": Part(step("1.7B", 2), 150),
     "checkpoint": Part(checkpoint, 100),
 }
+
+WITHOUT_TEXT = {"about", "cuda_tests", "masks", "verify", "nccl", "peak", "kernels", "decoding", "generation"}
+"""Parts that need no tokenizer."""
 
 
 def main() -> int:
@@ -492,7 +576,14 @@ def main() -> int:
     if unknown := [name for name in names if name not in CHECKS | SPEED]:
         parser.error(f"there is no part {unknown[0]}")
     begin = time.perf_counter()
-    if not (run.out / "tokenizer").is_dir() and set(names) - {"about", "peak", "masks", "kernels", "generation"}:
+    if not (run.out / "tokenizer").is_dir() and set(names) - {
+        "about",
+        "peak",
+        "masks",
+        "kernels",
+        "decoding",
+        "generation",
+    }:
         prepare(run)
         print(f"prepared in {time.perf_counter() - begin:.0f} s", flush=True)
     with ThreadPoolExecutor(options.at_once) as pool:

@@ -18,10 +18,10 @@ from tiny_hf import hf_model, write_tokenizer
 from torchtitan_style import load_model
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.inference.cache import KVCache
-from torchtitan_style.inference.compiled import CompiledStep
 from torchtitan_style.inference.decode import Decoder
 from torchtitan_style.inference.sampling import Sampler
 from torchtitan_style.inference.settings import Sampling
+from torchtitan_style.inference.step import DecodingStep
 from torchtitan_style.models.qwen3.inference import fuse
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
 
@@ -40,8 +40,8 @@ def model() -> Qwen3ForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def step(model: Qwen3ForCausalLM) -> CompiledStep:
-    step = CompiledStep(model, CONFIG, CPU)
+def step(model: Qwen3ForCausalLM) -> DecodingStep:
+    step = DecodingStep(model, CONFIG, CPU, compile=True)
     step.prepare(1)
     step.prepare(2)
     return step
@@ -62,7 +62,7 @@ def step(model: Qwen3ForCausalLM) -> CompiledStep:
     ],
 )
 def test_every_step_has_the_logits_of_the_model_and_nothing_is_compiled_again(
-    model: Qwen3ForCausalLM, step: CompiledStep, rows: int, prompt: int, capacity: int
+    model: Qwen3ForCausalLM, step: DecodingStep, rows: int, prompt: int, capacity: int
 ) -> None:
     ids = tokens(rows, prompt + 12)
     whole = random_model(CONFIG)
@@ -80,7 +80,7 @@ def test_every_step_has_the_logits_of_the_model_and_nothing_is_compiled_again(
         assert_close(found, whole(torch.cat((ids, more), dim=1))[:, -1])
 
 
-def drawn(model: Qwen3ForCausalLM, prompts: list[list[int]], step: CompiledStep | None, temperature: float) -> list:
+def drawn(model: Qwen3ForCausalLM, prompts: list[list[int]], step: DecodingStep | None, temperature: float) -> list:
     sampler = Sampler(Sampling(temperature=temperature), seeds=range(len(prompts)))
     longest = max(map(len, prompts))
     cache = KVCache(model.config.windows, padding=[longest - len(prompt) for prompt in prompts])
@@ -101,7 +101,7 @@ def drawn(model: Qwen3ForCausalLM, prompts: list[list[int]], step: CompiledStep 
     ids=["a row", "padded rows, a padded one left"],
 )
 def test_the_tokens_are_the_same(
-    model: Qwen3ForCausalLM, step: CompiledStep, prompts: list[list[int]], temperature: float
+    model: Qwen3ForCausalLM, step: DecodingStep, prompts: list[list[int]], temperature: float
 ) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         assert drawn(model, prompts, step, temperature) == drawn(model, prompts, None, temperature)
@@ -117,7 +117,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_in_a_guard_is_not_lost(model: Qwen3ForCausalLM, step: CompiledStep) -> None:
+def test_ctrl_c_in_a_guard_is_not_lost(model: Qwen3ForCausalLM, step: DecodingStep) -> None:
     def interrupt(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename == torch._dynamo.guards.__file__:
             sys.setprofile(None)

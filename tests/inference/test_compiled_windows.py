@@ -8,7 +8,7 @@ import torch
 from test_cache import BASE, WINDOW, assert_close, random_model, tokens
 
 from torchtitan_style.inference.cache import KVCache
-from torchtitan_style.inference.compiled import CompiledStep
+from torchtitan_style.inference.step import DecodingStep
 from torchtitan_style.models.qwen3.inference import fuse
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def test_a_wide_window_is_filled_and_left_behind_in_the_same_graph() -> None:
     config = dataclasses.replace(CONFIG, sliding_window=100)
     model, whole = random_model(config), random_model(config)
     fuse(model, compile=True)
-    step = CompiledStep(model, config, CPU)
+    step = DecodingStep(model, config, CPU, compile=True)
     step.prepare(1)
     ids = tokens(1, 140)
     cache = KVCache(model.config.windows, capacity=256)

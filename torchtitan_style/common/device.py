@@ -11,6 +11,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def current_device() -> torch.device:
         index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        # What is to be computed in fp32 is.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         return device
     return torch.device("cpu")
 

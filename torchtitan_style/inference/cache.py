@@ -12,6 +12,8 @@ Shapes: B rows, T new positions, S positions that the cache returns, K key/value
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,8 +23,13 @@ from torchtitan_style.models.spec import ModelConfig
 _BLOCK = 256
 """Positions that the storage grows by, at least."""
 
+Slots = list[tuple[Tensor, Tensor]]
+"""Of each layer, keys and values [B, K, S, D]."""
+
 _SLOTS = 64
 """Slots that a compiled step is given are a multiple of it: it attends to all of them."""
+
+_storages = itertools.count()
 
 
 def bytes_per_token(config: ModelConfig, bytes_each: int = 2) -> int:
@@ -46,11 +53,14 @@ class KVCache:
         self.windows = windows
         self.length = 0
         """Positions written so far, padding included."""
+        self.storage = next(_storages)
+        """Another number for each storage of any cache: it changes when this one's keys and values move."""
         self._padding = torch.tensor(padding) if padding and any(padding) else None  # [B]
         self._capacity = capacity
         self._keys: list[Tensor | None] = [None] * len(windows)  # [B, K, capacity or window, D]
         self._values: list[Tensor | None] = [None] * len(windows)
         self._masks: dict[tuple[int | None, int], Tensor | None] = {}  # of this forward pass
+        self._given: tuple[tuple[int, int], Slots] | None = None  # the slots that were last asked for
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +76,8 @@ class KVCache:
         """How many of the first positions of each row of ``ids`` are padding, [B]."""
         if self._padding is None:
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        return self._padding.to(ids.device)
+        self._padding = self._padding.to(ids.device)
+        return self._padding
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add k, v [B, K, T, D] of ``layer``. All its queries may see, [B, K, S, D], and which of it they do.
@@ -93,13 +104,15 @@ class KVCache:
             keys, values = keys[:, :, :stop], values[:, :, :stop]
         return keys, values, self._mask(window, t, keys.shape[2], k.device)
 
-    def slots(self) -> list[tuple[Tensor, Tensor]]:
+    def slots(self, step: int = _SLOTS) -> Slots:
         """Of each layer the storage of keys and values [B, K, S, D], with room for one more position, to write there.
 
-        S is a multiple of 64 above the positions so far, or the window if that is less. Position i is in slot i % S.
-        All of a storage is never given: that would be contiguous, for which a compiler makes another graph.
+        S is a multiple of ``step`` above the positions so far, or the window if that is less. Position i is in slot
+        i % S. All of a storage is never given: that would be contiguous, for which a compiler makes another graph.
         """
-        above = (self.length // _SLOTS + 1) * _SLOTS
+        above = (self.length // step + 1) * step
+        if self._given is not None and self._given[0] == (self.storage, above):
+            return self._given[1]
         found = []
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             assert keys is not None
@@ -109,6 +122,7 @@ class KVCache:
                 keys, values = self._grown(layer, keys, s), self._grown(layer, values, s)
                 self._keys[layer], self._values[layer] = keys, values
             found.append((keys[:, :, :s], values[:, :, :s]))
+        self._given = (self.storage, above), found
         return found
 
     def advance(self, t: int) -> None:
@@ -125,6 +139,7 @@ class KVCache:
             for layer, x in enumerate(stored):
                 stored[layer] = None if x is None else x[index.to(x.device)]
         self._masks.clear()
+        self.storage = next(_storages)
 
     def truncate(self, length: int) -> int:
         """Forget the positions from ``length`` on; returns how many are left.
@@ -142,12 +157,14 @@ class KVCache:
 
     def _room(self, layer: int, x: Tensor, positions: int) -> Tensor:
         """New storage for ``positions`` of ``layer``, of the kind of ``x``."""
+        self.storage = next(_storages)
         return x.new_zeros(x.shape[0], x.shape[1], self.windows[layer] or positions, x.shape[3])
 
     def _grown(self, layer: int, x: Tensor, positions: int) -> Tensor:
         """Storage with what is in ``x``, for more than ``positions``: half as much again, so that copies are rare. A
         ring has one slot more, which it does not use."""
         if self.windows[layer] is not None:
+            self.storage = next(_storages)
             return F.pad(x, (0, 0, 0, 1))
         room = self._room(layer, x, -(-3 * positions // (2 * _BLOCK)) * _BLOCK)
         room[:, :, : self.length] = x[:, :, : self.length]

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cache import KVCache
-from .compiled import CompiledStep
 from .sampling import Sampler
+from .step import DecodingStep
 
 _PREFILL = 1024
 """Positions of a row that go through the model at once: the memory that they take is bounded, and Ctrl-C is heard."""
@@ -78,7 +78,7 @@ class Decoder:
         cache: KVCache,
         device: torch.device,
         copies: int = 1,
-        step: CompiledStep | None = None,
+        step: DecodingStep | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model, self.cache, self.sampler, self.group, self.device = model, cache, sampler, group, device
@@ -132,6 +132,8 @@ class Decoder:
 
     def _forward(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
+            if len(ids) == 1:
+                self.fed += ids[0].tolist()
             ids = ids.to(self.device)
             step = self._step
             if step is not None and ids.shape[1] == 1 and self.cache.length and step.ready(len(ids)):
@@ -139,8 +141,6 @@ class Decoder:
             else:
                 logits = self.model(ids, positions=self.cache.positions(ids), cache=self.cache)
             self.cache.advance(ids.shape[1])
-            if len(ids) == 1:
-                self.fed += ids[0].tolist()
             return logits[:, -1]
 
     def _pick(self, logits: Tensor) -> list[int]:

@@ -20,10 +20,10 @@ from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.models.spec import ModelConfig
 
 from .cache import KVCache, bytes_per_token
-from .compiled import CompiledStep
 from .decode import Decoder, Speed
 from .sampling import Sampler
 from .settings import Sampling
+from .step import DecodingStep
 from .text import TextStream
 
 Finish = Literal["stop", "length", "positions"]
@@ -70,7 +70,7 @@ class TextModel:
         device: torch.device,
         stop_tokens: set[int],
         sampling: Sampling,
-        step: CompiledStep | None = None,
+        step: DecodingStep | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model, self.config, self.tokenizer, self.assets = model, config, tokenizer, assets

@@ -28,9 +28,9 @@ from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 
-from .compiled import CompiledStep
 from .generate import TextModel
 from .settings import Sampling
+from .step import DecodingStep
 
 __all__ = ["load_model"]
 
@@ -104,7 +104,7 @@ def _load(
         device=device,
         stop_tokens=stop_tokens,
         sampling=sampling,
-        step=CompiledStep(model, found.config, device) if compile else None,
+        step=_step(model, found, device, compile=compile) if ranks == 1 else None,
         group=None if tp_mesh is None else tp_mesh.get_group(),
     )
 
@@ -134,6 +134,13 @@ def _build(
     if form is not None:
         form.fuse(model, group=None if tp_mesh is None else tp_mesh.get_group(), compile=compile)
     return model
+
+
+def _step(model: Any, found: HFFolder | SavedModel, device: torch.device, *, compile: bool) -> DecodingStep | None:
+    """How to decode a token on one device other than by calling the model; None: by that."""
+    if not compile and (device.type != "cuda" or found.spec.inference is None):
+        return None
+    return DecodingStep(model, found.config, device, compile=compile)
 
 
 def _dtype(named: torch.dtype | str | None) -> torch.dtype | None:

@@ -37,14 +37,15 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
         least = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if sampling.top_p < 1.0:
-        logits = _top_p(logits, sampling.top_p)
+        logits = _top_p(logits, sampling.top_p, among=sampling.top_k)
     if sampling.min_p > 0.0:
         least = logits.max(dim=-1, keepdim=True).values + math.log(sampling.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
     return logits
 
 
-def _top_p(logits: Tensor, top_p: float) -> Tensor:
+def _top_p(logits: Tensor, top_p: float, *, among: int) -> Tensor:
+    """among: how many tokens are left in each row, or 0 for all; equally likely ones may make it some more."""
     total = logits.logsumexp(dim=-1, keepdim=True)
     for count in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
         values, tokens = logits.topk(count)  # the likeliest first
@@ -52,7 +53,8 @@ def _top_p(logits: Tensor, top_p: float) -> Tensor:
         before = probabilities.cumsum(dim=-1) - probabilities
         dropped = before >= top_p
         dropped[:, 0] = False
-        if dropped[:, -1].all():  # else the nucleus may go on beyond the candidates
+        # Else the nucleus may go on beyond the candidates. To look is to wait for a GPU.
+        if (logits.is_cuda and 0 < 2 * among <= count) or dropped[:, -1].all():
             break
     kept = values.masked_fill(dropped, -math.inf)
     return torch.full_like(logits, -math.inf).scatter(-1, tokens, kept)
@@ -85,17 +87,18 @@ class Sampler:
                 self._seen[row, list(prompt)] = True
         logits = filter_logits(logits, sampling, self._seen)
         highest, tokens = logits.max(dim=-1)  # of several the first; a third of argmax's time on CPU
-        if not highest.isfinite().all():
+        if sampling.temperature > 0.0:
+            # Where the highest is no number, so are all sums, and a search ends behind the last token.
+            tokens = _draw(logits, highest, [draw.random() for draw in self._draws]).clamp(max=logits.shape[-1] - 1)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        picked, finite = torch.stack((tokens, highest.isfinite())).tolist()  # together, as a GPU is waited for here
+        if not all(finite):
             raise UserError(
                 "the model's logits are no numbers: its weights are damaged or do not fit the type that it computes "
                 "in, or the temperature or the repetition penalty is too small"
             )
-        if sampling.temperature > 0.0:
-            tokens = _draw(logits, highest, [draw.random() for draw in self._draws])
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
-        picked: list[int] = tokens.tolist()
-        return picked
+        return list(picked)
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
@@ -111,5 +114,6 @@ def _draw(logits: Tensor, highest: Tensor, uniform: list[float]) -> Tensor:
     weights = (logits - highest[:, None]).exp()
     # Ten thousand small numbers are added up: in fp32 the last ones would be lost.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    at = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    drawn = torch.tensor(uniform, dtype=torch.float64).to(logits.device, non_blocking=True)
+    at = drawn[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True)[:, 0]

@@ -1,7 +1,7 @@
 """Matrix products of several experts as one operation, which a compiler takes as it is.
 
-``torch.nn.functional.grouped_mm`` has no compiled form on CPU, and torch 2.13 refuses to trace it in fp32 although it
-runs: there it is wrapped into an operation with a gradient of its own.
+``torch.nn.functional.grouped_mm`` has no compiled form on CPU, and torch refuses to trace it in fp32 on any device
+although it runs: there it is wrapped into an operation with a gradient of its own.
 
 Shapes: M rows, E experts, O features out, K features in.
 """
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each expert's weight times its rows. rows: [M, K], those of the first expert first. weight: [E, O, K]. ends: [E]
     int32, the row after the last of each expert. → [M, O]"""
-    if rows.is_cuda:
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
         return F.grouped_mm(rows, weight.mT, offs=ends)
     product: Tensor = _linear(rows, weight, ends)
     return product
