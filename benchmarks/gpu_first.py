@@ -367,18 +367,18 @@ def two_ranks(run: Run) -> tuple[str, Figures]:
     environment = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     folder = run.out / "two-ranks"
     settings = [
-        "--job.dump_folder", folder, *run.common, "--model.flavor", "debug", "--training.seq_len", 128,
+        "--model.flavor", "debug", "--training.seq_len", 128,
         "--checkpoint.interval", 4, "--checkpoint.async_mode", "async", "--metrics.log_freq", 1,
         "--lr_scheduler.total_steps", 12, "--training.global_batch_size", 8, "--training.local_batch_size", 4,
     ]  # fmt: skip
     # By torchrun itself: the launcher refuses more processes than there are GPUs.
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "torchtitan_style", "train"]
-    run.python(*torchrun, *settings, "--training.steps", 6, environment=environment)
-    run.python(*torchrun, *settings, "--training.steps", 8, "--parallelism.tensor_parallel_degree", 2,
-               environment=environment)  # fmt: skip
-    run.program("train", *settings, "--training.steps", 12)
+    torchrun += ["--job.dump_folder", folder, *run.common, *settings]
+    run.python(*torchrun, "--training.steps", 6, environment=environment)
+    run.python(*torchrun, "--training.steps", 8, "--parallelism.tensor_parallel_degree", 2, environment=environment)
+    run.train("two-ranks", *settings, "--training.steps", 12)
     curve = losses(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    alone = losses(run.train("one-rank", *settings[3:], "--training.steps", 12))
+    alone = losses(run.train("one-rank", *settings, "--training.steps", 12))
     difference = largest_difference(alone, curve)
     if not difference < 5e-3:
         raise Failed(f"dp2, then tp2, then one rank: losses differ from one rank's by {difference:.1e}")
@@ -471,9 +471,19 @@ def decoding(run: Run) -> tuple[str, Figures]:
         "all tokens": Sampling(temperature=1.0),
     }
     figures: Figures = {}
+
+    def note(name: str, seconds: float) -> None:
+        figures[name] = seconds
+        print(f"{name}: {seconds * 1e3:.3f} ms", flush=True)
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_model does
     for compiled in (False, True):
+        for layer in model.model.layers:
+            layer.compiles_halves = compiled and device.type == "cuda"
         step = DecodingStep(model, config, device, compile=compiled)
+        begin = time.perf_counter()
         step.prepare(1)
+        note("compiling", time.perf_counter() - begin)
         kind = "compiled" if compiled else "as it is"
         for prompt in (100, 2000):
             cache = KVCache(config.windows, capacity=prompt + 300)
@@ -488,7 +498,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
                         step(ids[:, :1], cache=cache)
                         cache.advance(1)
                     synchronize(device)
-                figures[f"step, {kind}, after {prompt}"] = (time.perf_counter() - begin) / 50
+                note(f"step, {kind}, after {prompt}", (time.perf_counter() - begin) / 50)
         for name, sampling in settings.items():
             decoder = Decoder(model, [[1] * 100], Sampler(sampling, seeds=[0]), cache=KVCache(config.windows),
                               device=device, step=step)  # fmt: skip
@@ -498,7 +508,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
             begin = time.perf_counter()
             for _ in range(100):
                 next(tokens)
-            figures[f"token, {kind}, {name}"] = (time.perf_counter() - begin) / 100
+            note(f"token, {kind}, {name}", (time.perf_counter() - begin) / 100)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities) as profiler:
             for _ in range(10):
@@ -511,7 +521,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
 
 def generation(run: Run) -> tuple[str, Figures]:
     """Prefill and decoding beside Transformers, uncompiled and compiled."""
-    small = ["--new", 16, "--repeats", 1, "--prompt", 16] if run.tiny else ["--new", 128, "--repeats", 3]
+    small = ["--new", 16, "--repeats", 1, "--prompt", 16] if run.tiny else ["--new", 128, "--repeats", 2]
     printed = run.python("benchmarks/generate.py", "--flavor", run.flavor, *small, "--compile")
     lines = [line for line in printed.splitlines() if line.startswith(("batch", "ours", "HF", "memory"))]
     return " | ".join(" ".join(line.split()) for line in lines), {"printed": printed}
@@ -547,10 +557,10 @@ CHECKS = {
 }
 SPEED = {
     "peak": Part(peak, 60),
+    "decoding": Part(decoding, 150),
     "step-0.6B": Part(step("0.6B", 4), 150),
+    "generation": Part(generation, 200),
     "kernels": Part(kernels, 100),
-    "decoding": Part(decoding, 100),
-    "generation": Part(generation, 150),
     "step-1.7B": Part(step("1.7B", 2), 150),
     "checkpoint": Part(checkpoint, 100),
 }

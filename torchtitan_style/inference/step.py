@@ -31,7 +31,9 @@ class DecodingStep:
     overwritten by the next call.
 
     model: ``fuse``d, with ``compile=True`` if compile. Then there are two compiled graphs, one for a single row and one
-    for any number of rows above that, both for caches of any size. Each is compiled by ``prepare`` and never again.
+    for any number of rows above that, both for caches of any size. Each is compiled by ``prepare`` and never again. On
+    a GPU they are of one layer, which the model compiles itself: what is between layers is recorded with the rest, and
+    a graph of all of them takes a minute or more to compile.
     """
 
     def __init__(self, model: Any, config: ModelConfig, device: torch.device, *, compile: bool) -> None:
@@ -49,20 +51,27 @@ class DecodingStep:
         if self.ready(rows):
             return
         several = rows > 1
-        graph: Any = torch.compile(self._forward, fullgraph=True)
+        graph: Any = self._forward if self._replays is not None else torch.compile(self._forward, fullgraph=True)
         cache = KVCache(self._windows, capacity=_TRIAL)
         with torch.inference_mode():
             ids = torch.zeros(2 if several else 1, 1, dtype=torch.long, device=self._device)
             self._model(ids, positions=cache.positions(ids), cache=cache)
             cache.advance(1)
             slots, padding = cache.slots(), cache.padding(ids)
-            for stored, window in zip(slots, cache.windows, strict=True):
-                for x in stored:
-                    torch._dynamo.mark_dynamic(x, [0] * several + [2] * (window != 1))  # a size of 1 is not left open
-            for x in (ids, padding) if several else ():
-                torch._dynamo.mark_dynamic(x, 0)
+            if self._replays is None:
+                self._open_sizes(ids, padding, slots, cache.windows)
             graph(ids, slots, torch.tensor(cache.length, device=self._device), padding)
         self._compiled[several] = graph
+
+    @staticmethod
+    def _open_sizes(ids: Tensor, padding: Tensor, slots: Slots, windows: list[int | None]) -> None:
+        """Tell the compiler which sizes change from call to call. One of 1 it does not leave open."""
+        several = len(ids) > 1
+        for stored, window in zip(slots, windows, strict=True):
+            for x in stored:
+                torch._dynamo.mark_dynamic(x, [0] * several + [2] * (window != 1))
+        for x in (ids, padding) if several else ():
+            torch._dynamo.mark_dynamic(x, 0)
 
     def __call__(self, ids: Tensor, *, cache: KVCache) -> Tensor:
         """ids: [B, 1], in inference mode. The cache is written to, and is the caller's to ``advance``."""
@@ -144,6 +153,8 @@ class _SlotCache:
     slots: of each layer keys and values [B, K, S, D], position i at i % S. length: positions so far, a number on the
     device: one in Python would be part of the graph. real: how many of them are no padding, [B, 1].
     """
+
+    fixed = True
 
     def __init__(self, slots: Slots, length: Tensor, real: Tensor) -> None:
         self._slots, self._length, self._real = slots, length, real

@@ -11,7 +11,10 @@ operations, and bf16 matrices in an order that oneDNN has to undo each time (mea
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -182,6 +185,8 @@ class _Layer(nn.Module):
         self.o_proj = _Matrix(attention.o_proj, group=group, compile=compile)
         self.gate_up_proj = _Matrix(mlp.gate_proj, mlp.up_proj, compile=compile)
         self.down_proj = _Matrix(mlp.down_proj, group=group, compile=compile)
+        self.compiles_halves = compile and self.qk_norm.is_cuda
+        """Whether it is compiled for a cache of fixed shapes, one graph for all layers; on CPU all of a step is one."""
 
     def forward(
         self,
@@ -192,16 +197,48 @@ class _Layer(nn.Module):
         *,
         cache: Cache | None = None,
     ) -> Tensor:
-        b, t, _ = x.shape  # x: [B, T, C]
-        y = self.qkv_proj(self.input_norm.forward(x)).view(b, t, -1, self.head_dim)  # [B, T, H + 2K, D]
-        qk = torch.rms_norm(y[:, :, : self.queries + self.keys], [self.head_dim], None, self.eps) * self.qk_norm
-        q, k = apply_rotary(qk, cos, sin).transpose(1, 2).split((self.queries, self.keys), dim=1)
-        v = y[:, :, self.queries + self.keys :].transpose(1, 2)
+        before, after = _before_cache, _after_cache
+        if self.compiles_halves and getattr(cache, "fixed", False):
+            before, after = _compiled(before), _compiled(after)
+        q, k, v = before(self, x, cos, sin)
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        x = x + self.o_proj(_attend(q, k, v, mask))
-        gate, up = self.gate_up_proj(self.post_norm.forward(x)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up)
+        return after(self, x, q, k, v, mask)
+
+
+def _before_cache(layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [B, T, C]. → q [B, H, T, D], k and v [B, K, T, D], normalised and rotated."""
+    b, t, _ = x.shape
+    y = layer.qkv_proj(layer.input_norm.forward(x)).view(b, t, -1, layer.head_dim)  # [B, T, H + 2K, D]
+    qk = torch.rms_norm(y[:, :, : layer.queries + layer.keys], [layer.head_dim], None, layer.eps) * layer.qk_norm
+    q, k = apply_rotary(qk, cos, sin).transpose(1, 2).split((layer.queries, layer.keys), dim=1)
+    return q, k, y[:, :, layer.queries + layer.keys :].transpose(1, 2)
+
+
+def _after_cache(layer: _Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """x: [B, T, C]; q: [B, H, T, D]; k, v: [B, K, S, D]; mask: as for ``attend``. → [B, T, C]"""
+    x = x + layer.o_proj(_attend(q, k, v, mask))
+    gate, up = layer.gate_up_proj(layer.post_norm.forward(x)).chunk(2, dim=-1)
+    return x + layer.down_proj(F.silu(gate) * up)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a layer, compiled once for all layers and any number of slots: for one row, and for several.
+
+    For one row a matrix product is a sum, which a tuned kernel reads the matrix for at the memory's full rate.
+    """
+    for_one = torch.compile(function, options={"coordinate_descent_tuning": True})
+    for_several = torch.compile(function)
+
+    def call(layer: _Layer, *tensors: Any) -> Any:
+        rows, slots = tensors[0].shape[0], tensors[-1].shape[-1]  # the last is the mask, where there is one
+        for x in tensors:
+            open_sizes = [i for i, size in enumerate(x.shape) if (i == 0 and rows > 1) or (i > 1 and size == slots > 1)]
+            torch._dynamo.maybe_mark_dynamic(x, open_sizes)
+        return (for_one if rows == 1 else for_several)(layer, *tensors)
+
+    return call
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
