@@ -41,7 +41,7 @@ def ours(
 ) -> Run:
     def run(prompts: torch.Tensor, new: int) -> tuple[float, float, torch.Tensor]:
         for layer in model.model.layers:  # of one that is fused to be compiled
-            layer.compiles_halves = compile and prompts.is_cuda  # type: ignore[assignment]
+            layer.compiles = compile and prompts.is_cuda  # type: ignore[assignment]
         sampler = Sampler(Sampling(temperature=0.0), seeds=range(len(prompts)))
         cache = KVCache(config.windows, capacity=prompts.shape[1] + new)
         decoder = Decoder(model, prompts.tolist(), sampler, cache=cache, device=prompts.device, step=step)
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours and Transformers' static cache compiled too")
+    parser.add_argument("--without", action="append", default=[], help="leave out contenders with this in their name")
     options = parser.parse_args()
     config, device = FLAVORS[options.flavor], current_device()
     dtype = getattr(torch, options.dtype) if options.dtype else fastest_dtype(device)
@@ -142,10 +143,12 @@ def main() -> None:
         step = DecodingStep(model, config, device, compile=True)
         for rows in options.batch:
             step.prepare(rows)
-        print(f"compiled in {time.perf_counter() - begin:.1f} s")
+        print(f"compiled in {time.perf_counter() - begin:.1f} s", flush=True)
         contenders["ours, compiled"] = ours(model, config, step=step, compile=True)
         contenders["HF, static cache, compiled"] = theirs(hf, cache="static", compile=True)
 
+    for name_of in [who for who in contenders if any(text in who for text in options.without)]:
+        del contenders[name_of]
     print(
         f"{options.flavor}, {options.dtype}, prompt {options.prompt}, {options.new} new tokens, {name(device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, medians of {options.repeats}",

@@ -479,7 +479,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
     torch.backends.cuda.enable_cudnn_sdp(False)  # as load_model does
     for compiled in (False, True):
         for layer in model.model.layers:
-            layer.compiles_halves = compiled and device.type == "cuda"
+            layer.compiles = compiled and device.type == "cuda"
         step = DecodingStep(model, config, device, compile=compiled)
         begin = time.perf_counter()
         step.prepare(1)

@@ -154,26 +154,28 @@ class _SlotCache:
     device: one in Python would be part of the graph. real: how many of them are no padding, [B, 1].
     """
 
-    fixed = True
-
     def __init__(self, slots: Slots, length: Tensor, real: Tensor) -> None:
         self._slots, self._length, self._real = slots, length, real
-        self._masks: dict[int, Tensor] = {}
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = self._slots[layer]
-        s = keys.shape[2]
-        slot = (self._length % s)[None]
+        keys, values, slot, mask = self.place(layer)
         keys.index_copy_(2, slot, k)
         values.index_copy_(2, slot, v)
-        if torch.compiler.is_compiling():  # to which sizes are symbols, and equal masks one
-            return keys, values, self._mask(s)
-        if s not in self._masks:
-            self._masks[s] = self._mask(s)
-        return keys, values, self._masks[s]
+        return keys, values, mask
 
-    def _mask(self, s: int) -> Tensor:
-        """Which of ``s`` slots may be seen, [B, 1, 1, S]."""
+    def place(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values [B, K, S, D] of ``layer``, the slot [1] of the new ones, and a mask [B, 1, 1, S]."""
+        keys, values = self._slots[layer]
+        s = keys.shape[2]
+        if torch.compiler.is_compiling():  # to which sizes are symbols, and what is equal one thing
+            return keys, values, *self._at(s)
+        if s not in self._places:
+            self._places[s] = self._at(s)
+        return keys, values, *self._places[s]
+
+    def _at(self, s: int) -> tuple[Tensor, Tensor]:
+        """Of ``s`` slots, that of the new position [1], and which may be seen, [B, 1, 1, S]."""
         # How many positions ago a slot was written last. Those that never were would be from before the first one.
         ages = (self._length - torch.arange(s, device=self._length.device)) % s
-        return (ages <= self._real)[:, None, None]
+        return (self._length % s)[None], (ages <= self._real)[:, None, None]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -185,8 +185,8 @@ class _Layer(nn.Module):
         self.o_proj = _Matrix(attention.o_proj, group=group, compile=compile)
         self.gate_up_proj = _Matrix(mlp.gate_proj, mlp.up_proj, compile=compile)
         self.down_proj = _Matrix(mlp.down_proj, group=group, compile=compile)
-        self.compiles_halves = compile and self.qk_norm.is_cuda
-        """Whether it is compiled for a cache of fixed shapes, one graph for all layers; on CPU all of a step is one."""
+        self.compiles = compile and self.qk_norm.is_cuda
+        """Whether it is compiled for a cache that has places, one graph for all layers; on CPU all of a step is one."""
 
     def forward(
         self,
@@ -197,13 +197,13 @@ class _Layer(nn.Module):
         *,
         cache: Cache | None = None,
     ) -> Tensor:
-        before, after = _before_cache, _after_cache
-        if self.compiles_halves and getattr(cache, "fixed", False):
-            before, after = _compiled(before), _compiled(after)
-        q, k, v = before(self, x, cos, sin)
+        place = getattr(cache, "place", None) if self.compiles else None
+        if place is not None:
+            return _compiled_step()(self, x, cos, sin, *place(self.layer))
+        q, k, v = _before_cache(self, x, cos, sin)
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)
-        return after(self, x, q, k, v, mask)
+        return _after_cache(self, x, q, k, v, mask)
 
 
 def _before_cache(layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,21 +222,35 @@ def _after_cache(layer: _Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
     return x + layer.down_proj(F.silu(gate) * up)
 
 
+def _layer_step(
+    layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, mask: Tensor
+) -> Tensor:
+    """A new token of each row. x: [B, 1, C]; keys, values: [B, K, S, D], written to at ``slot`` [1]; mask:
+    [B, 1, 1, S]. → [B, 1, C]"""
+    q, k, v = _before_cache(layer, x, cos, sin)
+    keys.index_copy_(2, slot, k)
+    values.index_copy_(2, slot, v)
+    return _after_cache(layer, x, q, keys, values, mask)
+
+
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of a layer, compiled once for all layers and any number of slots: for one row, and for several.
+def _compiled_step() -> Callable[..., Tensor]:
+    """``_layer_step``, compiled once for all layers and any number of slots: for one row, and for several.
 
     For one row a matrix product is a sum, which a tuned kernel reads the matrix for at the memory's full rate.
     """
-    for_one = torch.compile(function, options={"coordinate_descent_tuning": True})
-    for_several = torch.compile(function)
+    for_one = torch.compile(_layer_step, options={"coordinate_descent_tuning": True})
+    for_several = torch.compile(_layer_step)
 
-    def call(layer: _Layer, *tensors: Any) -> Any:
-        rows, slots = tensors[0].shape[0], tensors[-1].shape[-1]  # the last is the mask, where there is one
+    def call(layer: _Layer, *tensors: Tensor) -> Tensor:
+        rows, slots = tensors[0].shape[0], tensors[-1].shape[-1]
         for x in tensors:
-            open_sizes = [i for i, size in enumerate(x.shape) if (i == 0 and rows > 1) or (i > 1 and size == slots > 1)]
-            torch._dynamo.maybe_mark_dynamic(x, open_sizes)
-        return (for_one if rows == 1 else for_several)(layer, *tensors)
+            changing = [
+                i for i, size in enumerate(x.shape) if (i == 0 and 1 < size == rows) or (i > 1 and size == slots)
+            ]
+            torch._dynamo.maybe_mark_dynamic(x, changing)
+        y: Tensor = (for_one if rows == 1 else for_several)(layer, *tensors)
+        return y
 
     return call
 
@@ -244,12 +258,25 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """q: [B, H, T, D]; k, v: [B, K, S, D]; mask: as for ``attend``. → [B, T, H·D]"""
     b, _, t, _ = q.shape
+    if t == 1 and q.is_cuda and isinstance(mask, Tensor) and torch.compiler.is_compiling():
+        return attend_by_sums(q, k, v, mask)
     if t == 1 and not isinstance(mask, BlockMask) and (q.dtype == torch.float32 or (q.is_cuda and mask is not None)):
         # The heads of a key as rows of one matrix. On CPU a third to a half faster in fp32, and slower in bf16. On CUDA
         # the kernel that takes a mask takes no fewer keys than queries.
         y = F.scaled_dot_product_attention(q.reshape(b, k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask)
         return y.reshape(b, 1, -1)
     return attend(q, k, v, mask).transpose(1, 2).reshape(b, t, -1)
+
+
+def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query a head, for a compiler: torch's kernels leave most of a GPU idle with one query.
+
+    q: [B, H, 1, D]; k, v: [B, K, S, D]; mask: [B, 1, 1, S]. → [B, 1, H·D]"""
+    b, _, _, d = q.shape
+    q = q.view(b, k.shape[1], -1, 1, d).float() * d**-0.5  # [B, K, H / K, 1, D]
+    scores = (q * k[:, :, None].float()).sum(-1).masked_fill(~mask, -math.inf)  # [B, K, H / K, S]
+    y = (scores.softmax(-1)[..., None] * v[:, :, None].float()).sum(-2)  # [B, K, H / K, D]
+    return y.to(v.dtype).view(b, 1, -1)
 
 
 class _Embedding(nn.Module):

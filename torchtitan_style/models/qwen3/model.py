@@ -67,8 +67,7 @@ class RowPart(Protocol):
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions, kept by who generates text (``inference/cache.py``). If it has an
-    attribute ``fixed`` that is true, what ``update`` returns has the same shapes from token to token."""
+    """Keys and values of earlier positions, kept by who generates text (``inference/cache.py``)."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Add k, v [B, K, T, D] of ``layer``; return all that its queries may see, [B, K, S, D], and a mask [B or 1,
