@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from torchtitan_style.launch.preflight import OLDEST_TORCH_OF, torch_version
+
 LAYOUTS = {
     "pp2": (2, 1, 1, 1),
     "pp2 × dp2": (2, 1, 2, 1),
@@ -78,6 +80,11 @@ CASES = [
 ]
 
 
+def runs_here(case: str) -> bool:
+    """Whether torch is new enough for the schedule."""
+    return torch_version() >= OLDEST_TORCH_OF.get(case.partition("/")[0], (0, 0))
+
+
 @pytest.fixture(scope="module")
 def differences(request, run_ranks, tmp_path_factory) -> Any:
     """differences(layout): of all its cases that are asked for, from one start of processes."""
@@ -87,6 +94,7 @@ def differences(request, run_ranks, tmp_path_factory) -> Any:
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
     ]
+    chosen = [(where, name) for where, name in chosen if runs_here(name)]
 
     def get(layout: str) -> dict[str, dict[str, float]]:
         if layout not in cache:
@@ -103,9 +111,13 @@ def differences(request, run_ranks, tmp_path_factory) -> Any:
 
 @pytest.mark.parametrize(("layout", "case"), CASES)
 def test_loss_and_gradients_equal_those_of_the_plain_model(differences, layout: str, case: str) -> None:
+    if not runs_here(case):
+        pytest.skip("torch is too old for this schedule")
     found = dict(differences(layout)[case])
     assert found.pop("right guesses") == found.pop("names") == 0
-    assert found.pop("sends") == found.pop("bytes sent") == 0  # as planned
+    sent = found.pop("sends"), found.pop("bytes sent")
+    if torch_version() >= (2, 13):  # before, each pair of stages sends a number more, to connect
+        assert sent == (0, 0)  # as planned
     # Sums of fp32 terms in another order: 1e-7 each. A dropped or doubled term is above 1e-2.
     assert found.pop("loss") < 1e-6
     assert found.pop("validation loss", 0.0) < 1e-6

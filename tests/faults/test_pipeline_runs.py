@@ -12,16 +12,18 @@ import pytest
 
 from tests.faults.runs import Command, Runs, curve, is_alive, records, same_tensors, steps
 from torchtitan_style.checkpoint.manifest import read_manifest
+from torchtitan_style.launch.preflight import OLDEST_TORCH_OF, torch_version
 
 PP, TP = "--parallelism.pipeline_parallel_degree", "--parallelism.tensor_parallel_degree"
 SCHEDULE = "--parallelism.pipeline_parallel_schedule"
+ZERO_BUBBLE = "ZBVZeroBubble" if torch_version() >= OLDEST_TORCH_OF["ZBVZeroBubble"] else "GPipe"
 TWO_STAGES = [PP, 2, "--training.local_batch_size", 2]
 
 LAYOUTS: list[tuple[int, list[object]]] = [
     (2, [PP, 2, "--training.local_batch_size", 1]),
     (2, [TP, 2]),
     (1, []),
-    (4, [PP, 2, SCHEDULE, "ZBVZeroBubble", "--training.local_batch_size", 1]),
+    (4, [PP, 2, SCHEDULE, ZERO_BUBBLE, "--training.local_batch_size", 1]),
     (4, [PP, 2, TP, 2, SCHEDULE, "Interleaved1F1B", "--training.local_batch_size", 2]),
 ]
 """Processes and degrees, the fourth with two data-parallel ranks."""

@@ -15,7 +15,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import least_world_size
 from torchtitan_style.launch.configure import load_config
-from torchtitan_style.launch.preflight import check_torch
+from torchtitan_style.launch.preflight import check_schedule, check_torch
 from torchtitan_style.launch.torchrun import count_gpus, start_ranks
 from torchtitan_style.models.hf_folder import HFFolder
 from torchtitan_style.models.spec import describe_size
@@ -88,6 +88,7 @@ def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> 
     from torchtitan_style.verification.report import print_checks
     from torchtitan_style.verification.run import compare_layout
 
+    check_schedule(config)
     on_gpus = count_gpus() >= world_size
 
     def start(folder: Path) -> None:

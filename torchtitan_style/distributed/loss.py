@@ -157,10 +157,10 @@ def _logits_loss(
     if group is not None:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
     label_logit = (z.gather(1, index) - maximum)[:, 0] * here
-    if torch.compiler.is_compiling():  # as part of one pass, where changed logits would have to be written
-        exponentials = (z - maximum).exp()
-    else:  # in place on a copy of the logits, or on themselves where they are fp32; they are not used again
-        exponentials = z.sub_(maximum).exp_()
+    # Compiled, as part of one pass. Else in place on a copy of the logits, or on themselves where they are fp32: they are
+    # not used again.
+    compiling = torch.compiler.is_compiling()
+    exponentials = (z - maximum).exp() if compiling else z.sub_(maximum).exp_()
     normaliser = exponentials.sum(1)
     if group is not None:
         both = torch.stack((label_logit, normaliser))
@@ -178,7 +178,9 @@ def _logits_loss(
         of_softmax = of_softmax * (1 + 2 * z_loss * log_z)
     if logits_grad is None:
         return loss, correct
-    grad = exponentials * of_softmax[:, None] if torch.compiler.is_compiling() else exponentials.mul_(of_softmax[:, None])
+    grad = (
+        exponentials * of_softmax[:, None] if torch.compiler.is_compiling() else exponentials.mul_(of_softmax[:, None])
+    )
     if torch.compiler.is_compiling():  # one pass over memory, where a scatter would be another
         # Half as many vectors to compare as for int64 (measured: docs/performance.md).
         label = torch.where(here & valid, local, -1).int()[:, None]

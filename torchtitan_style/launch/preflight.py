@@ -30,6 +30,8 @@ from .run_lock import check_free
 from .wandb_login import check_wandb
 
 OLDEST_TORCH = (2, 11)
+OLDEST_TORCH_OF = {"ZBVZeroBubble": (2, 13)}
+"""Of a pipeline schedule. torch 2.11 ends with an error, or the process with it, as it computes gradients apart."""
 
 
 def preflight(
@@ -60,6 +62,7 @@ def preflight(
     layout = plan_layout(config.parallelism, world_size)
     check_before_start(config, dp=layout.dp)
     check_memory(config, layout, say, ranks_here=ranks_here, on_gpus=on_gpus)
+    check_schedule(config)
     check_pipeline(config, layout, say)
     check_room(config, say)
     for note in notes:
@@ -68,13 +71,33 @@ def preflight(
 
 def check_torch() -> None:
     """Raise UserError if torch is missing or too old, without the seconds that importing it takes."""
+    if torch_version() < OLDEST_TORCH:
+        raise UserError(_too_old("the oldest that works is", OLDEST_TORCH))
+
+
+def check_schedule(config: Config) -> None:
+    """Raise UserError if torch is too old for the schedule of the pipeline, if there is one."""
+    parallelism = config.parallelism
+    oldest = OLDEST_TORCH_OF.get(parallelism.pipeline_parallel_schedule)
+    if parallelism.pipeline_parallel_degree > 1 and oldest and torch_version() < oldest:
+        schedule = parallelism.pipeline_parallel_schedule
+        raise UserError(
+            f"parallelism.pipeline_parallel_schedule: {_too_old(f'{schedule} needs', oldest)}; or use Interleaved1F1B"
+        )
+
+
+def torch_version() -> tuple[int, int]:
+    """Raises UserError if torch is missing."""
     try:
-        version = importlib.metadata.version("torch")
+        major, minor = importlib.metadata.version("torch").split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
         raise UserError("torch is not installed here; ./run_train.sh sets everything up") from None
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise UserError(f"torch {version} is too old: {oldest} or newer is needed; ./run_train.sh sets everything up")
+    return int(major), int(minor)
+
+
+def _too_old(needs: str, oldest: tuple[int, int]) -> str:
+    here = importlib.metadata.version("torch")
+    return f"torch {here} is too old: {needs} {oldest[0]}.{oldest[1]}; ./run_train.sh sets everything up"
 
 
 def check_initial_weights(config: Config) -> None:
