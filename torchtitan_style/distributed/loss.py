@@ -157,8 +157,8 @@ def _logits_loss(
     if group is not None:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
     label_logit = (z.gather(1, index) - maximum)[:, 0] * here
-    # Compiled, as part of one pass. Else in place on a copy of the logits, or on themselves where they are fp32: they are
-    # not used again.
+    # Compiled, as part of one pass. Else in place, on a copy of the logits or on themselves where they are fp32: they
+    # are not used again.
     compiling = torch.compiler.is_compiling()
     exponentials = (z - maximum).exp() if compiling else z.sub_(maximum).exp_()
     normaliser = exponentials.sum(1)
