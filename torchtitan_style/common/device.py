@@ -57,8 +57,8 @@ def current_device() -> torch.device:
         index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        # What is to be computed in fp32 is.
-        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        # Of the compiler: what is to be computed in fp32 is, and how it divides a sum is its own affair.
+        warnings.filterwarnings("ignore", message=r"\s*(TensorFloat32 tensor cores|Online softmax is disabled)")
         return device
     return torch.device("cpu")
 
