@@ -86,8 +86,8 @@ def test_tools_and_a_column_of_another_name() -> None:
     [
         ({"text": "x"}, "no conversation: no field messages.*it has text"),
         ({"messages": []}, "it has no messages"),
-        ({"messages": "hello"}, '"messages" is no list of messages, but text'),
-        ({"messages": ["hello"]}, "message 1 is no object, but text"),
+        ({"messages": "hello"}, '"messages" must be a list of messages, not text'),
+        ({"messages": ["hello"]}, "message 1 must be an object, not text"),
         (
             {"messages": [user("a"), {"role": "moderator", "content": "b"}]},
             'message 2 has the unknown role "moderator"',
@@ -98,9 +98,9 @@ def test_tools_and_a_column_of_another_name() -> None:
             {"messages": [user([{"type": "image_url", "image_url": "x"}])]},
             'message 1 is of type "image_url"; only text',
         ),
-        ({"messages": TALK, "tools": [3]}, '"tools" is no list of JSON schemas'),
+        ({"messages": TALK, "tools": [3]}, '"tools" must be a list of JSON schemas'),
         ({"instruction": "a", "output": None}, r"the content of message 2 \(assistant\) is null"),
-        ({"prompt": "a", "completion": 3}, '"completion" is no list of messages, but a number'),
+        ({"prompt": "a", "completion": 3}, '"completion" must be a list of messages, not a number'),
     ],
 )
 def test_rows_that_are_no_conversations(row: dict[str, Any], problem: str) -> None:

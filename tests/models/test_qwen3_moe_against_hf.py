@@ -204,7 +204,7 @@ def test_tensors_on_disk_are_those_that_transformers_saves(tmp_path) -> None:
     ("changes", "message"),
     [
         ({"num_experts": 4, "num_experts_per_tok": 5}, "cannot be routed to 5 experts where there are 4"),
-        ({"mlp_only_layers": (3,)}, "there is no layer 3"),
+        ({"mlp_only_layers": (3,)}, "the model has no layer 3"),
         ({"mlp_only_layers": (0, 1, 2)}, "no layer has experts"),
         ({"moe_intermediate_size": 20}, "multiple of 8"),
         ({"num_experts": 0}, "num_experts: must be at least 1"),

@@ -82,7 +82,7 @@ class _Part(io.RawIOBase):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, for what it reads to be checked. advance: called as reading gets on, from any thread.
+    """DCP's reader, for what it reads to be checked. advance: called as reading proceeds, from any thread.
 
     A tensor that is wanted whole, as it is stored, is read straight into its place, twice as fast as others.
     """

@@ -110,14 +110,14 @@ def _list(record: dict[str, Any], key: str, role: str | None) -> list[Any]:
     if isinstance(value, str):
         value = _parsed(value)
     if not isinstance(value, list):
-        raise NoConversation(f'"{key}" is no list of messages, but {_kind(value)}')
+        raise NoConversation(f'"{key}" must be a list of messages, not {_kind(value)}')
     return value
 
 
 def _message(message: Any, number: int) -> Message:
     """One message in Transformers' form, without what is null."""
     if not isinstance(message, dict):
-        raise NoConversation(f"message {number} is no object, but {_kind(message)}")
+        raise NoConversation(f"message {number} must be an object, not {_kind(message)}")
     found = {key: value for key, value in message.items() if value is not None}
     name = found.pop("from", None) if "role" not in found else found.pop("role")
     content = found.pop("value", None) if "content" not in found else found.pop("content")
@@ -150,7 +150,7 @@ def _part(part: Any, number: int) -> str:
 def _call(content: Any, number: int) -> dict[str, Any]:
     call = _parsed(content) if isinstance(content, str) else content
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise NoConversation(f'message {number} is a {_CALL}, but its value is no JSON object with a "name"')
+        raise NoConversation(f'message {number} is a {_CALL}: its value must be a JSON object with a "name"')
     return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
 
 
@@ -165,7 +165,7 @@ def _tools(value: Any) -> list[Any]:
     if isinstance(value, list):
         value = [_parsed(tool) if isinstance(tool, str) else tool for tool in value]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise NoConversation('"tools" is no list of JSON schemas')
+        raise NoConversation('"tools" must be a list of JSON schemas')
     return value
 
 

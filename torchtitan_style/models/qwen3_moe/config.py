@@ -89,7 +89,7 @@ class Qwen3MoeConfig(Qwen3Config):
             found.append(
                 (
                     ("mlp_only_layers", "num_hidden_layers"),
-                    f"there is no layer {absent[0]}: layers are 0 to {layers - 1}",
+                    f"the model has no layer {absent[0]}: its layers are 0 to {layers - 1}",
                 )
             )
         elif not found and not any(self.is_sparse(layer) for layer in range(layers)):
