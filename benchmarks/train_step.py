@@ -28,6 +28,7 @@ from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.world import World, init_world
 from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.qwen3.attention import document_positions
 from torchtitan_style.models.qwen3.config import FLAVORS, Qwen3Config
 from torchtitan_style.models.registry import model_config
 from torchtitan_style.optim.guard import StepGuard
@@ -93,6 +94,12 @@ def ours(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
     serve(turns, our_step(arguments, turns.device, *our_compile(compile)))
 
 
+def ours_on_documents(arguments: argparse.Namespace, turns: Turns, compile: str) -> None:
+    """The same rows as documents that do not see each other, of 50 to 250 tokens."""
+    more = [*our_compile(compile), "--data.document_mask", "true"]
+    serve(turns, our_step(arguments, turns.device, *more, documents=True))
+
+
 def our_compile(compile: str) -> list[str]:
     """The command line of our config that compiles nothing ("eager") or the blocks ("block")."""
     if compile == "eager":
@@ -101,21 +108,31 @@ def our_compile(compile: str) -> list[str]:
 
 
 def our_step(
-    arguments: argparse.Namespace, device: str, *more: str, world_size: int = 1, microbatches: int = 1
+    arguments: argparse.Namespace,
+    device: str,
+    *more: str,
+    world_size: int = 1,
+    microbatches: int = 1,
+    documents: bool = False,
 ) -> Callable[[], None]:
     """A step of this rank's rows. more: of the command line, for our config."""
     config = make_config(arguments, *more, world_size=world_size)
     world = init_world(plan_layout(config.parallelism, world_size), timeout_seconds=600)
     rows = tokens(model_config(config.model), arguments, device).chunk(world.layout.dp)
-    return step_on(rows[world.dp_rank], config, world, microbatches=microbatches)
+    return step_on(rows[world.dp_rank], config, world, microbatches=microbatches, documents=documents)
 
 
-def step_on(ids: torch.Tensor, config: Config, world: World, *, microbatches: int = 1) -> Callable[[], None]:
-    """What ``train`` does at each step, on the same rows [B, T + 1] each time."""
+def step_on(
+    ids: torch.Tensor, config: Config, world: World, *, microbatches: int = 1, documents: bool = False
+) -> Callable[[], None]:
+    """What ``train`` does at each step, on the same rows [B, T + 1] each time. documents: of several of them each."""
     model = build_training_model(config, world, warn=print)
     optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    rows = (Microbatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids.chunk(microbatches))
+    rows = (
+        Microbatch(inputs := part[:, :-1].contiguous(), part[:, 1:].contiguous(), *(of_documents(inputs) * documents))
+        for part in ids.chunk(microbatches)
+    )
     batch = Batch([part.of_part(world.part) for part in rows], hash=0)
     step = 0
 
@@ -125,6 +142,15 @@ def step_on(ids: torch.Tensor, config: Config, world: World, *, microbatches: in
         train_step(model, optimizer, batch, step=step, config=config, world=world, guard=guard)
 
     return run
+
+
+def of_documents(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of made-up documents, and positions in them, [B, T] both."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(50, 250, (inputs.numel(),), generator=generator)
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[: inputs.numel()].view_as(inputs)
+    numbers = numbers.to(inputs.device)
+    return numbers, document_positions(numbers)
 
 
 def hf_model(arguments: argparse.Namespace, attention: str) -> Any:
@@ -278,6 +304,7 @@ def step_flops(arguments: argparse.Namespace) -> float:
 CONTENDERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "ours, a graph per block": (ours, ("block",)),
     "ours, eager": (ours, ("eager",)),
+    "ours, documents masked": (ours_on_documents, ("block",)),
     "HF loop, compiled": (hf, ("sdpa", "compiled")),
     "HF loop, compiled, attention as matmuls": (hf, ("eager", "compiled")),
     "HF loop, eager": (hf, ("sdpa", "eager")),

@@ -41,8 +41,9 @@ class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks.
 
     settings: the run's config.toml. tokenizer: its folder. Both are kept in every checkpoint. about: what else
-    their manifests say. saves: name of a parameter → whether it is saved. advance: called as saving and reading proceed,
-    from any thread. before_write, after_write: called with the step of each save, by the thread that writes it.
+    their manifests say. saves: name of a parameter → whether it is saved. advance: called as saving and reading
+    proceed, from any thread. before_write, after_write: called with the step of each save, by the thread that
+    writes it.
     """
 
     def __init__(
