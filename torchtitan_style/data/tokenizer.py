@@ -55,13 +55,9 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.backend = load_backend(folder / "tokenizer.json")
-            # Of the last call before it was saved; Transformers switches both off too unless asked.
-            self.backend.no_truncation()
-            self.backend.no_padding()
+            self.backend, num_ids = load_backend(folder / "tokenizer.json")
             self._special = special_tokens(folder)
             added = self.backend.get_added_tokens_decoder()
-            vocabulary = self.backend.get_vocab(with_added_tokens=True)
         except Exception as error:  # tokenizers raises a plain Exception
             raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from None
         # Qwen's instruct models name <|im_end|>, which ends a turn; a document ends with this one.
@@ -72,7 +68,7 @@ class Tokenizer:
         self.end_of_text: int = end
         self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
         self._bulk: Callable[[list[str]], list[NDArray[np.uint32]]] | None = None
-        self.num_ids = max(vocabulary.values()) + 1
+        self.num_ids = num_ids
         """One more than the largest id: what the model's vocab_size must be at least."""
 
     def special_id(self, role: str) -> int | None:
@@ -88,7 +84,7 @@ class Tokenizer:
         """The text of a special token in a prompt."""
         return self._hidden[token]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Changes whenever some text might be tokenized otherwise."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()

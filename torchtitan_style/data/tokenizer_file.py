@@ -46,17 +46,32 @@ tokenizer.to_str()
 """
 
 
-def load_backend(path: Path) -> BackendTokenizer:
-    """Raises an exception, of whatever kind, if it cannot be read."""
+_last: tuple[str, BackendTokenizer, int] | None = None
+"""Hash of a file, and what was made of it: a command asks for it several times, and each takes up to half a second."""
+
+
+def load_backend(path: Path) -> tuple[BackendTokenizer, int]:
+    """The tokenizer, not to be changed, as others get the same, and one more than its largest id. Raises an exception,
+    of whatever kind, if it cannot be read."""
+    global _last
     content = read_bytes(path, most=_MOST_BYTES)
-    name = hashlib.sha256(content).hexdigest()[:16]
+    digest = hashlib.sha256(content).hexdigest()
+    if _last is not None and _last[0] == digest:
+        return _last[1:]
+    name = digest[:16]
     if name not in os.environ.get(_TRIED, "").split(","):
         if not _is_usual(content) and (problem := tried_apart(_TRY, os.path.abspath(path))):
             raise ValueError(problem)
         before = os.environ.get(_TRIED, "").split(",")[-50:]
         os.environ[_TRIED] = ",".join([*filter(None, before), name])
     with panics_as(ValueError, "the library that reads it gives up"):
-        return BackendTokenizer.from_file(str(path))
+        backend = BackendTokenizer.from_file(str(path))
+        # Settings of the last call before it was saved; Transformers switches both off too unless asked.
+        backend.no_truncation()
+        backend.no_padding()
+        num_ids = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    _last = digest, backend, num_ids
+    return backend, num_ids
 
 
 def _is_usual(content: bytes) -> bool:
