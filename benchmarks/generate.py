@@ -132,7 +132,8 @@ def main() -> None:
     options.dtype = str(dtype).removeprefix("torch.")
     multiply_in_fp32(dtype, device)  # for Transformers too, which has much to gain
     model, hf = build(config, dtype, device, compile=options.compile)
-    replayed = DecodingStep(model, config, device, compile=False) if device.type == "cuda" else None
+    on_gpu = device.type == "cuda"
+    replayed = DecodingStep(model, config, device, compile=False, replay=True) if on_gpu else None
     contenders = {
         "ours": ours(model, config, step=replayed),
         "HF, dynamic cache": theirs(hf, cache="dynamic", compile=False),
@@ -140,7 +141,7 @@ def main() -> None:
     }
     if options.compile:
         begin = time.perf_counter()
-        step = DecodingStep(model, config, device, compile=True)
+        step = DecodingStep(model, config, device, compile=True, replay=on_gpu)
         for rows in options.batch:
             step.prepare(rows)
         print(f"compiled in {time.perf_counter() - begin:.1f} s", flush=True)

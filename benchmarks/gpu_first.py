@@ -480,7 +480,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
     for compiled in (False, True):
         for layer in model.model.layers:
             layer.compiles = compiled and device.type == "cuda"
-        step = DecodingStep(model, config, device, compile=compiled)
+        step = DecodingStep(model, config, device, compile=compiled, replay=device.type == "cuda")
         begin = time.perf_counter()
         step.prepare(1)
         note("compiling", time.perf_counter() - begin)

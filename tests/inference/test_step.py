@@ -73,8 +73,7 @@ def decode(model: Qwen3ForCausalLM, step: DecodingStep, prompt: int, tokens: int
 def test_replayed_steps_have_the_logits_of_the_model(graphs: type[Graph], config, padding: list[int]) -> None:
     model = random_model(config)
     fuse(model)
-    step = DecodingStep(model, config, CPU, compile=False)
-    step._replays = step_module._Replays()
+    step = DecodingStep(model, config, CPU, compile=False, replay=True)
     for prompt in (4, 250, 300):  # one grows past its slots, one past its storage; then another cache
         decode(model, step, prompt, 14, padding)
     # The first step of a cache, of other rows, and of more slots runs as it is.

@@ -178,10 +178,8 @@ def _logits_loss(
         of_softmax = of_softmax * (1 + 2 * z_loss * log_z)
     if logits_grad is None:
         return loss, correct
-    grad = (
-        exponentials * of_softmax[:, None] if torch.compiler.is_compiling() else exponentials.mul_(of_softmax[:, None])
-    )
-    if torch.compiler.is_compiling():  # one pass over memory, where a scatter would be another
+    grad = exponentials * of_softmax[:, None] if compiling else exponentials.mul_(of_softmax[:, None])
+    if compiling:  # one pass over memory, where a scatter would be another
         # Half as many vectors to compare as for int64 (measured: docs/performance.md).
         label = torch.where(here & valid, local, -1).int()[:, None]
         is_label = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device) == label

@@ -138,9 +138,10 @@ def _build(
 
 def _step(model: Any, found: HFFolder | SavedModel, device: torch.device, *, compile: bool) -> DecodingStep | None:
     """How to decode a token on one device other than by calling the model; None: by that."""
-    if not compile and (device.type != "cuda" or found.spec.inference is None):
+    replay = device.type == "cuda" and found.spec.inference is not None
+    if not compile and not replay:
         return None
-    return DecodingStep(model, found.config, device, compile=compile)
+    return DecodingStep(model, found.config, device, compile=compile, replay=replay)
 
 
 def _dtype(named: torch.dtype | str | None) -> torch.dtype | None:

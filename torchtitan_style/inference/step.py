@@ -31,16 +31,18 @@ class DecodingStep:
     overwritten by the next call.
 
     model: ``fuse``d, with ``compile=True`` if compile. Then there are two compiled graphs, one for a single row and one
-    for any number of rows above that, both for caches of any size. Each is compiled by ``prepare`` and never again. On
-    a GPU they are of one layer, which the model compiles itself: what is between layers is recorded with the rest, and
-    a graph of all of them takes a minute or more to compile.
+    for any number of rows above that, both for caches of any size. Each is compiled by ``prepare`` and never again.
+    replay: record the kernels of a step, on a GPU. Then the compiled graphs are of one layer, which the model compiles
+    itself: what is between layers is recorded with the rest, and a graph of all of them takes a minute or more.
     """
 
-    def __init__(self, model: Any, config: ModelConfig, device: torch.device, *, compile: bool) -> None:
+    def __init__(
+        self, model: Any, config: ModelConfig, device: torch.device, *, compile: bool, replay: bool = False
+    ) -> None:
         self._model, self._device, self._compile = model, device, compile
         self._windows = config.windows
         self._compiled: dict[bool, Any] = {}  # by whether there are several rows
-        self._replays = _Replays() if device.type == "cuda" else None
+        self._replays = _Replays() if replay else None
 
     def ready(self, rows: int) -> bool:
         """Whether it can be called for so many."""
