@@ -29,11 +29,15 @@ ENVIRONMENT = os.environ | {
 
 # Files that take longest, longest first: the last worker to finish has short ones left.
 LONGEST = (
+    "distributed/test_expert_gradients.py",
     "distributed/test_gradients.py",
-    "test_start_from_weights.py",
-    "faults/test_kills.py",
-    "test_data_runs.py",
     "test_runs.py",
+    "cpu/test_causal_attention.py",
+    "faults/test_kills.py",
+    "distributed/test_pipeline.py",
+    "distributed/test_context_gradients.py",
+    "test_lora_runs.py",
+    "data/test_order.py",
 )
 
 
