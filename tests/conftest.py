@@ -32,7 +32,7 @@ LONGEST = (
     "distributed/test_expert_gradients.py",
     "distributed/test_gradients.py",
     "test_runs.py",
-    "cpu/test_causal_attention.py",
+    "models/test_causal_attention.py",
     "faults/test_kills.py",
     "distributed/test_pipeline.py",
     "distributed/test_context_gradients.py",
