@@ -148,8 +148,10 @@ def main() -> None:
         contenders["ours, compiled"] = ours(model, config, step=step, compile=True)
         contenders["HF, static cache, compiled"] = theirs(hf, cache="static", compile=True)
 
-    for name_of in [who for who in contenders if any(text in who for text in options.without)]:
-        del contenders[name_of]
+    for left_out in [who for who in contenders if any(text in who for text in options.without)]:
+        del contenders[left_out]
+    if "ours" not in contenders or not any(who.startswith("HF") for who in contenders):
+        parser.error("--without: ours and one of Transformers' must be left")
     print(
         f"{options.flavor}, {options.dtype}, prompt {options.prompt}, {options.new} new tokens, {name(device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, medians of {options.repeats}",

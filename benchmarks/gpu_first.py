@@ -45,7 +45,7 @@ class Run:
 
     @property
     def common(self) -> list[str]:
-        """Of every training run here: the corpus that is prepared once, and its tokenizer."""
+        """Of every training run here: the tokenizer that is made once, and no samples of text."""
         return ["--data.tokenizer", str(self.out / "tokenizer"), "--generation.enable", "false"]
 
     def program(self, *arguments: object, environment: dict[str, str] | None = None) -> str:
@@ -112,7 +112,7 @@ def cuda_tests(run: Run) -> tuple[str, Figures]:
 
 
 def masks(run: Run) -> tuple[str, Figures]:
-    """Attention with each kind of mask against its definition in fp32, with all gradients; and cuDNN's, which is not
+    """Attention with each kind of mask against its definition in fp64, with all gradients; and cuDNN's, which is not
     used with a mask because its gradients were not finite at T mod 128 = 64."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -157,7 +157,7 @@ def masks(run: Run) -> tuple[str, Figures]:
 
 
 def _by_definition(q: Any, k: Any, v: Any, allowed: Any, weights: Any) -> list[Any]:
-    """Output and gradients of q, k, v in fp32. allowed: booleans that broadcast to [B, H, T, T]; None: causal."""
+    """Output and gradients of q, k, v in fp64. allowed: booleans that broadcast to [B, H, T, T]; None: causal."""
     import torch
 
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
@@ -195,7 +195,8 @@ def resume(run: Run) -> tuple[str, Figures]:
     if not difference < 5e-3:
         raise Failed(f"the resumed run's losses differ by {difference:.1e}")
     peak = max(record.get("peak_memory_gib", 0) for record in whole)
-    planned = json.loads(run.program("plan", *run.common, *settings, "--training.steps", 12, "--json"))
+    printed = run.program("plan", *run.common, *settings, "--training.steps", 12, "--json")
+    planned = json.loads(printed[printed.index("{") :])
     figures = {"difference": difference, "peak_gib": peak, "plan": planned, "last": whole[-1]}
     return f"losses of the resumed run within {difference:.1e}; {peak:.2f} GiB at most", figures
 
@@ -261,7 +262,7 @@ def verify(run: Run) -> tuple[str, Figures]:
 
 
 def against_transformers(run: Run) -> tuple[str, Figures]:
-    """``verify --hf`` of the text part's model: logits, greedy text, loss, gradients."""
+    """``verify --hf`` of a small model: logits, greedy text, loss, gradients."""
     run.train("hf", "--model.flavor", "debug", "--training.steps", 20, "--training.seq_len", 128,
               "--validation.enable", "false")  # fmt: skip
     run.program("export-hf", "--checkpoint", run.out / "hf", "--output", run.out / "hf" / "exported")
@@ -397,7 +398,7 @@ def peak(run: Run) -> tuple[str, Figures]:
 def step(flavor: str, rows: int, *more: str) -> Callable[[Run], tuple[str, Figures]]:
     def measure(run: Run) -> tuple[str, Figures]:
         name, size = (run.flavor, 128) if run.tiny else (flavor, 4096)
-        path = run.out / f"step-{flavor}.json"
+        path = run.out / f"train_step-{flavor}.json"
         contenders = ("ours, a graph per block", "HF loop, eager", "large matmuls")  # compiled takes minutes
         only = [part for contender in contenders for part in ("--only", contender)]
         printed = run.python(
@@ -485,8 +486,8 @@ def decoding(run: Run) -> tuple[str, Figures]:
         step.prepare(1)
         note("compiling", time.perf_counter() - begin)
         kind = "compiled" if compiled else "as it is"
-        for prompt in (100, 2000):
-            cache = KVCache(config.windows, capacity=prompt + 300)
+        for prompt in (100, 2100):  # no graph is recorded anew while the clock runs
+            cache = KVCache(config.windows, capacity=prompt + 600)
             with torch.inference_mode():
                 ids = torch.zeros(1, prompt, dtype=torch.long, device=device)
                 model(ids, positions=cache.positions(ids), cache=cache)
@@ -588,14 +589,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in CHECKS | SPEED]:
         parser.error(f"there is no part {unknown[0]}")
     begin = time.perf_counter()
-    if not (run.out / "tokenizer").is_dir() and set(names) - {
-        "about",
-        "peak",
-        "masks",
-        "kernels",
-        "decoding",
-        "generation",
-    }:
+    if not (run.out / "tokenizer").is_dir() and set(names) - WITHOUT_TEXT:
         prepare(run)
         print(f"prepared in {time.perf_counter() - begin:.0f} s", flush=True)
     with ThreadPoolExecutor(options.at_once) as pool:
@@ -652,7 +646,7 @@ def work(name: str, run: Run) -> int:
     answer = {"good": good, "verdict": verdict, "figures": figures}
     (run.out / f"{name}.json").write_text(json.dumps(answer, default=str))
     sys.stdout.flush()
-    os._exit(0)  # no process group is left at once
+    os._exit(0)  # without the warnings of a process group that is still open
 
 
 if __name__ == "__main__":

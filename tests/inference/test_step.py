@@ -4,6 +4,7 @@ stand-in for the recorded graph calls what was recorded, with the tensors of tha
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from torchtitan_style.inference import step as step_module
 from torchtitan_style.inference.cache import KVCache, Slots
+from torchtitan_style.inference.decode import Decoder
+from torchtitan_style.inference.sampling import Sampler
+from torchtitan_style.inference.settings import Sampling
 from torchtitan_style.inference.step import DecodingStep, Forward
 from torchtitan_style.models.qwen3.inference import attend_by_sums, fuse
 from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
@@ -133,3 +137,25 @@ def test_attention_as_sums(dtype: torch.dtype) -> None:
     got = attend_by_sums(q, k, v, mask)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double().view_as(want), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_what_is_said_to_be_in_the_cache_is_there_after_an_interrupt() -> None:
+    """Ctrl-C while the model computes: the next answer goes on from the tokens that are in the cache."""
+    model = random_model(CONFIG)
+    calls = 0
+
+    def interrupted(*args: Any, **named: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return model(*args, **named)
+
+    cache = KVCache(CONFIG.windows)
+    decoder = Decoder(interrupted, [[1, 2, 3]], Sampler(Sampling(temperature=0.0), seeds=[0]), cache=cache, device=CPU)
+    drawn = []
+    with pytest.raises(KeyboardInterrupt):
+        for (token,) in decoder:
+            drawn.append(token)
+    assert decoder.fed == [1, 2, 3, *drawn[:2]]
+    assert cache.length == 5

@@ -53,6 +53,7 @@ class KVCache:
         self.windows = windows
         self.length = 0
         """Positions written so far, padding included."""
+        self._given: tuple[tuple[int, int], Slots] | None = None  # the slots that were last asked for
         self.storage = next(_storages)
         """Another number for each storage of any cache: it changes when this one's keys and values move."""
         self._padding = torch.tensor(padding) if padding and any(padding) else None  # [B]
@@ -60,7 +61,6 @@ class KVCache:
         self._keys: list[Tensor | None] = [None] * len(windows)  # [B, K, capacity or window, D]
         self._values: list[Tensor | None] = [None] * len(windows)
         self._masks: dict[tuple[int | None, int], Tensor | None] = {}  # of this forward pass
-        self._given: tuple[tuple[int, int], Slots] | None = None  # the slots that were last asked for
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +139,7 @@ class KVCache:
             for layer, x in enumerate(stored):
                 stored[layer] = None if x is None else x[index.to(x.device)]
         self._masks.clear()
-        self.storage = next(_storages)
+        self._moved()
 
     def truncate(self, length: int) -> int:
         """Forget the positions from ``length`` on; returns how many are left.
@@ -155,16 +155,21 @@ class KVCache:
     # A layer without a window is stored in order. One with a window of W is a ring: position i at i % W. Keys are
     # rotated before they come here, so that attention does not mind their order.
 
+    def _moved(self) -> None:
+        """Note that keys and values are elsewhere, and let go of where they were."""
+        self.storage = next(_storages)
+        self._given = None
+
     def _room(self, layer: int, x: Tensor, positions: int) -> Tensor:
         """New storage for ``positions`` of ``layer``, of the kind of ``x``."""
-        self.storage = next(_storages)
+        self._moved()
         return x.new_zeros(x.shape[0], x.shape[1], self.windows[layer] or positions, x.shape[3])
 
     def _grown(self, layer: int, x: Tensor, positions: int) -> Tensor:
         """Storage with what is in ``x``, for more than ``positions``: half as much again, so that copies are rare. A
         ring has one slot more, which it does not use."""
         if self.windows[layer] is not None:
-            self.storage = next(_storages)
+            self._moved()
             return F.pad(x, (0, 0, 0, 1))
         room = self._room(layer, x, -(-3 * positions // (2 * _BLOCK)) * _BLOCK)
         room[:, :, : self.length] = x[:, :, : self.length]

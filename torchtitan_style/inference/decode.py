@@ -132,8 +132,7 @@ class Decoder:
 
     def _forward(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
-            if len(ids) == 1:
-                self.fed += ids[0].tolist()
+            fed = ids[0].tolist() if len(ids) == 1 else []  # before it is on a GPU, which would be waited for
             ids = ids.to(self.device)
             step = self._step
             if step is not None and ids.shape[1] == 1 and self.cache.length and step.ready(len(ids)):
@@ -141,6 +140,7 @@ class Decoder:
             else:
                 logits = self.model(ids, positions=self.cache.positions(ids), cache=self.cache)
             self.cache.advance(ids.shape[1])
+            self.fed += fed
             return logits[:, -1]
 
     def _pick(self, logits: Tensor) -> list[int]:

@@ -53,6 +53,8 @@ class DecodingStep:
         if self.ready(rows):
             return
         several = rows > 1
+        if several and self._replays is not None:
+            self.prepare(1)  # for the last one that is left of them
         graph: Any = self._forward if self._replays is not None else torch.compile(self._forward, fullgraph=True)
         cache = KVCache(self._windows, capacity=_TRIAL)
         with torch.inference_mode():
@@ -101,25 +103,30 @@ _TRIAL = 512
 
 
 class _Replays:
-    """The step as a CUDA graph, recorded anew when the cache has other storage, more slots or other rows.
+    """The step as a CUDA graph, recorded anew when the cache has other storage, more slots or other rows. For one text
+    or batch at a time: the tensors that a graph reads and writes are its own.
 
     The first step after such a change runs as it is, which also prepares what may not be prepared while recording.
     """
 
     _LEAST = 256
-    """Slots that a step sees are a multiple of it, and of about an eighth of them: a mask hides those that are empty,
-    at the cost of reading them, and for more of them a graph is recorded anew, at the cost of a plain step."""
+    """Slots that a step sees are a multiple of it, from 4,096 on of a sixteenth to an eighth of them: a mask hides the
+    empty ones, at the cost of reading them, and for more of them a graph is recorded anew, at the cost of a plain
+    step."""
+    _KEPT = 16
+    """Graphs whose memory is kept before it is given back, which takes as long as a step."""
 
     def __init__(self) -> None:
         self._key: object = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._recorded = 0
 
     def __call__(self, forward: Forward, ids: Tensor, cache: KVCache) -> Tensor:
         slots = cache.slots(self._LEAST * max(1, cache.length // (8 * self._LEAST)))
-        key = (cache.storage, slots[0][0].shape[2], len(ids))
+        key = (cache.storage, max(keys.shape[2] for keys, _ in slots), len(ids))
         if key != self._key:
-            self._graph = None
+            self._key = self._graph = None
             self._ids = ids.clone(memory_format=torch.contiguous_format)
             self._length = torch.full((), cache.length, device=ids.device)
             self._padding = cache.padding(ids).clone()
@@ -135,17 +142,21 @@ class _Replays:
         return self._logits
 
     def _record(self, forward: Forward, slots: Slots) -> None:
-        # As torch.cuda.graph does, but for its garbage collection, which takes longer than the step.
-        self._stream = self._stream or torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._logits = forward(self._ids, slots, self._length, self._padding)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        # torch.cuda.graph gives back all free memory each time, which takes longer than the step.
+        self._recorded += 1
+        if self._recorded % self._KEPT == 0:
+            torch.cuda.empty_cache()
+        with torch.cuda.device(self._ids.device):
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._logits = forward(self._ids, slots, self._length, self._padding)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(self._stream)
         self._graph = graph
 
 

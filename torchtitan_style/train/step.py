@@ -95,7 +95,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
         warn(f"compile.enable: {problem}; training without compilation, which is slower")
         compile = compile.model_copy(update={"enable": False})
 
-    if config.data.document_mask:
+    if config.data.document_mask or any(model_config(config.model).windows):
         torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn_attention
 
     def lay_out(model: Any, stage: Stage | None = None) -> None:
