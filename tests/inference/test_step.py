@@ -153,9 +153,8 @@ def test_what_is_said_to_be_in_the_cache_is_there_after_an_interrupt() -> None:
 
     cache = KVCache(CONFIG.windows)
     decoder = Decoder(interrupted, [[1, 2, 3]], Sampler(Sampling(temperature=0.0), seeds=[0]), cache=cache, device=CPU)
-    drawn = []
+    drawn: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        for (token,) in decoder:
-            drawn.append(token)
+        drawn.extend(token for (token,) in decoder)
     assert decoder.fed == [1, 2, 3, *drawn[:2]]
     assert cache.length == 5
