@@ -12,12 +12,14 @@ from torchtitan_style.common.files import first_missing, locked, nearest_existin
 
 HOLD = """
 import sys
+from functools import partial
 from pathlib import Path
 from torchtitan_style.common.files import locked
-with locked(Path(sys.argv[1]), print):
-    print("has it", flush=True)
+say = partial(print, flush=True)
+with locked(Path(sys.argv[1]), say):
+    say("has it")
     sys.stdin.readline()
-print("left it", flush=True)
+say("left it")
 """
 
 
