@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import subprocess
 import sys
@@ -151,3 +152,17 @@ def test_a_run_trains_to_its_end_whatever_becomes_of_its_output(tmp_path: Path, 
     line = f"set -o pipefail; python -m torchtitan_style.launch --config {tmp_path}/config.toml {options} {where}"
     assert shell(line, environment=environment).returncode == 0
     assert CheckpointFolder(run / "checkpoint").problem(2) is None
+
+
+def test_a_line_is_written_when_it_is_printed_to_a_pipe_too() -> None:
+    """A program that waits for hours, as for another that prepares the same data, has said so."""
+    code = (
+        "import sys; from torchtitan_style.common.program import begin; begin(); print('waiting'); sys.stdin.readline()"
+    )
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        said, _, _ = select.select([process.stdout], [], [], 60)
+        assert said
+        assert process.stdout.readline() == b"waiting\n"
+        process.communicate(b"\n")

@@ -85,14 +85,15 @@ class _Text(io.TextIOWrapper):
 
 
 def _text(raw: _Output, before: io.TextIOWrapper | None) -> _Text:
-    """``raw`` with the encoding and buffering of the stream ``before`` it."""
-    encoding, unbuffered, by_line = "utf-8", False, False
+    """``raw`` with the encoding of the stream ``before`` it. Lines are written as they are printed, to a pipe or a file
+    too: a program that waits has said what for."""
+    encoding, unbuffered = "utf-8", False
     if before is not None:
         with contextlib.suppress(OSError):
             before.flush()
-        encoding, unbuffered, by_line = before.encoding, before.write_through, before.line_buffering
+        encoding, unbuffered = before.encoding, before.write_through
     buffer = raw if unbuffered else io.BufferedWriter(raw)  # type: ignore[type-var]
-    text = _Text(buffer, encoding, "replace", line_buffering=by_line, write_through=unbuffered)  # type: ignore[arg-type]
+    text = _Text(buffer, encoding, "replace", line_buffering=True, write_through=unbuffered)  # type: ignore[arg-type]
     text.torchtitan_style_raw = raw
     return text
 
