@@ -5,6 +5,7 @@ Jinja, rendered by Transformers in its sandbox. A tokenizer without one gets Cha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -89,8 +90,12 @@ class ChatTemplate:
 
     def check(self) -> None:
         """Raise UserError, with file and line, if it is no template."""
-        from jinja2 import TemplateSyntaxError
+        from jinja2 import Environment, TemplateSyntaxError
 
+        # Most need not wait for Transformers to be imported, which takes a second and alone knows marks.
+        with contextlib.suppress(Exception):
+            Environment(extensions=["jinja2.ext.loopcontrols"]).compile(self.source)
+            return
         try:
             with time_limit(_SECONDS):
                 self._render([[]], prompt=False)
