@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, Any]
@@ -63,6 +63,11 @@ class Run:
             lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
             raise Failed(f"status {done.returncode}: {' / '.join(lines[-2:])[-300:]}")
         return done.stdout
+
+    def train_small(self, name: str, *arguments: object) -> list[Figures]:
+        """A run of a model that takes seconds, without validation."""
+        small = ("--model.flavor", "debug", "--training.seq_len", 128, "--validation.enable", "false")
+        return self.train(name, *small, *arguments)
 
     def train(self, name: str, *arguments: object) -> list[Figures]:
         """A run in the folder ``name``; returns its metrics."""
@@ -204,13 +209,12 @@ def resume(run: Run) -> tuple[str, Figures]:
 def deterministic(run: Run) -> tuple[str, Figures]:
     """Twice the same run, and one resumed in between, with debug.deterministic: bit for bit."""
     settings = [
-        "--model.flavor", "debug", "--debug.deterministic", "true", "--compile.enable", "true",
+        "--debug.deterministic", "true", "--compile.enable", "true",
         "--checkpoint.interval", "4", "--metrics.log_freq", "1", "--lr_scheduler.total_steps", "8",
-        "--training.seq_len", "128", "--validation.enable", "false",
     ]  # fmt: skip
-    curves = [losses(run.train(f"deterministic-{name}", *settings, "--training.steps", 8)) for name in "ab"]
-    run.train("deterministic-c", *settings, "--training.steps", 4)
-    curves.append(losses(run.train("deterministic-c", *settings, "--training.steps", 8)))
+    curves = [losses(run.train_small(f"deterministic-{name}", *settings, "--training.steps", 8)) for name in "ab"]
+    run.train_small("deterministic-c", *settings, "--training.steps", 4)
+    curves.append(losses(run.train_small("deterministic-c", *settings, "--training.steps", 8)))
     if not curves[0] == curves[1] == curves[2]:
         raise Failed(f"losses differ: {curves}")
     return "the same losses bit for bit, resumed too", {"losses": curves[0]}
@@ -219,8 +223,7 @@ def deterministic(run: Run) -> tuple[str, Figures]:
 def text(run: Run) -> tuple[str, Figures]:
     """A small model, trained here; its greedy texts after prompts of several lengths on GPU, compiled on GPU, and on
     CPU, in fp32."""
-    run.train("text", "--model.flavor", "debug", "--training.steps", 60, "--training.seq_len", 128,
-              "--validation.enable", "false")  # fmt: skip
+    run.train_small("text", "--training.steps", 60)
     options = ["generate", "--checkpoint", run.out / "text", "--temperature", 0, "--max-new-tokens", 400, "--json",
                "--dtype", "float32", "--prompt", "def f(", "--prompt", "import os, sys\n\nclass A"]  # fmt: skip
     printed = {
@@ -263,8 +266,7 @@ def verify(run: Run) -> tuple[str, Figures]:
 
 def against_transformers(run: Run) -> tuple[str, Figures]:
     """``verify --hf`` of a small model: logits, greedy text, loss, gradients."""
-    run.train("hf", "--model.flavor", "debug", "--training.steps", 20, "--training.seq_len", 128,
-              "--validation.enable", "false")  # fmt: skip
+    run.train_small("hf", "--training.steps", 20)
     run.program("export-hf", "--checkpoint", run.out / "hf", "--output", run.out / "hf" / "exported")
     for dtype in ("float32", "bfloat16"):
         run.program("verify", "--hf", run.out / "hf" / "exported", "--dtype", dtype)
@@ -273,8 +275,7 @@ def against_transformers(run: Run) -> tuple[str, Figures]:
 
 def lora(run: Run) -> tuple[str, Figures]:
     """Adapters on the exported model of a run, compiled."""
-    run.train("lora-base", "--model.flavor", "debug", "--training.steps", 10, "--training.seq_len", 128,
-              "--validation.enable", "false")  # fmt: skip
+    run.train_small("lora-base", "--training.steps", 10)
     run.program("export-hf", "--checkpoint", run.out / "lora-base", "--output", run.out / "lora-base" / "exported")
     metrics = run.train("lora", "--model.hf_assets_path", run.out / "lora-base" / "exported", "--lora.rank", 8,
                         "--training.steps", 10, "--training.seq_len", 128, "--compile.enable", "true",
@@ -366,7 +367,6 @@ def two_ranks(run: Run) -> tuple[str, Figures]:
     if run.tiny:
         return "not with --tiny", {}
     environment = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
-    folder = run.out / "two-ranks"
     settings = [
         "--model.flavor", "debug", "--training.seq_len", 128,
         "--checkpoint.interval", 4, "--checkpoint.async_mode", "async", "--metrics.log_freq", 1,
@@ -374,11 +374,10 @@ def two_ranks(run: Run) -> tuple[str, Figures]:
     ]  # fmt: skip
     # By torchrun itself: the launcher refuses more processes than there are GPUs.
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "torchtitan_style", "train"]
-    torchrun += ["--job.dump_folder", folder, *run.common, *settings]
+    torchrun += ["--job.dump_folder", run.out / "two-ranks", *run.common, *settings]
     run.python(*torchrun, "--training.steps", 6, environment=environment)
     run.python(*torchrun, "--training.steps", 8, "--parallelism.tensor_parallel_degree", 2, environment=environment)
-    run.train("two-ranks", *settings, "--training.steps", 12)
-    curve = losses(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    curve = losses(run.train("two-ranks", *settings, "--training.steps", 12))
     alone = losses(run.train("one-rank", *settings, "--training.steps", 12))
     difference = largest_difference(alone, curve)
     if not difference < 5e-3:
@@ -395,7 +394,7 @@ def peak(run: Run) -> tuple[str, Figures]:
     return f"{figures['flops'] / 1e12:,.1f} TFLOP/s, {figures['bytes_per_second'] / 1e9:,.0f} GB/s", figures
 
 
-def step(flavor: str, rows: int, *more: str) -> Callable[[Run], tuple[str, Figures]]:
+def step(flavor: str, rows: int) -> Callable[[Run], tuple[str, Figures]]:
     def measure(run: Run) -> tuple[str, Figures]:
         name, size = (run.flavor, 128) if run.tiny else (flavor, 4096)
         path = run.out / f"train_step-{flavor}.json"
@@ -403,7 +402,7 @@ def step(flavor: str, rows: int, *more: str) -> Callable[[Run], tuple[str, Figur
         only = [part for contender in contenders for part in ("--only", contender)]
         printed = run.python(
             "benchmarks/train_step.py", "--model", name, "--rows", rows, "--seq-len", size, "--repeats", 3,
-            "--steps", 4, *only, "--json", path, *more,
+            "--steps", 4, *only, "--json", path,
         )  # fmt: skip
         lines = [line.strip() for line in printed.splitlines() if line.startswith(("ours", "HF"))]
         return " | ".join(line for line in lines if "first step after" not in line), json.loads(path.read_text())
@@ -412,9 +411,24 @@ def step(flavor: str, rows: int, *more: str) -> Callable[[Run], tuple[str, Figur
     return measure
 
 
+def profiled(action: Callable[[], Any], times: int) -> Any:
+    """The profiler of so many calls; prints what took most of the time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from torchtitan_style.common.device import current_device, synchronize
+
+    device = current_device()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")) as profiler:
+        for _ in range(times):
+            action()
+        synchronize(device)
+    sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=sort, row_limit=45, max_name_column_width=90))
+    return profiler
+
+
 def kernels(run: Run) -> tuple[str, Figures]:
     """Where a step's time goes: its kernels, by time, and how long the GPU stood still."""
-    from torch.profiler import ProfilerActivity, profile
     from train_step import make_config, step_on, tokens
 
     from torchtitan_style.common.device import current_device, synchronize
@@ -431,18 +445,12 @@ def kernels(run: Run) -> tuple[str, Figures]:
     for _ in range(4):
         take()
     synchronize(device)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     begin = time.perf_counter()
     for _ in range(3):
         take()
     synchronize(device)
     plain = (time.perf_counter() - begin) / 3
-    with profile(activities=activities) as profiler:
-        for _ in range(3):
-            take()
-        synchronize(device)
-    sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=sort, row_limit=45, max_name_column_width=90))
+    profiler = profiled(take, 3)
     if device.type == "cuda":
         profiler.export_chrome_trace(str(run.out / "step.trace.json.gz"))
         busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 3 / 1e6
@@ -454,7 +462,6 @@ def decoding(run: Run) -> tuple[str, Figures]:
     """Where a new token's time goes: the step alone, with the draw after it, and its kernels."""
     import generate as benchmark
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from torchtitan_style.common.device import current_device, fastest_dtype, synchronize
     from torchtitan_style.inference.cache import KVCache
@@ -510,13 +517,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
             for _ in range(100):
                 next(tokens)
             note(f"token, {kind}, {name}", (time.perf_counter() - begin) / 100)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        with profile(activities=activities) as profiler:
-            for _ in range(10):
-                next(tokens)
-            synchronize(device)
-        sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(profiler.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=90))
+        profiled(lambda: next(tokens), 10)  # noqa: B023
     return " | ".join(f"{key}: {value * 1e3:.3f} ms" for key, value in figures.items()), figures
 
 
@@ -583,11 +584,11 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(options.out.resolve(), options.tiny)
     if options.here:
-        return work(options.parts[0], run)
+        work(options.parts[0], run)
     groups: dict[str, dict[str, Part]] = {"checks": CHECKS, "speed": SPEED}
     names = [name for part in options.parts for name in groups.get(part, {part: None})]
     if unknown := [name for name in names if name not in CHECKS | SPEED]:
-        parser.error(f"there is no part {unknown[0]}")
+        parser.error(f"unknown part: {unknown[0]}; --help lists them")
     begin = time.perf_counter()
     if not (run.out / "tokenizer").is_dir() and set(names) - WITHOUT_TEXT:
         prepare(run)
@@ -632,7 +633,8 @@ def start(name: str, run: Run) -> bool:
     return bool(found["good"])
 
 
-def work(name: str, run: Run) -> int:
+def work(name: str, run: Run) -> NoReturn:
+    """Carry a part out in this process, and leave its verdict."""
     good, figures = True, {}
     try:
         verdict, figures = (CHECKS | SPEED)[name].action(run)
