@@ -75,10 +75,10 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        wanted = memoryview(buffer)[: max(0, self._length - self._at)]
+        count: int = self._file.readinto(wanted)  # type: ignore[attr-defined]
+        self._at += count
+        return count
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -125,11 +125,10 @@ class SafeReader(dcp.FileSystemReader):
         archive: Any = torch._C.PyTorchFileReader(view)
         # torch's own reader tells sizes since 2.12 only.
         with zipfile.ZipFile(_Part(file, info.offset, info.length)) as listed:  # type: ignore[arg-type]
-            sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in listed.infolist()}
-            total = sum(entry.file_size for entry in listed.infolist())
-        if total > info.length:
+            entries = listed.infolist()
+        if sum(entry.file_size for entry in entries) > info.length:
             raise UserError(f"{file.name}: is damaged: a tensor is larger than its part of the file")
-        return archive, sizes
+        return archive, {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
 
     def _read_part(self, item: ReadItem, file: BinaryIO, planner: LoadPlanner) -> None:
         """Read a piece, and copy the part of it that is wanted."""

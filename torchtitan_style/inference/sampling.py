@@ -88,7 +88,7 @@ class Sampler:
         logits = filter_logits(logits, sampling, self._seen)
         highest, tokens = logits.max(dim=-1)  # of several the first; a third of argmax's time on CPU
         if sampling.temperature > 0.0:
-            # Where the highest is no number, so are all sums, and a search ends behind the last token.
+            # With a NaN or an infinity the search ends past the last token.
             tokens = _draw(logits, highest, [draw.random() for draw in self._draws]).clamp(max=logits.shape[-1] - 1)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
