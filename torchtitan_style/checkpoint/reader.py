@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from torchtitan_style.common.errors import UserError
@@ -54,7 +53,7 @@ def without_warnings() -> Iterator[None]:
 
 
 class _Part(io.RawIOBase):
-    """Some bytes of a file as a file. That of DCP seeks wrongly from the end."""
+    """Some bytes of a file as a file. DCP has one that seeks wrongly from the end, which zipfile does."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -121,10 +120,10 @@ class SafeReader(dcp.FileSystemReader):
         info = self.storage_data[item.storage_index]
         if info.offset + info.length > os.fstat(file.fileno()).st_size:
             raise UserError(f"{file.name}: is damaged: it is shorter than .metadata says")
-        view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
+        view: Any = _Part(file, info.offset, info.length)
         archive: Any = torch._C.PyTorchFileReader(view)
         # torch's own reader tells sizes since 2.12 only.
-        with zipfile.ZipFile(_Part(file, info.offset, info.length)) as listed:  # type: ignore[arg-type]
+        with zipfile.ZipFile(view) as listed:
             entries = listed.infolist()
         if sum(entry.file_size for entry in entries) > info.length:
             raise UserError(f"{file.name}: is damaged: a tensor is larger than its part of the file")
@@ -137,7 +136,7 @@ class SafeReader(dcp.FileSystemReader):
         info = self.storage_data[item.storage_index]
         try:
             self._archive(item, file)
-            view: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
+            view: Any = _Part(file, info.offset, info.length)
             tensor = torch.load(view, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
             first = str(error).strip().partition("\n")[0]
