@@ -36,7 +36,7 @@ from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
 
-QWEN3 = Path(__file__).parents[2].parent.parent / "shared/qwen3-tokenizer"
+QWEN3 = Path(__file__).parents[3] / "shared/qwen3-tokenizer"
 Samples = list[tuple[tuple[int, ...], tuple[bool, ...]]]
 
 
