@@ -117,28 +117,28 @@ def published() -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for flavor in ("0.6B", "1.7B", "4B", "8B", "14B", "32B"):
-        config = load_config(
-            "qwen3_8b", ["--model.flavor", flavor, "--training.global_batch_size", "256"], world_size=None
-        )
         for gpus in (1, 8, 64, 512):
-            rows = max(256, gpus)
-            found = search(config, gpus, DEVICES["H100"], Assumptions(), rows=rows)
-            if not found.best:
-                lines.append(f"| {flavor} | {gpus} | none fits | | | | | |")
-                continue
-            plan = found.best[0]
-            settings = plan.work.config
-            recompute = settings.activation_checkpoint
-            mode = (
-                f"{recompute.mode} {recompute.selective_ac_option}" if recompute.mode == "selective" else recompute.mode
-            )
-            reshard = ", gathered once" if plan.work.keeps_gathered and plan.work.layout.fsdp > 1 else ""
-            lines.append(
-                f"| {flavor} | {gpus} | {plan.work.layout}{reshard} | {mode} | "
-                f"{plan.work.batch.local_batch_size} | {plan.memory.total / 2**30:.1f} | "
-                f"{plan.time.tokens_per_second:,.0f} | {plan.time.mfu:.0%} |"
-            )
+            lines += fastest("qwen3_8b", flavor, gpus, most=1)
+    for gpus in (8, 16, 64, 512):  # several layouts, as it is seldom clear how many ranks should share out the experts
+        lines += fastest("qwen3_30b_a3b", "30B-A3B", gpus, most=3)
     return lines
+
+
+def fastest(name: str, flavor: str, gpus: int, *, most: int) -> list[str]:
+    """Rows of the table: the fastest layouts that fit."""
+    config = load_config(name, ["--model.flavor", flavor, "--training.global_batch_size", "256"], world_size=None)
+    found = search(config, gpus, DEVICES["H100"], Assumptions(), rows=max(256, gpus), most=most)
+    lines = []
+    for plan in found.best:
+        recompute = plan.work.config.activation_checkpoint
+        mode = f"{recompute.mode} {recompute.selective_ac_option}" if recompute.mode == "selective" else recompute.mode
+        reshard = ", gathered once" if plan.work.keeps_gathered and plan.work.layout.fsdp > 1 else ""
+        lines.append(
+            f"| {flavor} | {gpus} | {plan.work.layout}{reshard} | {mode} | "
+            f"{plan.work.batch.local_batch_size} | {plan.memory.total / 2**30:.1f} | "
+            f"{plan.time.tokens_per_second:,.0f} | {plan.time.mfu:.0%} |"
+        )
+    return lines or [f"| {flavor} | {gpus} | none fits | | | | | |"]
 
 
 if __name__ == "__main__":

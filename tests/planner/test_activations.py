@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 
+import torchtitan_style.models.qwen3_moe.grouped  # noqa: F401  (registers an operation)
 from torchtitan_style.config.files import DEFAULT_CONFIG
 from torchtitan_style.config.layout import Layout
-from torchtitan_style.distributed.recompute import apply_activation_checkpoint
+from torchtitan_style.distributed.recompute import apply_activation_checkpoint, keep_outputs_of
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.models.lora import add_adapters
-from torchtitan_style.models.qwen3.model import Qwen3ForCausalLM
-from torchtitan_style.models.qwen3.spec import QWEN3
-from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.models.trained import adapted_modules
 from torchtitan_style.planner.activations import kept_by_layers, kept_outside
 from torchtitan_style.planner.workload import Workload
@@ -27,6 +26,7 @@ from torchtitan_style.train.step import freeze
 SHAPE = ("--model.flavor", "debug", "--model.hidden_size", "96", "--model.intermediate_size", "320",
          "--model.num_hidden_layers", "4", "--training.seq_len", "128", "--training.local_batch_size", "2",
          "--training.global_batch_size", "-1")  # fmt: skip
+EXPERTS = ("--model.name", "qwen3_moe", "--model.num_experts", "16", "--model.num_experts_per_tok", "3")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Kept = dict[int, int]
@@ -57,10 +57,12 @@ def actual(work: Workload) -> int:
     """Bytes kept by the forward pass of the hidden states."""
     config = work.config
     shape, dtype = model_config(config.model), DTYPES[config.training.mixed_precision_param]
-    model: Any = Qwen3ForCausalLM(shape)
+    spec = spec_of(config.model.name)
+    model: Any = spec.build(shape)
     freeze(model, config)
-    add_adapters(model, config.lora, adapted_modules(QWEN3, shape, config.lora))
+    add_adapters(model, config.lora, adapted_modules(spec, shape, config.lora))
     model.to(dtype)
+    keep_outputs_of(torch.ops.torchtitan_style.grouped_linear.default)  # as parallelize_qwen3_moe does
     apply_activation_checkpoint(model.model.layers, config.activation_checkpoint)
     if config.compile.enable:
         for layer in model.model.layers:
@@ -92,6 +94,13 @@ def actual(work: Workload) -> int:
     ("--training.freeze", "*norm*", "*down_proj*"),
     ("--compile.enable", "true"),
     ("--compile.enable", "true", "--training.mixed_precision_param", "float32"),
+    EXPERTS,
+    (*EXPERTS, "--training.mixed_precision_param", "float32", "--model.mlp_only_layers", "1"),
+    (*EXPERTS, "--activation_checkpoint.mode", "selective"),
+    (*EXPERTS, "--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "3",
+     "--model.mlp_only_layers", "3"),
+    (*EXPERTS, "--compile.enable", "true"),
+    (*EXPERTS, "--compile.enable", "true", "--training.mixed_precision_param", "float32"),
 ])  # fmt: skip
 def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None:
     torch.compiler.reset()  # after many compilations by other tests, no more are made

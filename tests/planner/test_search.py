@@ -36,6 +36,31 @@ def test_what_is_found_fits_is_fastest_and_can_be_pasted() -> None:
         assert again.work.batch.global_batch_size == config.training.global_batch_size
 
 
+def test_experts_are_shared_out_over_as_many_ranks_as_is_fastest(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("qwen3_30b_a3b", [], world_size=None)
+    found = search(config, 512, H100, Assumptions(), rows=512)  # a row each: nothing hides the gathers of all experts
+    best = found.best[0]
+    assert best.work.layout.ep > 1
+    pasted = load_config("qwen3_30b_a3b", shlex.split(overrides_of(best)), world_size=512)
+    assert plan_layout(pasted.parallelism, 512) == best.work.layout
+    rows = ("--training.local_batch_size", "2", "--model.num_hidden_layers", "2")
+    status, text, warnings = run(
+        capsys, "--config", "qwen3_30b_a3b", "--world-size", "32", "--device", "h100", *rows, "--json"
+    )
+    assert (status, warnings) == (0, "")
+    report = json.loads(text)
+    assert report["layout"]["ep"] == 8
+    sent = [each for each in report["traffic"] if each["axis"] == "ep"]
+    # Two microbatches, the second of which is routed once more to count; whole blocks are recomputed.
+    rows_of_a_layer = 2 * 4096 * 8 * 2048 * 2
+    passes = {"counting": 1, "forward": 2, "backward": 2 * 2}
+    assert {each["phase"]: each["bytes_per_step"] for each in sent} == {
+        phase: 2 * times * 2 * rows_of_a_layer for phase, times in passes.items()
+    }
+    # By active parameters, of which the embedding is not multiplied with.
+    assert best.time.flops / best.time.tokens == pytest.approx(6 * 3.04e9 + 12 * 48 * 32 * 128 * 4096, rel=0.01)
+
+
 def test_32b_on_512_ranks_is_a_matter_of_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("qwen3_32b", [], world_size=None)
     counted = 0

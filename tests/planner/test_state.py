@@ -25,6 +25,8 @@ UNTIED = ("--model.tie_word_embeddings", "false")
 BIASED = ("--model.attention_bias", "true")
 FULL = ("--activation_checkpoint.mode", "full")
 
+EXPERTS = ("--model.name", "qwen3_moe", "--model.hidden_size", "72")
+
 LORA = ("--lora.rank", "3")
 TARGETS = ("--lora.target_modules", "layers.0.*", "o_proj", "mlp.*")
 
@@ -45,6 +47,18 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "one, adapters": ({}, LORA),
     "dp 4, adapters": ({"dp_shard": 4}, (*LORA, "--training.mixed_precision_param", "float32")),
     "dp 2 × tp 2, some adapters, muon": ({"dp_shard": 2, "tp": 2}, (*LORA, *TARGETS, *MUON)),
+    # Experts are shared out over ep. The ranks that ep leaves cut between the experts of a rank or, where their number
+    # does not divide them, within each (3 experts over 2 ranks).
+    "experts, one": ({}, EXPERTS),
+    "experts, dp 4": ({"dp_shard": 4}, (*EXPERTS, *MUON)),
+    "experts, ep 2": ({"dp_shard": 2, "ep": 2}, (*EXPERTS, *MUON)),
+    "experts, ep 4": ({"dp_shard": 4, "ep": 4}, EXPERTS),
+    "experts, dp 4 × ep 2": ({"dp_shard": 4, "ep": 2}, (*EXPERTS, *MUON)),
+    "experts, dp 4 × ep 2, cut within": ({"dp_shard": 4, "ep": 2}, (*EXPERTS, *MUON, "--model.num_experts", "6")),
+    "experts, tp 2 × ep 2": ({"dp_shard": 2, "tp": 2, "ep": 2}, (*EXPERTS, *MUON)),
+    "experts, tp 2, dense layers": ({"tp": 2}, (*EXPERTS, "--model.mlp_only_layers", "0")),
+    "experts, hybrid 2 × 2, ep 2": ({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, (*EXPERTS, *MUON)),
+    "experts, cp 2 × ep 2": ({"cp": 2, "ep": 2}, EXPERTS),
     "tp 2, frozen": ({"tp": 2}, ("--training.freeze", "*embed_tokens*", "model.layers.0.*")),
 }
 
@@ -52,9 +66,14 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 def parts(name: str) -> tuple[Config, Layout]:
     degrees, overrides = CASES[name]
     layout = Layout(**degrees)
-    given = [*TINY, *overrides, "--parallelism.tensor_parallel_degree", str(layout.tp),
-             "--parallelism.data_parallel_replicate_degree", str(layout.dp_replicate)]  # fmt: skip
-    return load_config(DEFAULT_CONFIG, given, world_size=layout.world_size), layout
+    return load_config(DEFAULT_CONFIG, given(overrides, layout), world_size=layout.world_size), layout
+
+
+def given(overrides: tuple[str, ...], layout: Layout) -> list[str]:
+    return [*TINY, *overrides, "--parallelism.tensor_parallel_degree", str(layout.tp),
+            "--parallelism.data_parallel_replicate_degree", str(layout.dp_replicate),
+            "--parallelism.context_parallel_degree", str(layout.cp),
+            "--parallelism.expert_parallel_degree", str(layout.ep)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +85,7 @@ def real(run_ranks: Callable[..., None], tmp_path_factory: pytest.TempPathFactor
         folder = tmp_path_factory.mktemp("state")
         cases = []
         for name in names:
-            layout = Layout(**CASES[name][0])
-            overrides = [*TINY, *CASES[name][1], "--parallelism.tensor_parallel_degree", str(layout.tp),
-                         "--parallelism.data_parallel_replicate_degree", str(layout.dp_replicate)]  # fmt: skip
+            overrides = given(CASES[name][1], Layout(**CASES[name][0]))
             cases.append({"layout": CASES[name][0], "overrides": overrides})
         (folder / "cases").write_text(json.dumps(cases), encoding="utf-8")
         run_ranks(Path(__file__).with_name("state_of_ranks.py"), world_size, folder / "cases", folder)
@@ -85,7 +102,7 @@ def test_state_is_that_of_real_ranks_to_the_byte(real: dict[str, list[dict[str, 
         held = lay_out(config, layout, rank)
         assert {key: list(each.local) for key, each in held.items()} == actual["local"]
         on_meta = state_held(held)
-        by_arithmetic = state_of(kinds, layout, index=rank // layout.tp % layout.fsdp)
+        by_arithmetic = state_of(kinds, layout, rank)
         assert on_meta == by_arithmetic
         assert (on_meta.weights, on_meta.optimizer) == (actual["weights"], actual["optimizer"])
         assert on_meta.gradients == actual["gradients"]
@@ -94,12 +111,14 @@ def test_state_is_that_of_real_ranks_to_the_byte(real: dict[str, list[dict[str, 
 @pytest.mark.parametrize(("flavor", "layout"), [
     ("0.6B", Layout(dp_shard=24)),
     ("8B", Layout(dp_replicate=16, dp_shard=8, tp=8)),
+    ("30B-A3B", Layout(dp_replicate=2, dp_shard=24, tp=2, ep=8)),
 ])  # fmt: skip
 def test_arithmetic_is_that_of_the_layout_on_many_ranks(flavor: str, layout: Layout) -> None:
     overrides = ["--model.flavor", flavor, "--optimizer.name", "muon", "--training.global_batch_size", "-1",
                  "--model.num_hidden_layers", "3", "--training.local_batch_size", "1"]  # fmt: skip
+    if flavor == "30B-A3B":
+        overrides += ["--model.name", "qwen3_moe"]
     config = load_config(DEFAULT_CONFIG, overrides, world_size=layout.world_size)
     last = layout.world_size - 1
     for rank in (0, last):
-        index = rank // layout.tp % layout.fsdp
-        assert state_held(lay_out(config, layout, rank)) == state_of(parameter_kinds(config), layout, index)
+        assert state_held(lay_out(config, layout, rank)) == state_of(parameter_kinds(config), layout, rank)

@@ -20,6 +20,8 @@ SHAPE = ("--model.flavor", "debug", "--model.num_hidden_layers", "3", "--trainin
          "--training.local_batch_size", "2")  # fmt: skip
 CP = ("--parallelism.context_parallel_degree", "2")
 TP = ("--parallelism.tensor_parallel_degree", "2")
+EXPERTS = ("--model.name", "qwen3_moe", "--model.num_experts", "16")
+EP = (*EXPERTS, "--parallelism.expert_parallel_degree", "2")
 CASES: dict[str, tuple[dict[str, int], int, tuple[str, ...]]] = {
     "dp": ({"dp_shard": 2}, 2, ()),
     "dp, kept": ({"dp_shard": 2}, 1, ("--parallelism.fsdp_reshard_after_forward", "never")),
@@ -34,6 +36,16 @@ CASES: dict[str, tuple[dict[str, int], int, tuple[str, ...]]] = {
                                            "float32")),
     "cp, full": ({"cp": 2}, 1, (*CP, "--activation_checkpoint.mode", "full")),
     "cp, selective": ({"cp": 2}, 1, (*CP, "--activation_checkpoint.mode", "selective")),
+    "experts, dp": ({"dp_shard": 2}, 2, EXPERTS),
+    "experts, ep": ({"dp_shard": 2, "ep": 2}, 1, EP),
+    "experts, ep, counting": ({"dp_shard": 2, "ep": 2}, 2, (*EP, "--training.mixed_precision_param", "float32")),
+    "experts, ep, full": ({"dp_shard": 2, "ep": 2}, 2, (*EP, "--activation_checkpoint.mode", "full")),
+    "experts, ep, selective": ({"dp_shard": 2, "ep": 2}, 1, (*EP, "--activation_checkpoint.mode", "selective",
+                                                             "--model.mlp_only_layers", "1")),
+    "experts, tp": ({"tp": 2}, 2, (*EXPERTS, *TP)),
+    "experts, tp, selective": ({"tp": 2}, 1, (*EXPERTS, *TP, "--activation_checkpoint.mode", "selective",
+                                              "--model.mlp_only_layers", "1")),
+    "experts, cp × ep": ({"cp": 2, "ep": 2}, 1, (*EP, *CP)),
 }  # fmt: skip
 
 
@@ -45,7 +57,7 @@ def test_ranks_send_what_is_planned(run_ranks: Callable[..., None], tmp_path: Pa
         config = load_config(DEFAULT_CONFIG, overrides, world_size=2)
         works[name] = Workload.of(config, layout, on_gpu=False)
         assert works[name].batch.accumulation_steps == microbatches
-        keeps = config.activation_checkpoint.mode == "none" and layout.tp * layout.cp > 1
+        keeps = config.activation_checkpoint.mode == "none" and layout.tp * layout.cp * layout.ep > 1
         cases.append({"layout": degrees, "overrides": overrides, "microbatches": microbatches, "keeps": keeps})
     (tmp_path / "cases").write_text(json.dumps(cases), encoding="utf-8")
     run_ranks(Path(__file__).with_name("traffic_of_ranks.py"), 2, tmp_path / "cases", tmp_path / "found")
@@ -58,6 +70,8 @@ def test_ranks_send_what_is_planned(run_ranks: Callable[..., None], tmp_path: Pa
         # Norms' gradients and FSDP's padding are a few kB.
         if dict(planned) != pytest.approx(found["sent"], rel=0.03):
             differing[name] = {"planned": dict(planned), "sent": found["sent"]}
+        if planned["all-to-all"] != found["sent"].get("all-to-all", 0):  # rows to experts and back, to the byte
+            differing[f"{name}, rows"] = {"planned": planned["all-to-all"], "sent": found["sent"].get("all-to-all")}
         kept = kept_by_layers(work) + kept_outside(work)
         if case["keeps"] and kept != pytest.approx(found["kept"], rel=0.05):
             differing[f"{name}, kept"] = {"planned": kept, "found": found["kept"]}

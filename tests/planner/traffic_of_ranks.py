@@ -1,7 +1,7 @@
 """Run by test_traffic.py as ranks: what they send in a step, as the collectives are called, and what tensor-parallel
 ranks keep for the backward pass.
 
-Arguments: a file with the cases as JSON, the file for what rank 0 finds.
+Arguments: a file with the cases as JSON, the file for the means over the ranks.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from torchtitan_style.distributed.gloo import one_thread_each
 from torchtitan_style.distributed.world import init_world
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.models.qwen3.attention import document_positions
+from torchtitan_style.train.balance import Balance
 from torchtitan_style.train.step import build_training_model, forward_backward
 from torchtitan_style.train.stopping import ending_at_once
 
 KINDS = {"allgather_base": "all-gather", "all_gather_into_tensor": "all-gather", "allreduce": "all-reduce",
          "all_reduce": "all-reduce", "reduce_scatter_base": "reduce-scatter",
-         "reduce_scatter_tensor": "reduce-scatter"}  # fmt: skip
+         "reduce_scatter_tensor": "reduce-scatter", "alltoall_base": "all-to-all"}  # fmt: skip
 
 
 class Sent(TorchDispatchMode):
-    """Bytes of the collectives by kind: of the larger side."""
+    """Bytes of the collectives by kind: of the larger side, of an all-to-all what is sent. Counts of tokens, in fp64 and
+    int64, are left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +47,9 @@ class Sent(TorchDispatchMode):
         kind = KINDS.get(name.strip("_"))
         if "c10d" in namespace and kind:
             tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
-            self.bytes[kind] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
+            sizes = [x.nbytes for x in tensors if x.dtype in (torch.bfloat16, torch.float32)]
+            if sizes:
+                self.bytes[kind] += sizes[1] if kind == "all-to-all" else max(sizes)
         return out
 
 
@@ -91,12 +95,18 @@ def found(case: dict[str, Any]) -> dict[str, Any]:
     batch = rows.of_part(world.part)
     tokens = torch.tensor(ids.numel())
     each = reduces_each_microbatch(config.parallelism, world.layout)
-    forward_backward(model, [batch] * case["microbatches"], tokens, reduce_each=each)  # the first pass sets FSDP up
-    model.zero_grad()
-    with Sent() as sent:
-        forward_backward(model, [batch] * case["microbatches"], tokens, reduce_each=each)
+    parts = [batch] * case["microbatches"]
+    for _ in range(2):  # the first pass sets FSDP up
+        model.zero_grad()
+        with Sent() as sent:
+            forward_backward(model, parts, tokens, Balance.of(model, parts, world), reduce_each=each)
     kept = kept_by_forward(model, batch) if case["keeps"] else 0
-    return {"sent": sent.bytes, "kept": kept}
+    every: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(every, (sent.bytes, kept))  # ranks have more or fewer tokens for their experts
+    return {
+        "sent": {kind: sum(sent[kind] for sent, _ in every) / len(every) for kind in sent.bytes},
+        "kept": sum(kept for _, kept in every) / len(every),
+    }
 
 
 @one_thread_each()

@@ -26,20 +26,28 @@ def logits_rows(tokens: int, vocabulary: int, *, most_logits: int, least_rows: i
 
 
 def local_shape(
-    shape: tuple[int, ...], *, tp: int = 1, tp_dim: int | None = None, fsdp: int = 1, index: int = 0
+    shape: tuple[int, ...], *, tp: int = 1, tp_dim: int | None = None, fsdp: int = 1, fsdp_dim: int = 0, index: int = 0
 ) -> tuple[int, ...]:
     """The part of a parameter that one rank holds.
 
-    Tensor parallelism splits ``tp_dim`` evenly (None: it does not split). FSDP2 then cuts the first dimension as
+    Tensor parallelism splits ``tp_dim`` evenly (None: it does not split). FSDP2 then cuts ``fsdp_dim`` as
     ``torch.chunk`` does: the first ranks hold ceil(rows / fsdp) rows, the last ones fewer or none. index: of the
     rank among the fsdp ranks.
     """
     sizes = list(shape)
     if tp_dim is not None:
         sizes[tp_dim] //= tp
-    rows = -(-sizes[0] // fsdp)
-    sizes[0] = max(0, min(rows, sizes[0] - index * rows))
+    rows = -(-sizes[fsdp_dim] // fsdp)
+    sizes[fsdp_dim] = max(0, min(rows, sizes[fsdp_dim] - index * rows))
     return tuple(sizes)
+
+
+def expert_shard_dim(shape: tuple[int, ...], *, ep: int, shards: int) -> int:
+    """Along which dimension FSDP cuts the experts of one rank of ``ep``: between two of them where ``shards`` divides
+    their number, or else within each. shape: of the stack of all experts of a layer."""
+    if (shape[0] // ep) % shards == 0:
+        return 0
+    return next((dim for dim in (1, 2) if shape[dim] % shards == 0), 0)
 
 
 def generation_bytes(

@@ -18,8 +18,8 @@ class ExpertMesh:
     ep: DeviceMesh
     """Tokens are exchanged in it."""
     fsdp: DeviceMesh
-    """Axes (dp_replicate, fsdp): the ranks that are left, those of tp included, as each of them has tokens of its
-    own."""
+    """Axes (dp_replicate, fsdp), the first only if it has several ranks: the ranks that are left, those of tp included,
+    as each of them has tokens of its own."""
 
     @property
     def ep_group(self) -> dist.ProcessGroup:
@@ -44,4 +44,6 @@ def expert_mesh(world: World) -> ExpertMesh | None:
     sizes = (layout.pp, layout.dp_replicate, layout.fsdp // layout.ep, layout.ep, layout.tp)
     mesh = world.everyone._unflatten(0, sizes, ("expert_pp", "expert_dp_replicate", "efsdp", "ep", "expert_tp"))
     shards = mesh["efsdp", "expert_tp"]._flatten("expert_fsdp")
-    return ExpertMesh(ep=mesh["ep"], fsdp=DeviceMesh._concatenate([mesh["expert_dp_replicate"], shards]))
+    if layout.dp_replicate > 1:  # along an axis of one rank FSDP would sum gradients, too
+        shards = DeviceMesh._concatenate([mesh["expert_dp_replicate"], shards])
+    return ExpertMesh(ep=mesh["ep"], fsdp=shards)

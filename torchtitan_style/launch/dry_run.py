@@ -36,7 +36,7 @@ def planned_figures(config: Config, *, world_size: int, ranks_here: int, on_gpus
             # Little memory: the run's own peak is compared with the plan.
             device = this_gpu() if on_gpus else measured_cpu(ranks_here, copied=2**22)
             return make_plan(config, plan_layout(config.parallelism, world_size), device, Assumptions())
-        except UserError:  # a GPU that the table does not have, or a model with experts
+        except UserError:  # a GPU that the table does not have
             return None
 
     return plan

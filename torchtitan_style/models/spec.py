@@ -119,7 +119,11 @@ class ModelSpec:
     plan of a run counts with it; ``parallelize`` decides, and a test holds them together."""
 
     expert_parallel: tuple[Dimension, ...] = ()
-    """What ``parallelism.expert_parallel_degree`` must divide; (): the family has no experts."""
+    """What ``parallelism.expert_parallel_degree`` must divide; (): the family has no experts. A family with experts has
+    the fields of ``Qwen3MoeConfig`` that a plan counts with."""
+    is_expert: Callable[[str], bool] = lambda name: False
+    """Name of a parameter → whether it is a stack of the experts of a layer, which expert parallelism shares out along
+    its first dimension and FSDP shards over all ranks that are left."""
 
     context_parallel: bool = False
     """Whether ``parallelize`` takes ``context``, the ranks that share the positions of a row

@@ -7,6 +7,7 @@ tests/planner/test_activations.py holds them against what autograd keeps.
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from torchtitan_style.models.trained import DOWN, UP
 
@@ -15,58 +16,81 @@ from .workload import Workload
 
 def kept_by_layers(work: Workload) -> int:
     """Of a microbatch, by all blocks, with what ``activation_checkpoint`` says is recomputed."""
-    recompute, layers = work.config.activation_checkpoint, work.layers
-    whole, inputs = kept_by_block(work), _input(work)
-    if recompute.mode == "full":
-        return layers * inputs
+    blocks = Counter((sparse, is_recomputed(work, place)) for place, sparse in enumerate(work.blocks))
+    return sum(count * _kept(work, *block) for block, count in blocks.items())
+
+
+def is_recomputed(work: Workload, place: int) -> bool:
+    """Whether the block at ``place`` among those of this rank is recomputed whole."""
+    recompute = work.config.activation_checkpoint
+    if recompute.mode != "selective":
+        return recompute.mode == "full"
+    if recompute.selective_ac_option == "op":  # hooks of FSDP within a block cannot be replayed by the operation
+        return work.blocks[place] and work.layout.ep * work.layout.tp > 1
+    return place % int(recompute.selective_ac_option) == 0
+
+
+def _kept(work: Workload, sparse: bool, recomputed: bool) -> int:
+    """Of one block. recomputed: the whole block."""
+    recompute, inputs = work.config.activation_checkpoint, _input(work)
+    if recomputed:
+        return inputs
     if recompute.mode == "selective" and recompute.selective_ac_option == "op":
-        return layers * _operations(work)
-    if recompute.mode == "selective":
-        again = -(-layers // int(recompute.selective_ac_option))
-        return again * inputs + (layers - again) * whole
+        return _operations(work, sparse)
+    whole = kept_by_block(work, sparse)
     if recompute.mode == "memory_budget":  # a share of what is between keeping nothing and keeping all
-        return layers * int(inputs + recompute.memory_budget * max(0, whole - inputs))
-    return layers * whole
+        return inputs + int(recompute.memory_budget * max(0, whole - inputs))
+    return whole
+
+
+def last_block(work: Workload) -> int:
+    """What the backward pass of the first block needs, whose activations are the last that are there."""
+    return max((_inside(work, *block) + _kept(work, *block) for block in _blocks(work)), default=0)
 
 
 def block_inside(work: Workload) -> int:
     """What the backward pass of one block needs at once and ``kept_by_layers`` does not hold: what it recomputes, and
     its gradients on the way."""
-    recompute = work.config.activation_checkpoint
-    whole = kept_by_block(work)
-    again = 0
-    if recompute.mode == "selective" and recompute.selective_ac_option == "op":
-        again = max(0, whole - _operations(work))
-    elif recompute.mode in ("full", "selective"):
-        again = whole - _input(work)
-    elif recompute.mode == "memory_budget":
-        again = int((1 - recompute.memory_budget) * max(0, whole - _input(work)))
-    # The MLP: gradients of the product and of both factors; the residual's and the norm's, which is taken in fp32.
-    gradients = work.tokens * work.c * (3 * work.features + work.hidden) + work.scattered_tokens * 8 * work.hidden
+    return max((_inside(work, *block) for block in _blocks(work)), default=0)
+
+
+def _blocks(work: Workload) -> set[tuple[bool, bool]]:
+    """Of all blocks, which kinds there are: with experts, recomputed whole."""
+    return {(sparse, is_recomputed(work, place)) for place, sparse in enumerate(work.blocks)}
+
+
+def _inside(work: Workload, sparse: bool, recomputed: bool) -> int:
+    again = max(0, kept_by_block(work, sparse) - _kept(work, sparse, recomputed))
+    # The residual's gradient and the norm's, which is taken in fp32.
+    gradients = work.tokens * work.c * work.hidden + work.scattered_tokens * 8 * work.hidden
+    if sparse:  # gradients of the product and of both factors, and of the rows on both sides
+        gradients += work.rows * work.c * (3 * work.model.moe_intermediate_size + 2 * work.hidden)
+    else:  # gradients of the product and of both factors
+        gradients += work.tokens * work.c * 3 * work.features
     if work.layout.cp > 1:  # gradients of the gathered keys and values, and in the order in which they are sent
         gradients += 2 * gathered_keys(work)
     return again + int(gradients)
 
 
-def kept_by_block(work: Workload) -> int:
-    """Of a block of which nothing is recomputed (by us: the compiler does some by itself)."""
+def kept_by_block(work: Workload, sparse: bool = False) -> int:
+    """Of a block of which nothing is recomputed (by us: the compiler does some by itself). sparse: it has experts."""
     n, local, c = work.tokens, work.scattered_tokens, work.c
-    q, kv, hidden, features = work.queries, work.keys, work.hidden, work.features
-    # Inputs of matrices that have gradients: of q, k, v and of gate, up; and of down.
-    inputs = n * c * hidden * (_keeps_input(work, "[qkv]") + _keeps_input(work, "gate", "up"))
-    product = n * c * features * _keeps_input(work, "down")
+    q, kv, hidden = work.queries, work.keys, work.hidden
+    # The input of q, k and v, if one of them has a gradient.
+    inputs = n * c * hidden * _keeps_input(work, "[qkv]")
     roots = 4 * (2 * local + n * (work.heads + kv / work.model.head_dim))  # of the four norms, fp32
     kept = roots + 4 * n * work.heads  # and attention's log of the sum of exponentials
     if work.compiled:
-        # Block input and middle of the residual stream; inputs of q, k, v and of gate, up; before and after QK-norm
-        # and rotation; v; attention's output; gate, up and their product.
-        kept += local * 2 * c * hidden + inputs + n * c * (3 * q + 3 * kv + 2 * features) + product
+        # Block input and middle of the residual stream; input of q, k, v; before and after QK-norm and rotation; v;
+        # attention's output.
+        kept += local * 2 * c * hidden + inputs + n * c * (3 * q + 3 * kv)
     else:
-        # Norms over C: the input in fp32 and the normalised rows; their outputs, which the ranks of tp gather.
+        # Norms over C: the input in fp32 and the normalised rows; the output, which the ranks of tp gather.
         normalised = c * any(kind.trained and kind.in_block and "norm" in kind.name for kind in work.kinds)
         kept += local * 2 * (4 + normalised) * hidden + inputs
-        # QK-norm alike, and after the rotation; v; attention's output; gate, silu(gate), up and the product.
-        kept += n * ((4 + normalised + c) * (q + kv) + c * kv + c * q + 3 * c * features) + product
+        # QK-norm alike, and after the rotation; v; attention's output.
+        kept += n * ((4 + normalised + c) * (q + kv) + c * kv + c * q)
+    kept += _kept_by_experts(work) if sparse else _kept_by_mlp(work)
     if work.on_gpu and c == 4:  # the kernel for fp32 wants keys and values for each query head
         kept += 2 * n * c * (q - kv)
     if work.model.dropout:  # a mask for each branch: of bytes on a GPU
@@ -81,6 +105,33 @@ def kept_by_block(work: Workload) -> int:
     if not work.on_gpu and not fast:  # the mask that is added to the scores
         kept += _scores(work) * c
     return int(kept)
+
+
+def _kept_by_mlp(work: Workload) -> float:
+    """Of a dense MLP: its input and that of down, if the matrices have gradients; gate and up and, not compiled,
+    silu(gate)."""
+    n, c = work.tokens, work.c
+    inputs = n * c * (work.hidden * _keeps_input(work, "gate", "up") + work.features * _keeps_input(work, "down"))
+    return inputs + n * c * (2 if work.compiled else 3) * work.features
+
+
+def _kept_by_experts(work: Workload) -> float:
+    """Of the router and the experts of a block."""
+    tokens, rows, c, width = work.scattered_tokens, work.rows, work.c, work.model.moe_intermediate_size
+    experts, chosen = work.model.num_experts, work.model.num_experts_per_tok
+    # The router's input; of the chosen experts the number and the weight; normalisers.
+    kept = tokens * (c * work.hidden + chosen * (8 + 4) + 8)
+    if work.compiled:  # its logits
+        kept += tokens * (c * experts + 4)
+    else:  # in fp32 its logits and two softmaxes; the weights normalised
+        kept += tokens * (12 * experts + chosen * c)
+    # Rows as the experts are given them, gate and up, the product, the results; their order, there and back.
+    kept += rows * (c * (2 * work.hidden + 3 * width) + 2 * 8)
+    if work.layout.ep > 1:  # the order in which rows arrive and are sent back
+        kept += rows * 2 * 8
+    if work.layout.ep > 1 or not work.compiled:  # silu(gate); what is between exchanges is not compiled
+        kept += rows * c * width
+    return float(kept)
 
 
 def gathered_keys(work: Workload) -> float:
@@ -113,11 +164,15 @@ def _input(work: Workload) -> int:
     return int(work.scattered_tokens * work.c * work.hidden)
 
 
-def _operations(work: Workload) -> int:
+def _operations(work: Workload, sparse: bool) -> int:
     """The input, and the outputs of matrix multiplications and attention."""
     n, c = work.tokens, work.c
-    products = work.queries + 2 * work.keys + 2 * work.hidden + 2 * work.features
-    kept = n * c * (products + work.queries) + 4 * n * work.heads
+    kept = n * c * (2 * work.queries + 2 * work.keys + work.hidden) + 4 * n * work.heads
+    if sparse:  # the router's logits, and the two products of each row
+        kept += work.scattered_tokens * c * work.model.num_experts
+        kept += work.rows * c * (2 * work.model.moe_intermediate_size + work.hidden)
+    else:
+        kept += n * c * (work.hidden + 2 * work.features)
     if work.layout.tp > 1:  # the two sums over the ranks beside their addends
         kept += work.scattered_tokens * c * 2 * work.hidden
     return _input(work) + int(kept)

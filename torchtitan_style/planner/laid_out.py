@@ -21,6 +21,7 @@ from torchtitan_style.common.sizes import FP32
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.pipeline import Stage
+from torchtitan_style.distributed.experts import expert_mesh
 from torchtitan_style.distributed.pipeline import keep_stage
 from torchtitan_style.distributed.world import World, destroy_world, init_world
 from torchtitan_style.models.lora import add_adapters
@@ -81,6 +82,7 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
             param_dtype=dtype,
             reduce_dtype=torch.float32,
             reshard_after_forward=True,
+            **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
             **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
         )
         return {

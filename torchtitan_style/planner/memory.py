@@ -9,7 +9,7 @@ from torchtitan_style.common.sizes import FP32, LOGITS_PER_CHUNK, MIN_TOKENS_PER
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, reduces_each_microbatch
 
-from .activations import block_inside, kept_by_layers, kept_outside
+from .activations import block_inside, kept_by_layers, kept_outside, last_block
 from .devices import Assumptions
 from .parameters import State, parameter_kinds, saved_of
 from .workload import Workload
@@ -82,7 +82,6 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
     loss = _loss(work) if work.has_head else 0
     kept, outside = kept_by_layers(work), kept_outside(work)
     inside = block_inside(work)
-    last_block = inside + kept // max(1, work.layers)
     kept = int(kept * work.passes_in_flight)
     passed_on = _passed_on(work)
     gathered, block = _gathered(work)
@@ -114,11 +113,13 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
                 accumulated, work.state.gradients + (work.trained_outer_numbers * work.c if work.is_sharded else 0)
             ),
             "copies": gathered + _in_flight(work, block),
-            "activations": last_block,
+            "activations": last_block(work),
             "buffers": _reduction(work),
         },
         "optimizer step": {"gradients": work.state.gradients, "buffers": _muon_rounds(work)},
     }
+    for moment in ("backward, the last block", "backward, the first block"):
+        moments[moment]["buffers"] += _exchanged(work)
     for parts in moments.values():
         parts["buffers"] = parts.get("buffers", 0) + passed_on
     return MemoryPlan(
@@ -134,7 +135,8 @@ def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) 
     changing = sum(parts.values())
     fixed = assumptions.library_bytes(on_gpu=work.on_gpu)
     if work.on_gpu and work.layout.world_size > 1:
-        axes = (work.layout.fsdp, work.layout.dp_replicate, work.layout.cp, work.layout.tp, work.layout.pp)
+        layout = work.layout
+        axes = (layout.fsdp, layout.dp_replicate, layout.cp, layout.tp, layout.pp, layout.ep)
         fixed += int(assumptions.nccl_bytes * (1 + sum(size > 1 for size in axes)))
     slack = assumptions.allocator_slack if work.on_gpu else assumptions.allocator_slack_cpu
     every = {"weights": work.state.weights, "optimizer": work.state.optimizer, "slack": fixed + int(changing * slack)}
@@ -147,13 +149,18 @@ def _gathered(work: Workload) -> tuple[int, int]:
         return work.copied_numbers * work.c, 0
     block = work.block_numbers * work.c
     outer = work.outer_numbers * work.c
-    return (outer + work.layers * block, 0) if work.keeps_gathered else (outer, block)
+    return (outer + work.blocks_numbers * work.c, 0) if work.keeps_gathered else (outer, block)
 
 
 def _passed_on(work: Workload) -> int:
     """What comes from other stages: torch has a buffer for each microbatch, that stays."""
     arriving = work.sent_forward + work.sent_backward  # gradients come where outputs went
     return int(arriving * work.batch.accumulation_steps * work.scattered_tokens * work.c * work.hidden)
+
+
+def _exchanged(work: Workload) -> int:
+    """Rows on their way to experts of other ranks: those that are sent, and those that arrive."""
+    return int(2 * work.rows * work.c * work.hidden) if work.layout.ep > 1 and work.sparse_layers else 0
 
 
 def _in_flight(work: Workload, block: int) -> int:
@@ -167,7 +174,7 @@ def _accumulated(work: Workload) -> int:
         return 0
     if reduces_each_microbatch(work.config.parallelism, work.layout):
         return work.state.gradients
-    trained = work.layers * work.trained_block_numbers + work.trained_outer_numbers
+    trained = work.trained_blocks_numbers + work.trained_outer_numbers
     return trained * work.r if work.is_sharded else work.state.gradients
 
 
@@ -196,12 +203,14 @@ def _loss(work: Workload) -> int:
 
 def _muon_rounds(work: Workload) -> int:
     """What a rank makes orthogonal at once: gathered, whole, its powers, the result, and what is sent."""
-    matrices = [math.prod(kind.shape) for kind in work.kinds if kind.muon]
-    if not matrices:
-        return 0
-    owned = max(matrices) if work.stage_ranks == 1 else max(_OWNED, max(matrices))
-    total = sum(kind.count * math.prod(kind.shape) for kind in work.kinds if kind.muon)
-    return 6 * work.c * min(owned, total)
+    muon = [kind for kind in work.kinds if kind.muon]
+    # A stack that is cut between matrices goes nowhere: each rank takes its part at once.
+    alone = [math.prod(kind.local(work.layout)) for kind in muon if not kind.is_exchanged(work.layout)]
+    shared = [kind for kind in muon if kind.is_exchanged(work.layout)]
+    matrices = [math.prod(kind.shape) for kind in shared]
+    owned = max([_OWNED, *matrices]) if work.stage_ranks > 1 else max(matrices, default=0)
+    total = sum(kind.count * math.prod(kind.shape) for kind in shared)
+    return 6 * work.c * max([min(owned, total), *alone])
 
 
 def _host_copy(work: Workload) -> int:

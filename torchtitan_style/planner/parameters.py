@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchtitan_style.common.sizes import FP32, local_shape
+from torchtitan_style.common.sizes import FP32, expert_shard_dim, local_shape
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.pipeline import Stage
@@ -42,18 +42,49 @@ class Kind:
     """Whether it is the head's copy of an embedding that another pipeline stage has: without optimizer state."""
     number_bytes: int = FP32
     """Of a number, as a rank keeps it."""
+    expert: bool = False
+    """Whether it is a stack of the experts of a layer."""
+    matrices: int = 1
+    """Of a stack, how many matrices it is made of."""
 
     @property
     def in_block(self) -> bool:
         return "*" in self.name
 
-    def tp_numbers(self, tp: int) -> int:
-        """Numbers of one of them on a tensor-parallel rank, as FSDP gathers it."""
-        return math.prod(self.shape) // (1 if self.tp_dim is None else tp)
+    @property
+    def is_block_matrix(self) -> bool:
+        """Whether it is multiplied with in a block; adapters are not counted."""
+        return self.in_block and len(self.shape) > 1 and not is_adapter(self.name)
 
-    def local(self, layout: Layout, index: int = 0) -> tuple[int, ...]:
-        """What the rank ``index`` of the fsdp ranks holds of one of them."""
-        return local_shape(self.shape, tp=layout.tp, tp_dim=self.tp_dim, fsdp=layout.fsdp, index=index)
+    def gathered(self, layout: Layout) -> int:
+        """Numbers of one of them as FSDP gathers it."""
+        if self.expert:
+            return math.prod(self.shape) // layout.ep
+        return math.prod(self.shape) // (1 if self.tp_dim is None else layout.tp)
+
+    def shards(self, layout: Layout) -> int:
+        """Ranks that FSDP shards it over."""
+        return layout.fsdp // layout.ep * layout.tp if self.expert else layout.fsdp
+
+    def shard_dim(self, layout: Layout) -> int:
+        """The dimension that FSDP cuts."""
+        return expert_shard_dim(self.shape, ep=layout.ep, shards=self.shards(layout)) if self.expert else 0
+
+    def is_exchanged(self, layout: Layout) -> bool:
+        """Whether Muon has one rank make each of them orthogonal: not those that each rank has whole matrices of."""
+        return layout.world_size > layout.pp and (self.matrices == 1 or self.shard_dim(layout) > 0)
+
+    def local(self, layout: Layout, rank: int = 0) -> tuple[int, ...]:
+        """What ``rank`` holds of one of them."""
+        shards, dim = self.shards(layout), self.shard_dim(layout)
+        if not self.expert:
+            index = rank // layout.tp % layout.fsdp
+            return local_shape(self.shape, tp=layout.tp, tp_dim=self.tp_dim, fsdp=shards, index=index)
+        # Axes of experts, innermost last: … × (what ep leaves of fsdp) × ep × tp; see distributed/experts.py.
+        index = rank // (layout.ep * layout.tp) * layout.tp + rank % layout.tp
+        return local_shape(
+            self.shape, tp=layout.ep, tp_dim=0, fsdp=shards, fsdp_dim=dim, index=index % shards
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +140,8 @@ def _count(config: Config, stages: Sequence[Stage]) -> tuple[Kind, ...]:
             trained=trained,
             saved=trained or not lora.rank,
             number_bytes=FP32 if trained else frozen_bytes,
+            expert=spec.is_expert(name),
+            matrices=math.prod(size[:-1]) // (spec.stacked_rows(name, size) or math.prod(size[:-1])),
         )
         counts[kind] += 1
     if stages and stages[-1].is_last and shape.tie_word_embeddings:
@@ -128,11 +161,11 @@ def _is_on(name: str, stages: Sequence[Stage]) -> bool:
     return any(stage.is_first if "embed_tokens" in name else stage.is_last for stage in stages)
 
 
-def state_of(kinds: tuple[Kind, ...], layout: Layout, index: int = 0) -> State:
-    """What the rank ``index`` of the fsdp ranks holds. Rank 0 holds the most of every parameter."""
-    weights = sum(kind.number_bytes * _held(kind, layout, index) for kind in kinds)
-    gradients = sum(FP32 * _held(kind, layout, index) for kind in kinds if kind.trained)
-    return State(weights=weights, gradients=gradients, optimizer=_optimizer(kinds, layout, index))
+def state_of(kinds: tuple[Kind, ...], layout: Layout, rank: int = 0) -> State:
+    """What ``rank`` holds. Rank 0 holds the most of every parameter."""
+    weights = sum(kind.number_bytes * _held(kind, layout, rank) for kind in kinds)
+    gradients = sum(FP32 * _held(kind, layout, rank) for kind in kinds if kind.trained)
+    return State(weights=weights, gradients=gradients, optimizer=_optimizer(kinds, layout, rank))
 
 
 def saved_of(kinds: tuple[Kind, ...], layout: Layout) -> int:
@@ -141,13 +174,13 @@ def saved_of(kinds: tuple[Kind, ...], layout: Layout) -> int:
     return weights + _optimizer(kinds, layout, 0)
 
 
-def _held(kind: Kind, layout: Layout, index: int) -> int:
+def _held(kind: Kind, layout: Layout, rank: int) -> int:
     """Numbers of all parameters of this kind on a rank."""
-    return kind.count * math.prod(kind.local(layout, index))
+    return kind.count * math.prod(kind.local(layout, rank))
 
 
-def _optimizer(kinds: tuple[Kind, ...], layout: Layout, index: int) -> int:
+def _optimizer(kinds: tuple[Kind, ...], layout: Layout, rank: int) -> int:
     """Bytes of AdamW's two moments and numbers of steps, and Muon's momenta."""
     trained = [kind for kind in kinds if kind.trained and not kind.copy]
-    moments = sum(FP32 * _held(kind, layout, index) * (1 if kind.muon else 2) for kind in trained)
+    moments = sum(FP32 * _held(kind, layout, rank) * (1 if kind.muon else 2) for kind in trained)
     return moments + sum(FP32 * kind.count for kind in trained if not kind.muon)

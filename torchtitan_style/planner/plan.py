@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
-from torchtitan_style.models.registry import spec_of
 
 from .devices import Assumptions, Device
 from .memory import MemoryPlan, memory_of
@@ -42,12 +40,10 @@ def make_plan(
     *,
     kinds: tuple[Kind, ...] | None = None,
 ) -> Plan:
-    """Raises ValueError if the batch cannot be shared out over ``layout``, UserError for a model with experts.
+    """Raises ValueError if the batch cannot be shared out over ``layout``.
 
     A CPU is shared by all its ranks: its rates are the host's, its memory is a rank's share.
     """
-    if spec_of(config.model.name).expert_parallel:
-        raise UserError(f"{config.model.name}: a plan counts dense models only, and not yet experts")
     sharing = 1 if device.on_gpu else min(layout.world_size, device.per_host)
     ranks = [Workload.of(config, layout, on_gpu=device.on_gpu, kinds=kinds, pp_rank=rank) for rank in range(layout.pp)]
     # A pipeline is as slow as its slowest stage, and fits if that does which needs most.

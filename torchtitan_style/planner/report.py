@@ -33,8 +33,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """The whole report."""
     work, layout = plan.work, plan.work.layout
     config, model = work.config, work.model
+    size = f"{model.num_parameters / 1e9:,.2f} B parameters"
+    if model.num_active_parameters != model.num_parameters:
+        size += f", {model.num_active_parameters / 1e9:,.2f} B of them active"
     yield (
-        f"{config.model.name} {config.model.flavor}, {model.num_parameters / 1e9:,.2f} B parameters, "
+        f"{config.model.name} {config.model.flavor}, {size}, "
         f"{config.training.mixed_precision_param}, on {layout.world_size} × {plan.device.name}"
     )
     yield ""
@@ -77,7 +80,10 @@ def parameter_lines(kinds: Sequence[Kind], layout: Layout) -> Iterator[str]:
 
     def split(kind: Kind) -> str:
         parts = [f"dim {kind.tp_dim} over tp"] if layout.tp > 1 and kind.tp_dim is not None else []
-        parts += ["dim 0 over fsdp"] if layout.fsdp > 1 else []
+        parts += ["dim 0 over ep"] if layout.ep > 1 and kind.expert else []
+        if (shards := kind.shards(layout)) > 1:
+            axis = "fsdp" if shards == layout.fsdp else f"the {shards} ranks that ep leaves"
+            parts.append(f"dim {kind.shard_dim(layout)} over {axis}")
         return ", ".join(parts) or "whole"
 
     def size(shape: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout, plan_batch, plan_layout, plan_streams, reshards_after_forward
 from torchtitan_style.models.registry import model_config, spec_of
 
+from .activations import is_recomputed
 from .devices import Assumptions, Device
 from .parameters import Kind, parameter_kinds
 from .plan import Plan, make_plan
@@ -122,6 +123,7 @@ def _families(config: Config, world_size: int) -> Iterator[tuple[Config, Layout]
                 "data_parallel_replicate_degree": layout.dp_replicate,
                 "data_parallel_shard_degree": -1,
                 "tensor_parallel_degree": layout.tp,
+                "expert_parallel_degree": layout.ep,
             }
         )
         budgets = [("memory_budget", "op")] if config.compile.enable and layout.tp == layout.cp == 1 else []
@@ -140,17 +142,20 @@ def _families(config: Config, world_size: int) -> Iterator[tuple[Config, Layout]
 
 
 def _layouts(config: Config, world_size: int) -> Iterator[Layout]:
-    model, dimensions = model_config(config.model), spec_of(config.model.name).tensor_parallel
+    model, spec = model_config(config.model), spec_of(config.model.name)
     # As they are: a search changes neither the pipeline nor the parts of a row.
     pp, cp = config.parallelism.pipeline_parallel_degree, config.parallelism.context_parallel_degree
     world_size //= pp * cp
     for tp in _divisors(world_size):
         if config.training.seq_len % (tp if cp == 1 else 2 * cp * tp) or any(
-            getattr(model, each.field) % tp for each in dimensions
+            getattr(model, each.field) % tp for each in spec.tensor_parallel
         ):
             continue
         for replicate in _divisors(world_size // tp):
-            yield Layout(pp=pp, dp_replicate=replicate, dp_shard=world_size // tp // replicate, cp=cp, tp=tp)
+            shard = world_size // tp // replicate
+            for ep in _divisors(shard * cp) if spec.expert_parallel else [1]:
+                if not any(getattr(model, each.field) % ep for each in spec.expert_parallel):
+                    yield Layout(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp, ep=ep)
 
 
 def _local_batches(rows: int, dp: int) -> list[int]:
@@ -189,6 +194,7 @@ def _choices(plan: Plan) -> dict[str, object]:
         "parallelism.data_parallel_shard_degree": layout.dp_shard,
         "parallelism.context_parallel_degree": layout.cp if layout.cp > 1 else None,
         "parallelism.tensor_parallel_degree": layout.tp,
+        "parallelism.expert_parallel_degree": layout.ep if plan.work.sparse_layers else None,
         "parallelism.fsdp_reshard_after_forward": "always" if reshards_after_forward(config.parallelism) else "never",
         "activation_checkpoint.mode": recompute.mode,
         "activation_checkpoint.selective_ac_option": recompute.selective_ac_option if selective else None,
@@ -207,19 +213,22 @@ def why(plan: Plan) -> str:
     layout, config, time = plan.work.layout, plan.work.config, plan.time
     recompute = config.activation_checkpoint
     parts = []
-    if recompute.mode == "none":
+    blocks = range(plan.work.layers)
+    if blocks and all(is_recomputed(plan.work, place) for place in blocks):
+        parts.append("recomputes every block")
+    elif recompute.mode == "none":
         parts.append("recomputes nothing")
     elif recompute.mode == "selective" and recompute.selective_ac_option == "op":
         parts.append("recomputes all but matrix products")
     elif recompute.mode == "selective":
         parts.append(f"recomputes every {recompute.selective_ac_option}nd block")
-    elif recompute.mode == "full":
-        parts.append("recomputes every block")
     else:
         parts.append(f"the compiler keeps {recompute.memory_budget:.0%} of the activations")
     per_host = plan.device.per_host
     if layout.tp > 1:
         parts.append(f"tp {'within a host' if layout.tp <= per_host else 'across hosts'}")
+    if layout.ep > 1:
+        parts.append(f"ep {'within a host' if layout.ep * layout.tp <= per_host else 'across hosts'}")
     if layout.fsdp > 1:
         wide = layout.fsdp * layout.tp > per_host
         parts.append(f"shards over {layout.fsdp} ranks{' across hosts' if wide else ''}")
@@ -228,7 +237,8 @@ def why(plan: Plan) -> str:
     if layout.world_size > 1:
         parts.append(f"{time.hidden_share:.0%} of the communication is hidden")
     if plan.work.batch.accumulation_steps > 1:
-        parts.append(f"{plan.work.batch.accumulation_steps} microbatches")
+        counted = ", each but the first routed once more beforehand" if plan.work.counting_passes else ""
+        parts.append(f"{plan.work.batch.accumulation_steps} microbatches{counted}")
     slowest = max(time.phases, key=lambda phase: phase.times * phase.seconds)
     parts.append(f"{slowest.name} takes most time, bound by {slowest.bound}")
     return "; ".join(parts)

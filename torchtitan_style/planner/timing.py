@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torchtitan_style.config.pipeline import bubble
 from torchtitan_style.models.trained import flops_per_token
 
+from .activations import is_recomputed
 from .devices import Assumptions, Device
 from .memory import checkpoint_bytes
 from .parameters import saved_of
@@ -106,10 +107,12 @@ def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_o
     if microbatches > 1:
         phases.append(clock.phase("backward", microbatches - 1, traffic))
     phases.append(clock.phase("last backward", 1, traffic))
-    phases.append(clock.phase("optimizer", 1, traffic))
     schedule = work.config.parallelism.pipeline_parallel_schedule
     idle = bubble(schedule, pp=work.layout.pp, microbatches=microbatches)
     passes = sum(phase.seconds for phase in phases[:3])
+    phases.append(clock.phase("optimizer", 1, traffic))
+    if work.counting_passes:
+        phases.insert(0, clock.phase("counting", work.counting_passes, traffic))
     tokens = work.batch.global_batch_size * work.config.training.seq_len
     hosts = -(-work.layout.world_size // device.per_host)
     size = checkpoint_bytes(work.config)
@@ -141,6 +144,7 @@ class _Clock:
     def phase(self, name: str, times: int, traffic: list[Traffic]) -> Phase:
         kinds = {"last backward": ("backward", "reduce")}.get(name, (name,))
         compute, memory, operations = {
+            "counting": self._counting,
             "forward": self._forward,
             "loss": self._loss,
             "backward": self._backward,
@@ -164,20 +168,22 @@ class _Clock:
             "tp": (layout.tp, 1),
             "cp": (layout.cp, layout.tp),
             "fsdp": (layout.fsdp, layout.tp),
+            "ep": (layout.ep, layout.tp),
+            "expert_fsdp": (layout.fsdp // layout.ep * layout.tp, layout.ep),
             "dp_replicate": (layout.dp_replicate, layout.tp * layout.fsdp),
             "pp": (2, stage),
             "world": (stage, 1),
         }[traffic.axis]
         together = min(ranks, max(1, self.device.per_host // stride))  # ranks of the group in a host
-        bandwidth = self.device.link_bandwidth
-        if ranks > together:
-            lanes = 1 if traffic.kind == "all-to-all" else together
-            bandwidth = min(bandwidth, lanes * self.device.network_bandwidth)
-        sent: float = traffic.bytes
-        if traffic.kind != "send":
-            sent *= (ranks - 1) / ranks * (2 if traffic.kind == "all-reduce" else 1)
+        link, network = self.device.link_bandwidth, self.device.network_bandwidth
         latency = traffic.count * self.assumptions.latency * (1 + math.log2(ranks) / 4)
-        return sent / (bandwidth * self.assumptions.network_efficiency) + latency
+        if traffic.kind == "all-to-all":  # each rank sends to those of other hosts through its own adapter
+            away = (ranks - together) / ranks
+            bandwidth, share = 1.0, max((1 - 1 / ranks) / link, away / network)
+        else:
+            bandwidth = link if ranks == together else min(link, together * network)
+            share = 1.0 if traffic.kind == "send" else (ranks - 1) / ranks * (2 if traffic.kind == "all-reduce" else 1)
+        return traffic.bytes * share / (bandwidth * self.assumptions.network_efficiency) + latency
 
     def _matmul(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)
@@ -185,12 +191,15 @@ class _Clock:
     def _blocks(self, *, flops_factor: float, attention_factor: float, traffic_factor: float) -> tuple[float, float]:
         """Seconds of all blocks: matrix multiplications and attention; the rest."""
         work, n = self.work, self.work.tokens
-        head = work.model.vocab_size * work.model.hidden_size
-        numbers = (work.model.num_matmul_parameters - head) * work.share / work.layout.tp
-        products = n * work.c * (2 * work.queries + 2 * work.keys + 3 * work.features + 4 * work.hidden) * work.layers
-        matmul = self._matmul(2 * n * numbers * flops_factor, (numbers * work.c + products) * flops_factor)
+        products = work.layers * n * (2 * work.queries + 2 * work.keys + 2 * work.hidden)
+        products += (work.layers - work.sparse_layers) * n * (3 * work.features + 2 * work.hidden)
+        if work.sparse_layers:
+            of_experts = work.rows * (3 * work.model.moe_intermediate_size + 2 * work.hidden)
+            products += work.sparse_layers * (of_experts + work.scattered_tokens * work.model.num_experts)
+        moved = (work.matrices_numbers + products) * work.c
+        matmul = self._matmul(2 * n * work.active_numbers * flops_factor, moved * flops_factor)
         attention = n * self._attention_flops() * attention_factor / self.flops
-        return matmul + attention, work.layers * self._elementwise() * traffic_factor / self.memory
+        return matmul + attention, self._elementwise() * traffic_factor / self.memory
 
     def _attention_flops(self) -> float:
         """Of a token's forward pass in all layers on this rank: half of the model's count, which is without a mask."""
@@ -199,29 +208,48 @@ class _Clock:
         return float(counted) * work.share / 3 / 2 / work.layout.tp
 
     def _elementwise(self) -> float:
-        """Bytes that norms, rotation, SiLU and sums of a block's forward pass read and write."""
+        """Bytes that norms, rotation, SiLU and sums of all blocks' forward passes read and write."""
         work, c = self.work, self.work.c
         local, n, heads = work.scattered_tokens, work.tokens, work.queries + work.keys
+        # Rows through SiLU and the product.
+        features = (work.layers - work.sparse_layers) * n * work.features
+        if work.sparse_layers:
+            features += work.sparse_layers * work.rows * work.model.moe_intermediate_size
+            # Rows are gathered in the order of experts, brought back and added up; with ep also on the other side.
+            moves = (5 if work.compiled else 7) + 4 * (work.layout.ep > 1)
+            routed = work.rows * moves * c * work.hidden + local * 24 * work.model.num_experts
+        else:
+            routed = 0.0
         if work.compiled:  # each norm one kernel, with what is around it
-            return local * 8 * c * work.hidden + n * (4 * c * heads + 3 * c * work.features)
-        return local * (48 + 14 * c) * work.hidden + n * ((24 + 14 * c) * heads + 5 * c * work.features)
+            norms = local * 8 * c * work.hidden + n * 4 * c * heads
+            return work.layers * norms + 3 * c * features + work.sparse_layers * routed
+        norms = local * (48 + 14 * c) * work.hidden + n * (24 + 14 * c) * heads
+        return work.layers * norms + 5 * c * features + work.sparse_layers * routed
 
     def _forward(self) -> tuple[float, float, float]:
         compute, memory = self._blocks(flops_factor=1, attention_factor=1, traffic_factor=1)
-        return compute, memory, self.work.layers * self._operations()
+        return compute, memory, self._operations()
+
+    def _counting(self) -> tuple[float, float, float]:
+        """A forward pass with the loss, without gradients: of the loss's three products the first."""
+        passes = zip(self._forward(), self._loss(), strict=True)
+        compute, memory, operations = (forward + loss / 3 for forward, loss in passes)
+        return compute, memory, operations
 
     def _operations(self) -> float:
-        """Of a block's forward pass: counted in a trace."""
-        return 20 if self.work.compiled else 90
+        """Of all blocks' forward passes: counted in a trace."""
+        work = self.work
+        routing = (30 if work.compiled else 50) + 25 * (work.layout.ep > 1)
+        return work.layers * (20 if work.compiled else 90) + work.sparse_layers * routing
 
     def _backward(self) -> tuple[float, float, float]:
         matmuls, rest = self._recomputed()
         # Two products for each of the forward pass, one of a frozen matrix; flash attention has five for two.
-        trained = self.work.trained_block_numbers / max(1, self.work.block_numbers)
+        trained = self.work.trained_blocks_numbers / max(1, self.work.blocks_numbers)
         compute, memory = self._blocks(
             flops_factor=1 + trained + matmuls, attention_factor=2.5 + matmuls, traffic_factor=2 + rest
         )
-        return compute, memory, (2 + rest) * self.work.layers * self._operations()
+        return compute, memory, (2 + rest) * self._operations()
 
     def _recomputed(self) -> tuple[float, float]:
         """Share of the blocks' matrix multiplications, and of the rest, that the backward pass computes again."""
@@ -230,7 +258,8 @@ class _Clock:
             return 1.0, 1.0
         if recompute.mode == "selective":
             option = recompute.selective_ac_option
-            return (0.0, 1.0) if option == "op" else (1 / int(option), 1 / int(option))
+            whole = sum(is_recomputed(self.work, place) for place in range(self.work.layers)) / max(1, self.work.layers)
+            return (whole, 1.0) if option == "op" else (1 / int(option), 1 / int(option))
         if recompute.mode == "memory_budget":  # what takes least time first
             forgotten = 1 - recompute.memory_budget
             return forgotten**2, min(1.0, 2 * forgotten)
@@ -256,6 +285,11 @@ class _Clock:
         flops = 0.0
         for kind in work.kinds:
             if kind.muon:
-                rows, columns = sorted(kind.shape)[-2:]
-                flops += kind.count * rounds * 2 * (2 * rows**2 * columns + rows**3)
-        return flops / work.stage_ranks / self.flops, moved / self.memory, 6 * work.layers
+                width = kind.shape[-1]
+                rows, columns = sorted((math.prod(kind.shape) // kind.matrices // width, width))
+                # A rank takes its share of all matrices, or those that it holds.
+                exchanged = kind.is_exchanged(work.layout)
+                ranks = work.stage_ranks if exchanged else work.layout.fsdp * work.layout.tp
+                matrices = kind.count * kind.matrices / ranks
+                flops += matrices * rounds * 2 * (2 * rows**2 * columns + rows**3)
+        return flops / self.flops, moved / self.memory, 6 * work.layers

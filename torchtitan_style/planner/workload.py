@@ -9,6 +9,8 @@ of computation.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,11 +18,15 @@ from typing import Any
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch, reshards_after_forward
 from torchtitan_style.config.pipeline import Stage, schedule_problem
-from torchtitan_style.models.registry import model_config
+from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.models.stages import stages_of_rank
 from torchtitan_style.models.trained import DOWN
 
 from .parameters import Kind, State, parameter_kinds, state_of
+
+
+_OF_MLP = re.compile(r"\.mlp\.\w+_proj\.")
+_OF_EXPERTS = re.compile(r"\.mlp\.(gate|experts)\.")
 
 
 def number_bytes(dtype: str) -> int:
@@ -76,6 +82,19 @@ class Workload:
         if self.stages:
             return sum(len(stage.blocks) for stage in self.stages)
         return int(self.model.num_hidden_layers)
+
+    @cached_property
+    def blocks(self) -> tuple[bool, ...]:
+        """Of each block of this rank, whether it has experts."""
+        if not spec_of(self.config.model.name).expert_parallel:
+            return (False,) * self.layers
+        own = [block for stage in self.stages for block in stage.blocks] if self.stages else range(self.layers)
+        return tuple(self.model.is_sparse(block) for block in own)
+
+    @property
+    def sparse_layers(self) -> int:
+        """Blocks of this rank that have experts."""
+        return sum(self.blocks)
 
     @property
     def share(self) -> float:
@@ -159,8 +178,21 @@ class Workload:
 
     @property
     def features(self) -> float:
-        """I."""
+        """I, of a dense MLP."""
         return float(self.model.intermediate_size / self.layout.tp)
+
+    @property
+    def rows(self) -> float:
+        """M: of a microbatch, rows that the experts of a layer on this rank are computed on: each token once for each of
+        its experts, evenly spread over all ranks. Under tensor parallelism each rank routes its own positions."""
+        return self.scattered_tokens * float(self.model.num_experts_per_tok) if self.sparse_layers else 0.0
+
+    @property
+    def counting_passes(self) -> int:
+        """Forward passes of a step that only count how often each expert is chosen; see train/balance.py."""
+        if not self.sparse_layers or not self.model.router_aux_loss_coef:
+            return 0
+        return self.batch.accumulation_steps - 1
 
     @property
     def vocabulary(self) -> int:
@@ -185,29 +217,49 @@ class Workload:
         return not reshards_after_forward(self.config.parallelism)
 
     @cached_property
+    def blocks_numbers(self) -> int:
+        """Parameters of all blocks on this rank, all their shards together."""
+        return self._gathered(in_block=True)
+
+    @cached_property
     def block_numbers(self) -> int:
-        """Parameters of a block on a tensor-parallel rank, all its shards together."""
-        return self._gathered(in_block=True) // max(1, self.layers)
+        """Those of the largest block."""
+        return self._largest_block(trained=False)
+
+    @cached_property
+    def matrices_numbers(self) -> int:
+        """Of the blocks' parameters those that are multiplied with, adapters left out."""
+        return sum(k.count * k.gathered(self.layout) for k in self.kinds if k.is_block_matrix)
+
+    @cached_property
+    def active_numbers(self) -> float:
+        """Those that each of the n tokens meets on a tensor-parallel rank: of experts, only the chosen ones."""
+        matrices = [k for k in self.kinds if k.is_block_matrix]
+        met = sum(k.count * math.prod(k.shape) for k in matrices if not k.expert)
+        experts = sum(k.count * math.prod(k.shape) for k in matrices if k.expert)
+        if experts:
+            experts = experts * self.model.num_experts_per_tok // self.model.num_experts
+        return (met + experts) / self.layout.tp
 
     @cached_property
     def outer_numbers(self) -> int:
-        """Embedding, last norm and head, as ``block_numbers``."""
+        """Embedding, last norm and head, as ``blocks_numbers``."""
         return self._gathered(in_block=False)
-
-    @property
-    def gathered_numbers(self) -> int:
-        """All parameters of a tensor-parallel rank."""
-        return self.layers * self.block_numbers + self.outer_numbers
 
     @property
     def copied_numbers(self) -> int:
         """Those of them that a process by itself keeps in another type than it computes in."""
-        return sum(k.count * k.tp_numbers(self.layout.tp) for k in self.kinds if k.number_bytes > self.c)
+        return sum(k.count * k.gathered(self.layout) for k in self.kinds if k.number_bytes > self.c)
+
+    @cached_property
+    def trained_blocks_numbers(self) -> int:
+        """Those of all blocks that are trained."""
+        return self._gathered(in_block=True, trained=True)
 
     @cached_property
     def trained_block_numbers(self) -> int:
-        """Those of a block that are trained; where blocks differ, on average."""
-        return self._gathered(in_block=True, trained=True) // max(1, self.layers)
+        """Of one block, at most."""
+        return self._largest_block(trained=True)
 
     @property
     def trained_outer_numbers(self) -> int:
@@ -224,11 +276,18 @@ class Workload:
         """Of a block, the rank and the width of the input of each adapter on a tensor-parallel rank."""
         downs = [kind for kind in self.kinds if kind.name.endswith(DOWN)]
         return [
-            (kind.shape[0], kind.tp_numbers(self.layout.tp) // kind.shape[0])
+            (kind.shape[0], kind.gathered(self.layout) // kind.shape[0])
             for kind in downs
             for _ in range(-(-kind.count // max(1, self.layers)))
         ]
 
     def _gathered(self, *, in_block: bool, trained: bool = False) -> int:
         chosen = [k for k in self.kinds if k.in_block == in_block and (k.trained or not trained)]
-        return sum(k.count * k.tp_numbers(self.layout.tp) for k in chosen)
+        return sum(k.count * k.gathered(self.layout) for k in chosen)
+
+    def _largest_block(self, *, trained: bool) -> int:
+        of_blocks = {k.name: k for k in self.kinds if k.in_block and (k.trained or not trained)}  # one of each name
+        numbers = {name: kind.gathered(self.layout) for name, kind in of_blocks.items()}
+        mlp = sum(size for name, size in numbers.items() if _OF_MLP.search(name))
+        experts = sum(size for name, size in numbers.items() if _OF_EXPERTS.search(name))
+        return sum(numbers.values()) - min(mlp, experts)  # a block has one or the other

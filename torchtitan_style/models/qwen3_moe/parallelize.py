@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from torchtitan_style.common.sizes import expert_shard_dim
 from torchtitan_style.distributed.experts import ExpertMesh
 from torchtitan_style.distributed.recompute import keep_outputs_of
 from torchtitan_style.distributed.tensor import NormOfShard
@@ -59,10 +60,10 @@ def _share_out(experts: Experts, mesh: ExpertMesh) -> None:
 
 
 def _cut(parameter: nn.Parameter, shards: int, ep: int) -> Shard | None:
-    """Along which dimension to shard: stacked experts between two of them, or else within each; all else by rows."""
-    if parameter.ndim < 3 or (parameter.shape[0] // ep) % shards == 0:
+    """Along which dimension to shard; None: by rows, as all but stacked experts are."""
+    if parameter.ndim < 3:
         return None
-    return next((Shard(dim) for dim in (1, 2) if parameter.shape[dim] % shards == 0), None)
+    return Shard(expert_shard_dim(tuple(parameter.shape), ep=ep, shards=shards))
 
 
 def _mlp_plan(layer: DecoderLayer) -> dict[str, ParallelStyle]:

@@ -37,11 +37,13 @@ def _parallelize(*args: Any, **named: Any) -> None:
     parallelize_qwen3_moe(*args, **named)
 
 
+def _is_expert(name: str) -> bool:
+    return ".mlp.experts." in name
+
+
 def _tensor_parallel_dim(name: str) -> int | None:
-    """Experts are not cut, but shared out over the ranks of tensor parallelism as well; each has the whole router."""
-    if ".mlp.experts." in name:
-        return 0
-    return None if name.endswith("mlp.gate.weight") else QWEN3.tensor_parallel_dim(name)
+    """Neither experts nor their router are cut."""
+    return None if _is_expert(name) or name.endswith("mlp.gate.weight") else QWEN3.tensor_parallel_dim(name)
 
 
 def _is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
@@ -90,6 +92,7 @@ QWEN3_MOE = ModelSpec(
     tensor_parallel=QWEN3.tensor_parallel,
     tensor_parallel_dim=_tensor_parallel_dim,
     expert_parallel=(Dimension("num_experts", "experts"),),
+    is_expert=_is_expert,
     context_parallel=True,
     build=_build,
     use_definition=_use_definition,
