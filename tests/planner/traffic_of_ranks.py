@@ -34,8 +34,8 @@ KINDS = {"allgather_base": "all-gather", "all_gather_into_tensor": "all-gather",
 
 
 class Sent(TorchDispatchMode):
-    """Bytes of the collectives by kind: of the larger side, of an all-to-all what is sent. Counts of tokens, in fp64 and
-    int64, are left out."""
+    """Bytes of the collectives by kind: of the larger side, of an all-to-all what is sent. Counts of tokens, in fp64
+    and int64, are left out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,9 +82,7 @@ class Kind:
             return local_shape(self.shape, tp=layout.tp, tp_dim=self.tp_dim, fsdp=shards, index=index)
         # Axes of experts, innermost last: … × (what ep leaves of fsdp) × ep × tp; see distributed/experts.py.
         index = rank // (layout.ep * layout.tp) * layout.tp + rank % layout.tp
-        return local_shape(
-            self.shape, tp=layout.ep, tp_dim=0, fsdp=shards, fsdp_dim=dim, index=index % shards
-        )
+        return local_shape(self.shape, tp=layout.ep, tp_dim=0, fsdp=shards, fsdp_dim=dim, index=index % shards)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from torchtitan_style.models.trained import DOWN
 
 from .parameters import Kind, State, parameter_kinds, state_of
 
-
 _OF_MLP = re.compile(r"\.mlp\.\w+_proj\.")
 _OF_EXPERTS = re.compile(r"\.mlp\.(gate|experts)\.")
 
@@ -183,8 +182,8 @@ class Workload:
 
     @property
     def rows(self) -> float:
-        """M: of a microbatch, rows that the experts of a layer on this rank are computed on: each token once for each of
-        its experts, evenly spread over all ranks. Under tensor parallelism each rank routes its own positions."""
+        """M: of a microbatch, rows that the experts of a layer are computed on, on this rank: each token once for each
+        of its experts, evenly spread over all ranks. Under tensor parallelism each rank routes its own positions."""
         return self.scattered_tokens * float(self.model.num_experts_per_tok) if self.sparse_layers else 0.0
 
     @property
