@@ -26,7 +26,7 @@ CONFIG = FLAVORS["debug"]
 
 
 def main() -> None:
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it warns of how gradients are gathered below
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # how gradients are gathered below
     world = init_world(Layout(tp=2), timeout_seconds=60)
     torch.manual_seed(0)
     plain = Qwen3ForCausalLM(CONFIG)
