@@ -5,7 +5,10 @@ from __future__ import annotations
 import textwrap
 import types
 import typing
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
 
 from torchtitan_style.common.errors import UserError
 
@@ -13,29 +16,43 @@ from .names import nearest_section
 from .schema import Config, sections_of
 
 
+class Key(NamedTuple):
+    """What there is to know of one key."""
+
+    name: str
+    default: str
+    """As in TOML; empty if it has none."""
+    type: str
+    text: str
+    """What it means, on one line."""
+
+
+def keys_of(section: type[BaseModel]) -> Iterator[Key]:
+    """The keys of a section of the schema, in order."""
+    for name, field in section.model_fields.items():
+        default = "" if field.default is None or field.is_required() else _toml(field.default)
+        yield Key(name, default, _type_name(field.annotation), " ".join((field.description or "").split()))
+
+
 def section_help(name: str, schema: type[Config]) -> str:
     """All keys of section ``name`` (or the one key of ``section.key``). Raises UserError if there is none."""
     sections = sections_of(schema)
-    section, key = name.removeprefix("--").strip("[]"), ""
+    section, wanted = name.removeprefix("--").strip("[]"), ""
     if section not in sections and "." in section:
-        section, _, key = section.rpartition(".")
+        section, _, wanted = section.rpartition(".")
     if section not in sections:
         raise UserError(f"--help {name}: there is no such section{nearest_section(section, sections)}")
     model = sections[section]
     lines = [f"[{section}]  {model.__doc__}", ""]
-    for field_name, field in model.model_fields.items():
-        if key and key != field_name:
+    for key in keys_of(model):
+        if wanted and wanted != key.name:
             continue
-        if f"{section}.{field_name}" in sections:
-            lines.append(f"[{section}.{field_name}]: a section of its own; --help {section}.{field_name}")
+        if f"{section}.{key.name}" in sections:
+            lines.append(f"[{section}.{key.name}]: a section of its own; --help {section}.{key.name}")
             continue
-        default = "" if field.default is None else f" = {_toml(field.default)}"
-        lines.append(f"{section}.{field_name}{default}  ({_type_name(field.annotation)})")
-        lines.append(
-            textwrap.fill(
-                " ".join((field.description or "").split()), 92, initial_indent="    ", subsequent_indent="    "
-            )
-        )
+        default = f" = {key.default}" if key.default else ""
+        lines.append(f"{section}.{key.name}{default}  ({key.type})")
+        lines.append(textwrap.fill(key.text, 92, initial_indent="    ", subsequent_indent="    "))
     if len(lines) == 2:
         raise UserError(f"--help {name}: there is no such key; --help {section} lists them")
     return "\n".join(lines)
