@@ -47,4 +47,4 @@ def test_links(page: Path) -> None:
 
 def test_links_are_found() -> None:
     assert LINK.findall(prose("see [a](b.md#c), ![d](e.png) and `[x](y)`")) == ["b.md#c", "e.png"]
-    assert {"data", "the-order-contract"} <= anchors(ROOT / "docs" / "data.md")
+    assert {"data", "row-order"} <= anchors(ROOT / "docs" / "data.md")
