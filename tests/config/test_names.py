@@ -36,6 +36,8 @@ def test_tables_point_at_keys_that_there_are() -> None:
         ("evaluation.eval_interval", "validation.freq"),
         ("trainer.save_steps", "checkpoint.interval"),
         ("training.stepz", "training.steps"),
+        ("training.lora_r", "lora.rank"),
+        ("lora.lora_alpha", "lora.alpha"),
     ],
 )
 def test_the_right_name_is_found_in_any_section(wrong: str, right: str) -> None:

@@ -82,6 +82,10 @@ _FOREIGN = {
     "model.rope_theta": "rope_base",
     "model.rms_norm_eps": "norm_eps",
     "model.tie_word_embeddings": "tie_embeddings enable_weight_tying",
+    "lora.rank": "lora_r lora_rank r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.target_modules": "lora_target_modules",
     "parallelism.tensor_parallel_degree": "tp tp_size tensor_parallel tensor_parallel_size",
     "parallelism.pipeline_parallel_degree": "pp pp_size pipeline_parallel pipeline_parallel_size",
     "parallelism.context_parallel_degree": "cp cp_size context_parallel context_parallel_size sequence_parallel_size",
@@ -119,7 +123,6 @@ _NO_COUNTERPART = {
     "resume_from_checkpoint": "the same job.dump_folder is resumed by itself",
     "load_in_4bit": "quantized weights are not built",
     "load_in_8bit": "quantized weights are not built",
-    "lora_r": "all weights are trained, adapters are not built",
 }
 """What has no setting here, and why; by key or, in any section, by name."""
 
