@@ -93,7 +93,7 @@ def test_experts_that_get_nothing_are_reported_once() -> None:
     for step in range(1, 121):
         figures = use.figures(step, sums, sparse_layers=[0, 3], experts_per_token=2)
     assert len(said) == 1
-    assert "2 of 4 experts of layer 0 have had no token for 100 steps (2, 3)" in said[0]
+    assert "2 of 4 experts of layer 0 have received no token for 100 steps (2, 3)" in said[0]
     assert figures["busiest_expert_share"] == [0.75, 0.25]
     assert figures["idlest_expert_share"] == [0.0, 0.25]
     assert figures["router_entropy"] == [1.0, 1.0]

@@ -163,7 +163,7 @@ def test_a_run_resumes_on_another_layout_and_only_with_the_same_base(
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     message = fail(launch(*arguments))
-    assert f"other weights than those that are in {tmp_path / 'base'} now: 1 of" in message
+    assert f"other weights than those now in {tmp_path / 'base'}: 1 of" in message
     assert "tensors differ: model.norm.weight;" in message
 
     file.write_bytes(original)
@@ -257,7 +257,7 @@ def test_mistakes_are_named(launch: Launch, config: Path, tmp_path: Path, option
 def test_what_peft_would_take_for_experts_is_not_exported(tmp_path: Path) -> None:
     shape = {"name": "qwen3_moe", **asdict(QWEN3_MOE.flavors["debug"]), "mlp_only_layers": [1]}
     (tmp_path / "config.toml").write_text(tomli_w.dumps({"model": shape, "lora": {"rank": 4}}))
-    with pytest.raises(UserError, match=r"PEFT takes model.layers.1.mlp.gate_proj for an expert"):
+    with pytest.raises(UserError, match=r"PEFT mistakes model.layers.1.mlp.gate_proj for an expert"):
         export_adapter(SavedModel(tmp_path), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

@@ -88,7 +88,7 @@ def test_the_only_good_one_is_never_deleted(make, mode: str, monkeypatch) -> Non
     monkeypatch.undo()
     assert checkpointer.folder.steps() == [3, 2, 1]
     assert checkpointer.folder.problem(1) is None
-    assert "was written, but does not read back" in said[0]
+    assert "was written but cannot be read back" in said[0]
     assert checkpointer.find(-1) == 1
     save(checkpointer, 4)
     assert checkpointer.folder.steps() == [4]

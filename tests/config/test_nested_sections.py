@@ -60,5 +60,5 @@ def test_help() -> None:
     listed = usage().partition("Sections:")[2].partition("\n\n")[0]
     assert re.findall(r"[\w.]+", listed) == list(sections_of(Config))
     assert "optimizer.muon.ns_steps = 5" in help_of("optimizer.muon")
-    assert "Rounds of the Newton-Schulz iteration" in help_of("optimizer.muon.ns_steps")
+    assert "Steps of the Newton-Schulz iteration" in help_of("optimizer.muon.ns_steps")
     assert "--help optimizer.muon" in help_of("optimizer")

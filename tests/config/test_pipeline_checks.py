@@ -21,8 +21,8 @@ BLOCKS = "--parallelism.pipeline_parallel_blocks"
     ("overrides", "world_size", "message"),
     [
         ([PP, "2"], 3, "pipeline_parallel_degree 2 × .* = 2 does not divide the 3 processes"),
-        ([PP, "8"], 8, r"4 blocks cannot be shared out over 8 stages \(8 ranks, 1F1B\): at most 6 ranks can have some"),
-        ([PP, "4", SCHEDULE, "Interleaved1F1B"], 4, "over 8 stages .*: at most 3 ranks can have some"),
+        ([PP, "8"], 8, r"4 blocks cannot be divided among 8 stages \(8 ranks, 1F1B\): use at most 6 ranks"),
+        ([PP, "4", SCHEDULE, "Interleaved1F1B"], 4, "among 8 stages .*: use at most 3 ranks"),
         (
             [PP, "2", BLOCKS, "[3, 2]"],
             2,

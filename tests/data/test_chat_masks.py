@@ -238,16 +238,16 @@ def test_a_tokenizer_that_puts_a_space_in_front_takes_the_text_as_a_whole(tmp_pa
 @pytest.mark.parametrize(
     ("source", "messages", "problem"),
     [
-        (CHATML, [user("a")], "no turn of the assistant"),
-        ("{{ raise_exception('no ' + messages[0].role) }}", [user("a"), said("b")], "does not take it: no user"),
-        ("{{ messages[0].name + 1 }}", [user("a"), said("b")], "the chat template does not take it"),
+        (CHATML, [user("a")], "no assistant turn"),
+        ("{{ raise_exception('no ' + messages[0].role) }}", [user("a"), said("b")], "rejects it: no user"),
+        ("{{ messages[0].name + 1 }}", [user("a"), said("b")], "the chat template rejects it"),
         (
             "{% for m in messages %}{{ m.role[0] + ':' + m.content + '.' }}{% endfor %}"
             "{% if add_generation_prompt %}a:<think>{% endif %}",
             [user("q"), said("hello")],
-            r'renders message 2 otherwise than its generation prompt begins: "hello." where the prompt has "<think>"',
+            r'renders message 2 differently than its generation prompt begins: "hello." where the prompt has "<think>"',
         ),
-        ("{{ messages[0].role }}", [said("b")], "only turn of the assistant, which nothing asks for"),
+        ("{{ messages[0].role }}", [said("b")], "only assistant turn is the first message"),
     ],
 )
 def test_what_cannot_be_trained_on(source: str, messages: Any, problem: str, tmp_path: Path) -> None:

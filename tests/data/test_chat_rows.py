@@ -114,12 +114,12 @@ BAD = {
     3: ({"text": "no conversation"}, "no conversation: no field messages"),
     5: ({"messages": [user("a"), {"role": "moderator", "content": "b"}]}, 'unknown role "moderator"'),
     6: ({"messages": [user("a"), {"role": "assistant", "content": None}]}, "is null, not text"),
-    7: ({"messages": [{"role": "tool", "content": "a"}, assistant("b")]}, "does not take it: no tools here"),
-    8: ({"messages": [user("a")]}, "no turn of the assistant"),
+    7: ({"messages": [{"role": "tool", "content": "a"}, assistant("b")]}, "rejects it: no tools here"),
+    8: ({"messages": [user("a")]}, "no assistant turn"),
     9: ({"messages": [user("a" * 80), assistant("b")]}, "no token to train on within the 60 tokens of a row"),
 }
 KEPT = {
-    10: ({"messages": [user("a"), user("b"), assistant("c")]}, "kept: two messages of the user in a row"),
+    10: ({"messages": [user("a"), user("b"), assistant("c")]}, "kept: two user messages in a row"),
     11: ({"messages": [user("a"), assistant("b" * 90)]}, "kept: 112 tokens, cut at the 60 of a row"),
     12: (
         {"messages": [user("a"), assistant("b", reasoning_content="hm")]},

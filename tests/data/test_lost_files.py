@@ -233,7 +233,7 @@ def test_a_file_that_is_cut_short_is_lost_from_there_on() -> None:
     said: list[str] = []
     prepared = make(allow_lost_files=["a.jsonl.gz"], say=said.append)
     assert 100 < prepared.manifest["corpora"][""]["documents"]["train"] < 200
-    assert any(line.startswith("going on with ") for line in said)
+    assert any(line.startswith("resuming the preparation in ") for line in said)
     assert any("warning: 1 file cannot be read and is left out" in line for line in said)
 
 

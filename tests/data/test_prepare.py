@@ -386,7 +386,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path, place: str) ->
     if place == "corpora":
         (tmp_path / place / "manifest.json").write_text('{"name": "something else"}')
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="is not a prepared corpus"):
         run(tmp_path, prepared_folder=str(tmp_path / "corpora"))
     assert snapshot(tmp_path) == before
 
@@ -532,7 +532,7 @@ def test_what_somebody_else_has_in_the_folder_is_not_deleted(tmp_path: Path, set
     (tmp_path / "run/data").mkdir(parents=True)
     (tmp_path / "run/data/thesis.txt").write_text("mine")
     settings = {key: str(tmp_path / "run/data") for key in settings}
-    with pytest.raises(UserError, match="run/data holds something else"):
+    with pytest.raises(UserError, match="run/data is not a prepared corpus"):
         run(tmp_path, **settings)
     assert (tmp_path / "run/data/thesis.txt").read_text() == "mine"
 
@@ -583,7 +583,7 @@ def test_bad_documents_are_left_out_and_listed(tmp_path: Path) -> None:
     said.clear()
     again = run(tmp_path, name="new/run", **options, max_bad_documents=5, say=said.append)
     assert again.fingerprint("") == prepared.fingerprint("")
-    assert any("units of which are done" in line for line in said)
+    assert any("units are done" in line for line in said)
     shutil.rmtree(tmp_path / "new/run/data")
     # Mended: the list of the time before is gone.
     run(tmp_path, name="new/run", **options | {"paths": paths[:1]}, max_bad_documents=4)
@@ -612,7 +612,7 @@ def test_a_token_past_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert documents(prepared, "train") == [*texts[:7], *texts[8:]]
     [line] = (tmp_path / "run/data_errors.jsonl").read_text().splitlines()
     assert json.loads(line)["line"] == 8
-    assert "token 320 is past model.vocab_size" in line
+    assert "token id 320 is not below model.vocab_size" in line
 
 
 def large_corpus(folder: Path, megabytes: float) -> list[str]:
@@ -715,7 +715,7 @@ def test_killed_half_way_it_goes_on_where_it_was(tmp_path: Path) -> None:
     before = {k: v for k, v in snapshot(staging).items() if k.split("-")[-1].partition(".")[0] in finished}
     said: list[str] = []
     prepared = run(tmp_path, processes=1, say=said.append, **large_options(tmp_path))
-    assert f"{len(finished)} units of which are done" in said[0]
+    assert f"{len(finished)} units are done" in said[0]
     after = snapshot(prepared.folder)
     kept = {k: v for k, v in before.items() if not k.startswith("unit-")}
     assert len(kept) == 4 * len(finished)
@@ -739,7 +739,7 @@ def test_a_process_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytes
             killed.append(workers[0])
 
     config = Data(dataset="files", paths=[str(tmp_path / "corpus.jsonl")], tokenizer=str(tmp_path / "words"))
-    with pytest.raises(RunError, match=r"a process that tokenizes was killed, .*the same command goes on where it was"):
+    with pytest.raises(RunError, match=r"a tokenizing process was killed, .*run the same command to resume"):
         prepare(
             config,
             tmp_path / "run",
@@ -837,7 +837,7 @@ def test_a_file_in_the_way_is_a_user_error(tmp_path: Path, file: str) -> None:
     write_corpus(tmp_path)
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("mine")
-    with pytest.raises(UserError, match=r"cannot be written: |holds something else"):
+    with pytest.raises(UserError, match=r"cannot be written: |is not a prepared corpus"):
         run(tmp_path)
     assert (tmp_path / file).read_text() == "mine"
 

@@ -161,6 +161,9 @@ def test_a_mistake_is_said_once_and_not_tried_again(runs: Runs, short: Path, tmp
     plant(".metadata", forge=True)(folder / "checkpoint/step-4", tmp_path / "canary")
     run = runs(folder, "--training.steps", 6, "--max-restarts", 3, nproc=2, status=2)
     assert run.output.count("error:") == 1
-    assert ".metadata: not the metadata of a checkpoint: it names posix.mkdir, which no checkpoint needs" in run.output
+    assert (
+        ".metadata: not the metadata of a checkpoint: it names posix.mkdir, which is not allowed in a checkpoint"
+        in run.output
+    )
     assert run.output.count("checkpoints take") == 1
     assert not (tmp_path / "canary").exists()

@@ -86,7 +86,7 @@ def test_a_full_disk_is_warned_of_and_later_saves_work(runs: Runs, tmp_path: Pat
     assert run.wait() == 0, run.output
     output = run.output.replace("\n", " ")
     assert "warning: the checkpoint of step 12 could not be saved: " in output
-    assert "going on, as checkpoint.on_error says" in output
+    assert 'continuing, because checkpoint.on_error = "warn"' in output
     assert output.count("could not be saved") == 1
     assert ("metrics.jsonl cannot be written" in output) == (mode == "disabled")
     assert "Traceback" not in output

@@ -63,7 +63,7 @@ def test_a_lock_of_another_host_counts_while_it_is_fresh(tmp_path: Path) -> None
     lock = write_lock(tmp_path, "elsewhere", 7, age=50)
     content = lock.read_text()
     for enter in (lambda: run_lock(tmp_path).__enter__(), lambda: check_free(tmp_path)):
-        with pytest.raises(UserError, match=r"process 7 on elsewhere, whose last sign of life is 50 s old; if it is "
+        with pytest.raises(UserError, match=r"process 7 on elsewhere, whose last heartbeat was 50 s ago; if it is "
                                             r"gone, wait (70|69) s"):  # fmt: skip
             enter()
         assert lock.read_text() == content

@@ -243,13 +243,13 @@ def test_metadata_changes_no_class(tmp_path: Path) -> None:
     content = b"\x80\x04\x8c\x07pathlib\x8c\tPosixPath\x93N}\x8c\x06is_dir\x8c\x04evils\x86b."
     pickletools.dis(content, out=open(os.devnull, "w"))  # noqa: SIM115  # it is a pickle
     write(tmp_path / ".metadata", content)
-    assert "something that is not its own" in refusal(lambda: SafeReader(tmp_path).read_metadata())
+    assert "an object that it has not created" in refusal(lambda: SafeReader(tmp_path).read_metadata())
     assert pathlib.PosixPath.is_dir is before
 
 
 def test_metadata_reaches_for_nothing_in_torch(tmp_path: Path) -> None:
     write(tmp_path / ".metadata", pickle.dumps(torch.load))
-    assert "which no checkpoint needs" in refusal(lambda: SafeReader(tmp_path).read_metadata())
+    assert "which is not allowed in a checkpoint" in refusal(lambda: SafeReader(tmp_path).read_metadata())
     write(tmp_path / ".metadata", b"\x80\x04\x8c\x05torch\x8c\x04load\x93.")
     assert "torch.load" in refusal(lambda: SafeReader(tmp_path).read_metadata())
 

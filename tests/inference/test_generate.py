@@ -210,7 +210,7 @@ def test_a_models_own_recommendation_is_the_default(model: TextModel, run: Path)
 def test_logits_that_are_no_numbers_are_said(folder: Path, temperature: float) -> None:
     model = load_model(folder, dtype=torch.float32)
     model.model.model.norm.weight[0] = torch.nan
-    with pytest.raises(UserError, match="the model's logits are no numbers"):
+    with pytest.raises(UserError, match="the model's logits contain NaN or infinity"):
         model.generate("def", temperature=temperature)
 
 
@@ -279,7 +279,7 @@ def test_a_source_that_cannot_be_used_is_one_clear_message(
     ("prompt", "options", "message"),
     [
         ("", {}, "the prompt is empty"),
-        ("def " * 600, {}, r"the prompt has [\d,]+ tokens, and the model has positions for 512"),
+        ("def " * 600, {}, r"the prompt has [\d,]+ tokens, but the model has only 512 positions"),
         ("def", {"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
         ("def", {"temperature": -1.0}, "temperature: must be"),
     ],
@@ -326,7 +326,7 @@ def test_devices_that_there_are_not(folder: Path) -> None:
 def test_a_tokenizer_of_another_model(folder: Path, tmp_path: Path) -> None:
     small = write_model(tmp_path, vocab_size=300)
     model = load_model(small, dtype=torch.float32)
-    with pytest.raises(UserError, match="another model's tokenizer"):
+    with pytest.raises(UserError, match="the tokenizer belongs to another model"):
         model.generate(" ".join(PROMPTS))
 
 

@@ -59,8 +59,11 @@ def test_a_flavor_that_does_not_apply_is_named_if_the_user_has_set_it(weights: P
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ("warmup_steps = 10", ["lr_scheduler.warmup_steps = 10 is not over by step 10, the end of the run", "91%"]),
-        ("warmup_steps = 99\ndecay_ratio = 0.0", ["only gets to 10% of optimizer.lr"]),
+        (
+            "warmup_steps = 10",
+            ["lr_scheduler.warmup_steps = 10 does not end by step 10, the end of the run", "91%"],
+        ),
+        ("warmup_steps = 99\ndecay_ratio = 0.0", ["only reaches 10% of optimizer.lr"]),
         ("warmup_steps = 9", []),
         ("total_steps = 4", ["after step 4 the rate (optimizer.lr) is 0"]),
         ("total_steps = 4\nmin_lr_factor = 0.1", ["is 0.1 × optimizer.lr"]),
@@ -81,7 +84,7 @@ def test_muons_own_schedule_too(tmp_path: Path) -> None:
     options = ["--optimizer.name", "muon", "--job.dump_folder", tmp_path / "run", "--training.steps", 100]
     assert advised(None, *options) == []
     [line] = advised(None, *options, "--optimizer.muon.warmup_steps", 100)
-    assert line.startswith("optimizer.muon.warmup_steps = 100 is not over by step 100")
+    assert line.startswith("optimizer.muon.warmup_steps = 100 does not end by step 100")
     assert "of optimizer.muon.lr" in line
 
 

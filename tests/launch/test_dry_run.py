@@ -9,7 +9,7 @@ import pytest
 from torchtitan_style.launch import launcher
 
 
-@pytest.mark.parametrize(("processes", "mesh"), [("1", "dp 1 × tp 1, 1 ranks"), ("2", "dp 2 × tp 1, 2 ranks")])
+@pytest.mark.parametrize(("processes", "mesh"), [("1", "dp 1 × tp 1, 1 rank"), ("2", "dp 2 × tp 1, 2 ranks")])
 def test_a_dry_run_reports_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], processes: str, mesh: str
 ) -> None:

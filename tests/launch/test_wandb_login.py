@@ -117,5 +117,5 @@ def test_a_failure_during_the_run_does_not_end_it(nobody: Path) -> None:
     recorder.write([{"step": 1, "loss": 2.0}])
     recorder.write([{"step": 2, "loss": 1.0}])
     recorder.close()
-    assert warnings == ["Weights & Biases gets no more records, metrics.jsonl has all of them: gone"]
+    assert warnings == ["Weights & Biases receives no more records; metrics.jsonl has all of them: gone"]
     assert len((nobody / "metrics.jsonl").read_text().splitlines()) == 2

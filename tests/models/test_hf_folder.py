@@ -196,15 +196,15 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "one too many": (
         lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}),
-        "1 tensors are none of the model's: model.layers.0.self_attn.q_proj.bias",
+        "1 tensors do not belong to the model: model.layers.0.self_attn.q_proj.bias",
     ),
     "a layer too many": (
         lambda t: t.update({n.replace(".1.", ".2."): v.clone() for n, v in t.items() if ".layers.1." in n}),
-        "11 tensors are none of the model's: model.layers.2.",
+        "11 tensors do not belong to the model: model.layers.2.",
     ),
     "another prefix": (
         lambda t: t.update({"transformer.norm.weight": t.pop("model.norm.weight")}),
-        "1 of 24 tensors are missing: model.norm.weight; 1 tensors are none of the model's: transformer.norm.weight",
+        "1 of 24 tensors are missing: model.norm.weight; 1 tensors do not belong to the model: transformer.norm.weight",
     ),
     "shape": (
         lambda t: t.update({GATE: t[GATE][:, :63].clone()}),
@@ -221,19 +221,19 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "int8": (
         lambda t: t.update({GATE: (t[GATE] * 100).to(torch.int8)}),
-        f"1 tensors are I8, which is not read: {GATE}",
+        f"1 tensors are I8, which is not supported: {GATE}",
     ),
     "int64": (
         lambda t: t.update({Q_NORM: t[Q_NORM].long()}),
-        f"1 tensors are I64, which is not read: {Q_NORM}",
+        f"1 tensors are I64, which is not supported: {Q_NORM}",
     ),
     "float64": (
         lambda t: t.update({Q_NORM: t[Q_NORM].double()}),
-        f"1 tensors are F64, which is not read: {Q_NORM}",
+        f"1 tensors are F64, which is not supported: {Q_NORM}",
     ),
     "fp8": (
         lambda t: t.update({n: v.to(torch.float8_e4m3fn) for n, v in t.items() if "mlp" in n}),
-        "6 tensors are F8_E4M3, which is not read: model.layers.0.mlp.",
+        "6 tensors are F8_E4M3, which is not supported: model.layers.0.mlp.",
     ),
 }
 
@@ -254,7 +254,7 @@ def test_all_that_is_wrong_is_said_at_once_and_not_at_length(one: Path) -> None:
 
     change_tensors(one, change)
     message = refusal(one)
-    for part in ("11 of 24 tensors are missing", "none of the model's: extra", f"{K_NORM} is 17, not 16", "I32"):
+    for part in ("11 of 24 tensors are missing", "do not belong to the model: extra", f"{K_NORM} is 17, not 16", "I32"):
         assert part in message
     assert len(message) < 800
 
@@ -301,14 +301,14 @@ def overlap(raw: bytes) -> bytes:
 
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "last byte cut off": (lambda raw: raw[:-1], "is truncated: by its header it has"),
-    "half": (lambda raw: raw[: len(raw) // 2], "is truncated: by its header it has"),
-    "header alone": (lambda raw: raw[: 8 + int.from_bytes(raw[:8], "little")], "is truncated: by its header it has"),
+    "last byte cut off": (lambda raw: raw[:-1], "is truncated: its header announces"),
+    "half": (lambda raw: raw[: len(raw) // 2], "is truncated: its header announces"),
+    "header alone": (lambda raw: raw[: 8 + int.from_bytes(raw[:8], "little")], "is truncated: its header announces"),
     "header cut": (lambda raw: raw[:100], "is truncated, or no safetensors file: its header does not fit into 100"),
     "8 bytes": (lambda raw: raw[:8], "is truncated, or no safetensors file: its header does not fit into 8 bytes"),
     "7 bytes": (lambda raw: raw[:7], "is truncated, or no safetensors file"),
     "empty": (lambda raw: b"", "is truncated, or no safetensors file: its header does not fit into 0 bytes"),
-    "byte added": (lambda raw: raw + b"\0", "is damaged: by its header it has"),
+    "byte added": (lambda raw: raw + b"\0", "is damaged: its header announces"),
     "header longer than the file": (
         lambda raw: len(raw).to_bytes(8, "little") + raw[8:],
         "is truncated, or no safetensors file: its header does not fit",
@@ -469,7 +469,7 @@ def test_the_folder_of_another_size_is_refused(one: Path) -> None:
     change_json(one / "config.json", lambda config: config.update(num_hidden_layers=3, layer_types=None))
     assert "11 of 35 tensors are missing: model.layers.2." in refusal(one)
     change_json(one / "config.json", lambda config: config.update(num_hidden_layers=1))
-    assert "11 tensors are none of the model's: model.layers.1." in refusal(one)
+    assert "11 tensors do not belong to the model: model.layers.1." in refusal(one)
 
 
 def test_a_name_on_the_hub_may_be_like_that_of_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

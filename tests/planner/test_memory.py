@@ -94,7 +94,7 @@ def test_a_run_without_room_is_refused_before_anything_is_built(
     if total == 14e9:
         assert "; this fits: --parallelism" in said[0]
     if total == 12e9:
-        assert "no layout of so many processes fits" in said[0]
+        assert "no layout of that many processes fits" in said[0]
 
 
 def test_ranks_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def test_a_restart_by_the_launcher_is_said(start, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     run = start()
     run.resume.start()
-    assert run.said == ["a process of this run has died; starting again (1 of 3 times)"]
+    assert run.said == ["a process of this run has died; restarting (1 of 3)"]
 
 
 def test_a_rewind_restores_the_newest_and_lets_the_data_go_on(start) -> None:

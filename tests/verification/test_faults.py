@@ -19,7 +19,7 @@ EXPECTED = {
     "embedding and head untied": ("names of parameters", "lm_head.weight"),
     "input_layernorm left out of the plan": ("every gradient of step 1", "model.layers.0.input_layernorm.weight"),
     "loss divided by the tokens of the rank": ("loss of step 1", "model.norm.weight"),
-    "gradients averaged over ranks": ("every gradient of step 1", "which is 0.5 × the right one"),
+    "gradients averaged over ranks": ("every gradient of step 1", "the norm is 0.5 × the reference"),
     "weights drawn by rank": ("initial weights, bit for bit", "model.layers.1.self_attn.q_proj.weight"),
     "norm counts copies twice": ("gradient norm of steps 1 to 5", "step 1: "),
 }

@@ -145,7 +145,7 @@ class Checkpointer:
         )
         if self.config.on_error == "stop":
             raise self._failure from None
-        self.say(f"{self._failure}; going on, as checkpoint.on_error says")
+        self.say(f'{self._failure}; continuing, because checkpoint.on_error = "warn"')
 
     def wait(self) -> None:
         """Wait for a save in the background, and ignore its outcome."""

@@ -123,7 +123,10 @@ class CheckpointFolder:
         if not surplus:
             return
         if problem := self.problem(steps[0]):
-            say(f"the checkpoint {self.path(steps[0])} was written, but does not read back: {problem}; older ones stay")
+            say(
+                f"the checkpoint {self.path(steps[0])} was written but cannot be read back: {problem}; older ones are "
+                "kept"
+            )
             return
         for step in surplus:
             # Under another name first: cut short, this must not leave something that looks like a checkpoint.

@@ -101,7 +101,7 @@ def _write_settings(source: HFFolder | SavedModel, folder: Path, dtypes: set[tor
     # No pad_token_id: Transformers would never train that token's embedding, and here it is end-of-text.
     spec = source.spec
     if spec.to_hf is None:
-        raise UserError(f"{source.path}: models of the family {spec.name} have no form in Transformers")
+        raise UserError(f"{source.path}: {spec.name} models cannot be exported: Transformers has no such architecture")
     config_class = getattr(transformers, spec.hf_architecture).config_class
     config = config_class(
         **spec.to_hf(source.config), eos_token_id=ids.get("eos_token_id"), architectures=[spec.hf_architecture]

@@ -90,5 +90,5 @@ def _check_vocabulary(source: HFFolder, tokenizer: Tokenizer) -> None:
     if tokenizer.num_ids > source.config.vocab_size:
         raise UserError(
             f"{source.path}: the tokenizer's ids go up to {tokenizer.num_ids - 1}, but the model has a vocabulary of "
-            f"{source.config.vocab_size}: they do not belong together"
+            f"{source.config.vocab_size}: use the model's own tokenizer"
         )

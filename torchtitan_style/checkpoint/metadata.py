@@ -63,7 +63,7 @@ class _Reader:
             raise UnpicklingError(f"{shown(name)} has no list of its parts")
         self.room -= len(chunks)
         if self.room < 0:
-            raise UnpicklingError("it has more parts of tensors than it has room for")
+            raise UnpicklingError("it lists more tensor parts than its size allows")
         pieces = [_chunk(chunk) for chunk in chunks]
         if not covers_once(size, [(piece.offsets, piece.sizes) for piece in pieces]):
             raise UnpicklingError(f"the parts of {shown(name)} do not cover it exactly once")
@@ -110,14 +110,14 @@ def _fields(node: Any, name: str) -> dict[str, Any]:
     """The state of an instance of the class ``name``."""
     if type(node) is not Made or node.key[1] != name:
         kind = node.key[1] if type(node) is Made else type(node).__name__
-        raise UnpicklingError(f"it has a {kind} where a {name} should be")
+        raise UnpicklingError(f"expected a {name}, found a {kind}")
     return dict(_entries(node.state))
 
 
 def _entries(node: Any) -> list[tuple[str, Any]]:
     """The pairs of a dictionary whose keys are texts, none of them twice."""
     if type(node) is not Pairs or not all(type(key) is str for key, _ in node):
-        raise UnpicklingError("it is damaged: there is no dictionary where one should be")
+        raise UnpicklingError("it is damaged: expected a dictionary")
     if len({key for key, _ in node}) < len(node):
         raise UnpicklingError("it has the same key twice")
     return node
@@ -125,14 +125,14 @@ def _entries(node: Any) -> list[tuple[str, Any]]:
 
 def _number(node: Any) -> int:
     if type(node) is not int or not 0 <= node < 2**63:
-        raise UnpicklingError("it has something else where a number should be")
+        raise UnpicklingError("expected a number")
     return node
 
 
 def _size(node: Any) -> torch.Size:
     values = node.args[0] if type(node) is Made and node.key == ("torch", "Size") and len(node.args) == 1 else None
     if type(values) is not tuple or len(values) > _MOST_DIMS:
-        raise UnpicklingError("it has something else where the shape of a tensor should be")
+        raise UnpicklingError("expected the shape of a tensor")
     size = torch.Size([_number(value) for value in values])
     if math.prod(size) >= 2**63:
         raise UnpicklingError(f"no tensor can have the shape {list(size)}")
@@ -148,7 +148,7 @@ def _size_of_offsets(node: Any) -> torch.Size:
     """Offsets are written as a shape; their product means nothing."""
     values = node.args[0] if type(node) is Made and node.key == ("torch", "Size") and len(node.args) == 1 else None
     if type(values) is not tuple or len(values) > _MOST_DIMS:
-        raise UnpicklingError("it has something else where the place in a tensor should be")
+        raise UnpicklingError("expected the offsets of a tensor part")
     return torch.Size([_number(value) for value in values])
 
 
@@ -163,7 +163,7 @@ def _dtype(node: Any) -> torch.dtype:
         raise UnpicklingError("it has a tensor that is not dense")
     dtype = getattr(torch, node.state[0].name, None)
     if not isinstance(dtype, torch.dtype):
-        raise UnpicklingError(f"it has tensors of a type that there is not: {node.state[0].name}")
+        raise UnpicklingError(f"it has tensors of the unknown type {node.state[0].name}")
     return dtype
 
 
@@ -181,8 +181,8 @@ def _place(node: Any) -> _StorageInfo:
     fields = _fields(node, "_StorageInfo")
     name = fields.get("relative_path")
     if type(name) is not str or not name.endswith(".distcp") or "/" in name:
-        raise UnpicklingError(f"it names {shown(name)}, which is no file of a checkpoint")
+        raise UnpicklingError(f"it names {shown(name)}, which is not a checkpoint file")
     check_text(name)
     if fields.get("transform_descriptors"):
-        raise UnpicklingError("its files are compressed or otherwise transformed, which is not read")
+        raise UnpicklingError("its files are compressed or otherwise transformed, which is not supported")
     return _StorageInfo(name, _number(fields.get("offset")), _number(fields.get("length")))

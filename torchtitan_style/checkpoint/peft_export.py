@@ -30,12 +30,12 @@ def export_adapter(source: HFFolder | SavedModel, output: Path, *, dtype: torch.
     Raises UserError, with nothing left behind, if ``output`` is in use or ``source`` has no adapters.
     """
     if not isinstance(source, SavedModel) or not source.lora.rank:
-        raise UserError(f"{source.path}: has no adapters, as a run with lora.rank leaves them; leave out --adapter")
+        raise UserError(f"{source.path}: has no adapters (lora.rank was 0); leave out --adapter")
     adapted = adapted_modules(source.spec, source.config, source.lora)
     dense = [module for module in adapted if ".mlp." in module] if source.spec.expert_parallel else []
     if dense:  # its names are those that experts had before Transformers 5, and PEFT goes by names
         raise UserError(
-            f"{source.path}: PEFT takes {dense[0]} for an expert; export the merged model, without --adapter"
+            f"{source.path}: PEFT mistakes {dense[0]} for an expert; export the merged model, without --adapter"
         )
     shapes = adapter_shapes(source.spec, source.config, source.lora)
     adapters = {name: torch.empty(shape) for name, shape in shapes.items()}

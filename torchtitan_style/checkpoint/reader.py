@@ -203,7 +203,7 @@ def _check_coverage(plan: LoadPlan, planner: LoadPlanner) -> None:
         read[item.dest_index.fqn] += math.prod(item.lengths)
     for name, tensor in getattr(planner, "state_dict", {}).items():
         if isinstance(tensor, Tensor) and read[name] != local_tensor(tensor).numel():
-            raise UserError(f"{name}: {read[name]:,} of {local_tensor(tensor).numel():,} numbers are in the checkpoint")
+            raise UserError(f"{name}: the checkpoint has {read[name]:,} of {local_tensor(tensor).numel():,} elements")
 
 
 def reason_of(error: OSError | UserError | CheckpointException) -> str:

@@ -149,8 +149,8 @@ def open_base(
         raise UserError(f"{adapted.path}: the weights that its adapters belong to cannot be used: {error}") from None
     if verify and (change := record.change(found, advance=advance)):
         raise UserError(
-            f"{adapted.path}: its adapters belong to other weights than those that are in {place} now: {change}; put "
-            f"back those of {record.source} that the run has started from"
+            f"{adapted.path}: its adapters were trained on other weights than those now in {place}: {change}; restore "
+            f"the weights of {record.source} that the run started from"
         )
     return found
 
@@ -172,7 +172,7 @@ def with_model(source: str, use: Callable[[HFFolder | SavedModel], T], *, say: C
         except BaseException as error:  # DCP's are no Exceptions
             if isinstance(error, KeyboardInterrupt | SystemExit) or steps() == before:
                 raise
-    raise UserError(f"{source}: its checkpoints are deleted before they are read; checkpoint.keep_latest_k keeps more")
+    raise UserError(f"{source}: its checkpoints are deleted while they are read; raise checkpoint.keep_latest_k")
 
 
 def find_checkpoint(

@@ -86,7 +86,7 @@ def unpickle(data: bytes) -> Any:
     try:
         return _Machine(data).run()
     except (IndexError, struct.error, UnicodeDecodeError):
-        raise UnpicklingError("it is cut short or damaged") from None
+        raise UnpicklingError("it is truncated or damaged") from None
 
 
 class _Machine:
@@ -107,16 +107,16 @@ class _Machine:
                 break
             known = operations[operation]
             if known is None:
-                raise UnpicklingError(f"it has an opcode, {operation:#x}, which no checkpoint needs")
+                raise UnpicklingError(f"it has the opcode {operation:#x}, which is not allowed in a checkpoint")
             known(self)
         if len(self.stack) != 1 or self.marks:
-            raise UnpicklingError("it is cut short or damaged")
+            raise UnpicklingError("it is truncated or damaged")
         return self.stack[0]
 
     def take(self, count: int) -> bytes:
         found = self.data[self.at : self.at + count]
         if len(found) < count:
-            raise UnpicklingError("it is cut short")
+            raise UnpicklingError("it is truncated")
         self.at += count
         return found
 
@@ -134,7 +134,7 @@ class _Machine:
 
     def protocol(self) -> None:
         if self.take(1)[0] > 5:
-            raise UnpicklingError("it is of another protocol")
+            raise UnpicklingError("it has an unsupported pickle protocol")
 
     def frame(self) -> None:
         self.take(8)  # the length of what follows, for reading ahead
@@ -158,19 +158,19 @@ class _Machine:
             raise UnpicklingError("it is damaged")
         key = module, name
         if key not in CLASSES and key not in CALLED and not (module == "torch" and name in _DTYPES):
-            raise UnpicklingError(f"it names {module[:80]}.{name[:80]}, which no checkpoint needs")
+            raise UnpicklingError(f"it names {module[:80]}.{name[:80]}, which is not allowed in a checkpoint")
         self.stack.append(self.names.setdefault(key, Named(*key)))
 
     def instance(self, allowed: Iterable[tuple[str, str]]) -> None:
         args, named = self.stack.pop(), self.stack.pop()
         if not isinstance(named, Named) or type(args) is not tuple or named.key not in allowed:
-            raise UnpicklingError("it calls something that no checkpoint needs")
+            raise UnpicklingError("it calls a function that is not allowed in a checkpoint")
         self.stack.append(Made(named.key, args))
 
     def build(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
         if type(made) is not Made or made.key not in CLASSES or made.state is not None:
-            raise UnpicklingError("it changes something that is not its own")
+            raise UnpicklingError("it modifies an object that it has not created")
         made.state = state
 
     def append(self, values: list[Any]) -> None:

@@ -129,5 +129,5 @@ def _saved_dtypes(source: SavedModel, shapes: Shapes) -> dict[str, torch.dtype]:
     found = {name: entries.get(f"model.{name}") for name in shapes}
     for name, entry in found.items():
         if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != shapes[name]:
-            raise UserError(f"{source.path}: has no {name} of shape {shapes[name]}, as its config.toml would have it")
+            raise UserError(f"{source.path}: has no {name} of shape {shapes[name]}, which its config.toml asks for")
     return {name: entry.properties.dtype for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}

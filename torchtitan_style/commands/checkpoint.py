@@ -148,7 +148,7 @@ def _show(path: Path, *, as_json: bool, hashes: bool) -> None:
         print(f"  {readable_bytes(entry['size']):>8}  {entry['sha256'][:16]}  {name}")
     settings = path / "config.toml"
     if settings.is_file():
-        print(f"\nsettings that are not the defaults (all are in {settings}):")
+        print(f"\nsettings that differ from the defaults (all are in {settings}):")
         for line in _changed(settings):
             print(f"  {line}")
 

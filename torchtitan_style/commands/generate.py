@@ -84,9 +84,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(options, name)}")
     if "" in options.prompt:
-        raise UserError("--prompt: is empty; a model goes on from text, as from --prompt 'def'")
+        raise UserError("--prompt: is empty; give text to continue, as in --prompt 'def'")
     if "" in options.stop:
-        raise UserError("--stop: is empty; it would end every text before it begins")
+        raise UserError("--stop: is empty; it would end every text at once")
     for stop in options.stop:
         if stop.encode("utf-8", "replace").decode() != stop:
             raise UserError("--stop: is not UTF-8 text")
@@ -116,10 +116,10 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
         lines = _read(options.prompts_file).split("\n")  # and not at a form feed, or what else is a line to Python
         if prompts := [line.removesuffix("\r") for line in lines if line.strip()]:
             return prompts
-        raise UserError(f"--prompts-file {options.prompts_file}: has no prompts; it has one on each line")
+        raise UserError(f"--prompts-file {options.prompts_file}: has no prompts; write one per line")
     prompts = [_read("-") if prompt == "-" else prompt for prompt in options.prompt or ["-"]]
     if "" in prompts:
-        raise UserError("the prompt is empty; a model goes on from text, as from --prompt 'def'")
+        raise UserError("the prompt is empty; give text to continue, as in --prompt 'def'")
     return prompts
 
 
@@ -128,7 +128,7 @@ def _read(name: str) -> str:
         if name != "-":
             return read_text(name, most=_MOST_BYTES)
         if sys.stdin.isatty():
-            print("the prompt is read from here; Ctrl-D on a line of its own ends it", file=sys.stderr)
+            print("reading the prompt from standard input; Ctrl-D on an empty line ends it", file=sys.stderr)
         content = sys.stdin.buffer.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")

@@ -105,7 +105,7 @@ def _too_large(plan: Plan) -> str:
     needed, room = plan.memory.state.total / 2**30, plan.device.memory / 2**30
     return (
         f"weights, gradients and optimizer state alone take {needed:,.1f} GiB on each rank, and {plan.device.name} has "
-        f"{room:,.1f}: share them out over more ranks, or choose a smaller model; --search says how many fit"
+        f"{room:,.1f}: split them over more ranks, or choose a smaller model; --search finds how many fit"
     )
 
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torchtitan_style.inference.generate import TextModel
 
 TEXT_OPTIONS = """\
-  --temperature T          logits are divided by it; 0: always the likeliest token
-  --top-k K                draw from the k likeliest tokens; 0: all
-  --top-p P                draw from the likeliest that together have this probability; 1: all
-  --min-p P                draw from those with this share of the likeliest one's probability; 0: all
+  --temperature T          logits are divided by it; 0: always the most likely token
+  --top-k K                draw from the k most likely tokens; 0: all
+  --top-p P                draw from the most likely tokens that together have this probability; 1: all
+  --min-p P                draw from tokens with at least this share of the top probability; 0: all
   --repetition-penalty R   above 1: tokens that are in the text become less likely
                            left out: what generation_config.json recommends, else 0.7, 40, 1, 0, 1
   --seed S                 the same seed, the same text; left out: another one each time

@@ -37,11 +37,11 @@ def tried_apart(code: str, *arguments: str) -> str | None:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return f"it is not read within {_SECONDS} s"
+        return f"reading it takes more than {_SECONDS} s"
     except (OSError, ValueError) as error:
         return str(error)
     if done.returncode == 0:
         return None
     if done.returncode < 0:
-        return f"it ends the process that reads it, by signal {-done.returncode}"
+        return f"reading it kills the process by signal {-done.returncode}"
     return done.stderr.strip().rpartition("\n")[2] or "it cannot be read"

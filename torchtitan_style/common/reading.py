@@ -113,7 +113,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise _in_short(error) from None
     _check(value)
@@ -151,7 +151,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise _in_short(error) from None
     _check(value, bits=63, nul=False)
@@ -187,7 +187,7 @@ def _check(value: Any, *, bits: int = _BITS, nul: bool = True) -> None:
     while level:
         depth += 1
         if depth > _DEPTH:
-            raise ValueError("it is nested too deep")
+            raise ValueError("it is nested too deeply")
         below: list[Any] = []
         for each in level:
             if isinstance(each, str):

@@ -76,7 +76,7 @@ def _expected(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, UnicodeEncodeError) or (isinstance(error, ValueError) and "null byte" in str(error)):
         return bounded(f"a name is not text: {error}"), 2
     if is_panic(error):
-        return bounded(f"a library cannot read what it is given: {error}"), 2
+        return bounded(f"a library failed on its input: {error}"), 2
     if type(error).__name__ == "CheckpointException":
         return bounded(f"a checkpoint cannot be read or written: {error}"), 1
     return None

@@ -31,7 +31,7 @@ def typed(kind: type[T] | TypeAdapter[T], value: Any) -> T:
     except ValidationError as error:
         raise ValueError(problem_in(error)) from None
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def problem_in(error: ValidationError) -> str:

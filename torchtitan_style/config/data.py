@@ -28,13 +28,13 @@ class Corpus(Section):
     text_key: str = Field("text", min_length=1)
     """Field of a JSON line, or column of a parquet file, that holds the text."""
     format: Literal["text", "chat"] = "text"
-    """"chat": each row is a conversation (docs/finetuning.md), written as the tokenizer's chat template has it; packing
-    is then "best_fit" and document_mask true, unless they are set."""
+    """"chat": each row is a conversation (docs/finetuning.md), rendered by the tokenizer's chat template; packing is
+    then "best_fit" and document_mask true, unless they are set."""
     messages_key: str = ""
     """For format = "chat": field or column with the messages. Empty: messages, conversations, prompt and completion, or
     instruction and output, whichever there is."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """For format = "chat": tokens with a loss. "assistant": what the assistant says, the end of each turn included.
+    """For format = "chat": tokens with a loss. "assistant": every assistant turn, its end token included.
     "last": its last turn only. "all": all tokens."""
 
 
@@ -42,7 +42,7 @@ class MixtureCorpus(Corpus):
     """One corpus of a mixture: an entry of [[data.mixture]]."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
-    """What to call it, in the metrics and on disk."""
+    """Its name in the metrics and on disk."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Its part of all rows, relative to the other weights."""
 
@@ -53,7 +53,7 @@ class ValidationSet(Corpus):
     dataset: PathText = Field("files", min_length=1)
     """As data.dataset, but for "mixture"."""
     name: str = Field(pattern=r"^\w[\w.-]*$", max_length=100)
-    """What to call it, in the metrics and on disk."""
+    """Its name in the metrics and on disk."""
 
 
 class Data(Corpus):
@@ -66,29 +66,28 @@ class Data(Corpus):
     """"train": train a byte-level BPE of model.vocab_size tokens on the corpus. Otherwise a
     folder or Hub name with a Hugging Face tokenizer."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the documents held out for validation; a document's text decides whether it is."""
+    """Share of the documents held out for validation, chosen by a hash of the text."""
     prepared_folder: PathText = ""
     """Where the tokenized corpus is kept; empty: in the dump folder. Runs that name the same folder share it."""
     streaming: bool = False
     """Read and tokenize while training instead of once beforehand. Needs no disk space and starts at once."""
     num_streams: PositiveOrRest = -1
-    """For streaming: independent readers that each fill fixed rows of every batch. The data-parallel ranks
-    share them out, so their number must divide it, and it must divide the global batch. -1: the largest
+    """For streaming: independent readers that each fill fixed rows of every batch. They are divided
+    among the data-parallel ranks, whose number must divide it; it must divide the global batch. -1: the largest
     divisor of the global batch up to 64."""
     packing: Literal["concat", "best_fit"] = "concat"
     """How rows are filled. concat: documents one after another, cut at the row's end. best_fit: documents
-    that fit a row stay whole, each put where the least room is left over; what stays empty is padding."""
+    that fit a row stay whole, each where the least space remains; the rest is padding."""
     document_mask: bool = False
     """Let tokens attend to their own document only, and count positions from its start."""
     num_workers: int = Field(0, ge=0, le=1024)
     """Processes per rank that read ahead; 0: read between steps."""
     max_bad_documents: NonNegative = 100
-    """Documents that may be unreadable before the run stops. They are left out, and listed with file and
-    position in data_errors.jsonl."""
+    """Number of unreadable documents before the run stops. They are skipped, and listed with file and position in
+    data_errors.jsonl."""
     allow_lost_files: list[str] = []
     """Files that may be lost, all or from some point on: damaged, an archive, without the right column. Names or
-    patterns, as "*/broken.parquet"; for any other file that is lost the run stops. What is lost is listed in
-    data_errors.jsonl."""
+    patterns, as "*/broken.parquet". Any other lost file stops the run. What is lost is listed in data_errors.jsonl."""
     max_document_bytes: int = Field(5_000_000, ge=1, le=2**40)
     """A longer JSON line's or parquet row's text counts as unreadable."""
 

@@ -15,6 +15,8 @@ from torchtitan_style.common.errors import UserError
 from .names import nearest_section
 from .schema import Config, sections_of
 
+_TYPE_NAMES = {int: "whole number", float: "number", bool: "true | false", str: "string"}
+
 
 class Key(NamedTuple):
     """What there is to know of one key."""
@@ -72,8 +74,7 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(_type_name(a) for a in arguments if a is not type(None)) + ", optional"
     if origin is typing.Annotated:
         return _type_name(arguments[0])
-    if origin is list and arguments[0] not in (str, int, float):
-        return "list of tables"
     if origin is list:
-        return f"list of {_type_name(arguments[0])}s"
-    return {int: "whole number", float: "number", bool: "true | false", str: "string"}.get(annotation, str(annotation))
+        kind = _type_name(arguments[0])
+        return f"list of {kind}s" if kind in _TYPE_NAMES.values() else "list of tables"
+    return _TYPE_NAMES.get(annotation, str(annotation))

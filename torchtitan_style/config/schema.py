@@ -49,12 +49,12 @@ class Training(Section):
     """Steps, batch, precision."""
 
     steps: Positive = 1000
-    """Optimizer steps in all."""
+    """Total optimizer steps."""
     seq_len: int = Field(512, ge=1, le=MOST)
     """Tokens in a row."""
     local_batch_size: PositiveOrRest = 8
-    """Rows that a data-parallel rank puts through the model at once; -1: its whole share of
-    global_batch_size. Smaller means less memory and more gradient accumulation."""
+    """Rows per forward pass on a data-parallel rank (the microbatch); -1: its whole share of global_batch_size. Smaller
+    means less memory and more gradient accumulation."""
     global_batch_size: PositiveOrRest = -1
     """Rows in an optimizer step, over all ranks and accumulation; -1: no accumulation."""
     max_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
@@ -74,22 +74,22 @@ class Training(Section):
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over ranks."""
     max_skipped_steps: NonNegative = 3
-    """Steps in a row whose loss or gradient may be not finite, on any rank, before the run stops. Such a step is
-    skipped: weights, optimizer and learning-rate schedule stay as they are, the data goes on."""
+    """How many steps in a row may have a NaN or infinite loss or gradient, on any rank, before the run stops. Such a
+    step is skipped: weights, optimizer and learning-rate schedule do not change, the data advances."""
     spike_sigma: FiniteNonNegative = 0.0
-    """Treat a loss more than so many standard deviations above the mean of the last spike_window steps as a
-    fault; 0: no loss is too high."""
+    """Treat a loss more than this many standard deviations above the mean of the last spike_window steps as a spike;
+    0: off."""
     spike_window: int = Field(100, ge=2, le=1_000_000)
-    """Steps that a loss is compared with. Nothing is a spike before there are so many."""
+    """Number of earlier steps that a loss is compared with. No spike is detected before there are that many."""
     spike_action: Literal["skip", "rewind"] = "skip"
-    """skip: as with a loss that is not finite. rewind: go back to the newest checkpoint, and on from there with
-    the data after the spike (PaLM, Chowdhery et al. 2022, section 5.1)."""
+    """skip: as with a loss that is NaN or infinite. rewind: return to the newest checkpoint, and continue with the data
+    after the spike (PaLM, Chowdhery et al. 2022, section 5.1)."""
     freeze: list[str] = []
     """Parameters that are not trained, by name; wildcards allowed, as "*embed_tokens*" or "model.layers.0.*". They take
     no gradients and no optimizer state. With [lora] all but the adapters are frozen anyway."""
     gc_freq: Positive = 50
-    """Steps between garbage collections. Left to itself Python collects on each rank at another
-    moment, and the others wait for it."""
+    """Steps between garbage collections. Left to Python, each rank would collect at a different moment while the others
+    wait."""
 
 
 class Lora(Section):
@@ -127,8 +127,7 @@ class LRScheduler(Section):
     min_lr_factor: float = Field(0.0, ge=0, le=1)
     """Rate at the end, as a share of optimizer.lr."""
     total_steps: Positive | None = None
-    """Steps that the schedule is laid out for; left out: training.steps. Set it to train the
-    first part of a longer run."""
+    """Length of the schedule in steps; left out: training.steps. Set it to train the first part of a longer run."""
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of ``steps`` steps."""
@@ -147,11 +146,11 @@ class Muon(Section):
     momentum: float = Field(0.95, ge=0, lt=1)
     """Decay of the gradient's running mean."""
     nesterov: bool = True
-    """Look ahead: mix the gradient into the running mean once more before it is made orthogonal."""
+    """Nesterov momentum: mix the gradient into the running mean once more before orthogonalisation."""
     ns_steps: int = Field(5, ge=1, le=100)
-    """Rounds of the Newton-Schulz iteration."""
+    """Steps of the Newton-Schulz iteration."""
     per_head: bool = False
-    """Make the rows of each head of q, k and v orthogonal by themselves, instead of all heads together."""
+    """Orthogonalise each head of q, k and v separately, instead of all heads together."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """How the step depends on a matrix's shape. match_rms_adamw: 0.2·sqrt(max(out, in)), an element
     changes about as much as under AdamW (Liu et al. 2025). original: sqrt(max(1, out/in)) (Jordan 2024)."""
@@ -222,15 +221,15 @@ class Parallelism(Section):
     local_batch_size / data-parallel ranks) go through them one after another."""
     pipeline_parallel_schedule: PipelineSchedule = "1F1B"
     """The order of forward and backward passes. 1F1B (Narayanan et al. 2019): a stage keeps the activations of at most
-    as many microbatches as there are stages after it. GPipe (Huang et al. 2019): all forward passes first.
+    as many microbatches as there are stages from it to the last. GPipe (Huang et al. 2019): all forward passes first.
     Interleaved1F1B (Narayanan et al. 2021) and ZBVZeroBubble (Qi et al. 2023): two stages on each rank, which halves
     the idle time; ZBVZeroBubble fills more of it with the gradients of weights, and cannot be compiled."""
     pipeline_parallel_blocks: list[NonNegative] = []
-    """Blocks of each stage, first to last, as [21, 19]; left out: shared out by what they, the embedding and the head
-    cost."""
+    """Number of blocks in each stage, first to last, as [21, 19]; left out: balanced by the cost of blocks, embedding
+    and head."""
     expert_parallel_degree: Positive = 1
-    """Ranks that share out the experts of each layer, in models that have some. They are some of those that
-    data_parallel_shard_degree and context_parallel_degree count. Tokens are sent to their experts and back."""
+    """Ranks that the experts of each layer are distributed over, in mixture-of-experts models. They are taken from the
+    ranks of data_parallel_shard_degree and context_parallel_degree. Tokens are sent to their experts and back."""
     fsdp_reshard_after_forward: Literal["always", "never"] | None = None
     """always: gathered parameters are freed after a block's forward and gathered again for its
     backward. never: kept, for more memory and less communication. Left out: always; never with a pipeline, which would
@@ -238,14 +237,14 @@ class Parallelism(Section):
     fsdp_reduce_gradients: Literal["each_microbatch", "last_microbatch"] | None = None
     """When a step has several microbatches. each_microbatch: gradients are summed over the ranks, and only this rank's
     shard is kept. last_microbatch: each rank keeps whole gradients until the last, for less communication and
-    4 bytes of memory a parameter. Left out: each_microbatch; last_microbatch with a pipeline, which has no other."""
+    4 bytes of memory per parameter. Left out: each_microbatch; with a pipeline last_microbatch, the only choice."""
 
 
 class ActivationCheckpoint(Section):
     """Trade compute for memory: recompute activations in the backward pass."""
 
     mode: Literal["none", "selective", "full", "memory_budget"] = "none"
-    """none: keep all (a compiled block on CPU: but for what takes longer to read than to recompute). full: keep each
+    """none: keep all activations (on CPU a compiled block recomputes what takes longer to read). full: keep each
     block's input only. selective: see selective_ac_option. memory_budget: let the compiler choose."""
     memory_budget: float = Field(default=0.5, ge=0, le=1)
     """For mode = "memory_budget", which needs compile.enable: share of the activations to keep, from 0, each graph's
@@ -270,16 +269,16 @@ class Checkpoint(Section):
     interval: Positive = 500
     """Steps between checkpoints. The last step is always saved."""
     async_mode: Literal["disabled", "async"] = "disabled"
-    """async: training waits only while the state is copied to memory (as much again, on the host), and goes on
-    while the copy is written."""
+    """async: training waits only while the state is copied to host memory (as much as the state), and continues while
+    the copy is written."""
     on_error: Literal["stop", "warn"] = "stop"
-    """When a checkpoint cannot be saved, as on a full disk: stop the run, or warn and go on to the next. Earlier
-    checkpoints stay whole either way."""
+    """When a checkpoint cannot be saved, as on a full disk: stop the run, or warn and continue. Earlier checkpoints
+    stay intact either way."""
     keep_latest_k: NonNegative = 3
     """Checkpoints to keep, besides the best; 0: all. Older ones are deleted only after a newer one has been read
-    back and found whole."""
+    back and verified."""
     keep_every: NonNegative = 0
-    """Also keep for good the checkpoints of steps that are multiples of this; 0: none."""
+    """Also keep every checkpoint whose step is a multiple of this, permanently; 0: none."""
     keep_best: bool = True
     """Also save when best_metric is the lowest so far, and name it in checkpoint/best."""
     best_metric: str = "val_loss"
@@ -287,15 +286,15 @@ class Checkpoint(Section):
     "val_loss/NAME", that of a set of validation.sets."""
     initial_load_path: PathText = ""
     """Start a new run from the weights of another: its folder, or one of its checkpoints. Dimensions
-    and tokenizer are taken over too. Optimizer and data start afresh."""
+    and tokenizer come with them. Optimizer and data start fresh."""
     switch_optimizer: bool = False
-    """Allow a resume with another optimizer.name than before: its state then starts afresh."""
+    """Allow a resume with another optimizer.name than before: its state then starts fresh."""
     allow_changed_data: bool = False
     """Allow a resume although the corpus, its tokens, the tokenizer or the mixture's weights have changed: the run
-    goes on at the same place of the new data, so rows may come twice or not at all. A tokenizer that was trained on
+    continues at the same position of the new data, so rows may repeat or be skipped. A tokenizer that was trained on
     the corpus is kept."""
     load_step: int = Field(-1, ge=-1)
-    """Step to resume from; -1: the newest that verifies. Gone back to once: started again, the run goes on from its
+    """Step to resume from; -1: the newest that verifies. Used once: when started again, the run resumes from its
     newest checkpoint since. 0: start from scratch, which needs a dump folder without checkpoints."""
 
 
@@ -308,7 +307,7 @@ class Validation(Section):
     """Steps between validations."""
     steps: int = Field(-1, ge=-1)
     """Batches of global_batch_size rows per validation; -1: all held-out rows (with data.streaming a
-    number is needed: so many are collected from the beginning of the stream, once)."""
+    number is needed: that many are collected once, from the start of the stream)."""
     sets: list[ValidationSet] = []
     """Further held-out sets, one [[validation.sets]] entry each, with name, and dataset ("files" if left out), subset,
     split, paths, text_key, format, messages_key and train_on as in [data]. Each is validated whole, and has
@@ -342,12 +341,13 @@ class Comm(Section):
     """Collective communication."""
 
     init_timeout_seconds: TimeLimit = 600
-    """How long nothing may happen on any rank up to the end of the first step, compilation included."""
+    """Seconds without progress on any rank before the run is ended, until the first step is done (compilation
+    included)."""
     train_timeout_seconds: TimeLimit = 300
-    """How long nothing may happen on any rank afterwards. Then the run ends, names the rank that the others wait
-    for, and leaves the stacks of all in hang/."""
+    """Seconds without progress on any rank before the run is ended, after the first step. It names the rank that the
+    others wait for, and writes the stacks of all ranks to hang/."""
     shutdown_timeout_seconds: TimeLimit = 120
-    """How long ranks that are told to stop may take to save, before the launcher kills them."""
+    """Seconds that ranks have to save after a signal to stop, before the launcher kills them."""
 
 
 class Generation(Section):
@@ -361,13 +361,13 @@ class Generation(Section):
     max_new_tokens: Positive = 96
     """Tokens to sample."""
     temperature: FiniteNonNegative = 0.7
-    """Logits are divided by it; 0: always the likeliest token."""
+    """Logits are divided by it; 0: always the most likely token."""
     top_k: NonNegative = 40
-    """Sample from the k likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: from all."""
 
 
 class Debug(Section):
-    """For finding out why."""
+    """For debugging."""
 
     deterministic: bool = False
     """Use only deterministic kernels (slower on CUDA; CPU kernels are deterministic anyway)."""

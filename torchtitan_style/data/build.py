@@ -137,7 +137,7 @@ class Build:
         with contextlib.suppress(OSError, ValueError):
             if read_json(file, most=2**28) == plan:
                 done = len(list(self.staging.rglob("unit-*.json")))
-                self.say(f"going on with {self.staging}, {done} units of which are done")
+                self.say(f"resuming the preparation in {self.staging}: {done} units are done")
                 return
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
@@ -151,7 +151,7 @@ class Build:
         if ensure_template(self.staging / "tokenizer"):
             self.say("the tokenizer has no chat template: conversations are written in ChatML")
             if split := [token for token in CHATML_TOKENS if len(tokenizer.encode(token)) > 1]:
-                self.say(f"warning: {' and '.join(split)} of ChatML are not tokens of this tokenizer, but several each")
+                self.say(f"warning: {' and '.join(split)} of ChatML are not single tokens in this tokenizer")
         return template_hash(self.staging / "tokenizer")
 
     def _tokenize(self, name: str, place: Path, recipe: Recipe, processes: int, progress: Progress) -> dict[str, Any]:

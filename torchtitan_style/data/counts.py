@@ -37,9 +37,9 @@ def report_chat(name: str, entry: dict[str, Any]) -> Iterator[str]:
     counts, tokens, of = entry["counts"], sum(entry["tokens"].values()), f" of {name}" if name else ""
     if counts["split"]:
         yield (
-            f"{counted(counts['split'], 'conversation')}{of} became several samples, as the chat template renders "
-            f"earlier turns otherwise later on: {counts['samples']:,} samples in all, {counts['added']:,} tokens more "
-            f"(+{counts['added'] / (tokens - counts['added'] or 1):.1%})"
+            f"{counted(counts['split'], 'conversation')}{of} became several samples, because the chat template renders "
+            f"earlier turns differently later on: {counts['samples']:,} samples in all, {counts['added']:,} more "
+            f"tokens (+{counts['added'] / (tokens - counts['added'] or 1):.1%})"
         )
     if counts["cut"]:
         yield f"{counted(counts['cut'], 'sample')}{of} cut at the end of a row (training.seq_len)"

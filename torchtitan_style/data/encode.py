@@ -49,7 +49,7 @@ def encoder(tokenizer: Tokenizer, *, vocab_size: int, chat: ChatRecipe | None, a
 
     def checked(encoded: Encoded) -> Encoded:
         largest = max((int(sample.ids.max()) for sample in encoded.samples if len(sample.ids)), default=0)
-        return Encoded([], f"token {largest} is past model.vocab_size") if largest >= vocab_size else encoded
+        return Encoded([], f"token id {largest} is not below model.vocab_size") if largest >= vocab_size else encoded
 
     if chat is None:
         return lambda texts: [checked(Encoded([Sample(ids)])) for ids in tokenizer.encode_batch(texts)]

@@ -51,7 +51,7 @@ def json_values(content: IO[bytes], *, piece: int, longest: int) -> Iterator[Any
         elif in_array and character == "]":
             text.at += 1
             if text.next_character():
-                raise ValueError("there is more behind the end of the array")
+                raise ValueError("there is text after the end of the array")
             return
         else:
             yield _value(text, longest)
@@ -67,7 +67,7 @@ def _value(text: _Text, longest: int) -> Any:
                 text.at = end
                 return value
         except RecursionError:
-            raise ValueError("it is nested too deep") from None
+            raise ValueError("it is nested too deeply") from None
         except ValueError as error:
             if text.at_end:
                 raise

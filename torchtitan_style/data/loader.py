@@ -140,7 +140,7 @@ class PreparedSteps:
 
     def check(self, state: State) -> None:
         if state and len(typed(_PreparedState, state).rows) != len(self.sources):
-            raise ValueError(f"it is of another number of corpora than {len(self.sources)}")
+            raise ValueError(f"it has another number of corpora than {len(self.sources)}")
 
     def steps(self, state: State, places: NDArray[np.int64]) -> Iterator[Part]:
         taken = np.array(state.get("rows", [0] * len(self.sources)))  # rows of each corpus so far
@@ -192,7 +192,7 @@ class StreamedSteps:
             if not (number.isdecimal() and int(number) < self.num_streams):
                 raise ValueError(f"there is no stream {number[:20]}")
             if not len(found.rows) == len(found.places) == len(self.corpora):
-                raise ValueError(f"it is of another number of corpora than {len(self.corpora)}")
+                raise ValueError(f"it has another number of corpora than {len(self.corpora)}")
             for (_, place, _, _), corpus in zip(found.places, self.corpora, strict=True):
                 if place > len(corpus.files):
                     raise ValueError(f"stream {number} is at file {place}, and there are {len(corpus.files)}")

@@ -51,7 +51,7 @@ def wait_before(attempt: int, url: str, error: Exception) -> None:
         error = error.__cause__  # see is_permanent
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if attempt > ATTEMPTS:
-        raise RunError(f"{url} could not be read in {ATTEMPTS} attempts: {reason}; the same command goes on from here")
+        raise RunError(f"{url} could not be read in {ATTEMPTS} attempts: {reason}; run the same command to resume")
     wait = _FIRST_WAIT * 2 ** (attempt - 2)
     print(f"warning: {url}: {reason}; attempt {attempt} of {ATTEMPTS} in {wait:.0f} s", file=sys.stderr, flush=True)
     time.sleep(wait)

@@ -170,7 +170,7 @@ class Prepared:
                 which = f" {name}" if name else ""
                 raise UserError(
                     f"training.seq_len: the corpus{which} has only {total} tokens, but a row takes {row}{also}; "
-                    "bring more text, or lower training.seq_len"
+                    "add text, or lower training.seq_len"
                 )
             border = total - end
             if fraction and part == "validation":
@@ -192,7 +192,7 @@ class Prepared:
             begins = np.cumsum([0, *(length for each in PARTS for length in self._lengths(name, each))]).tolist()[:-1]
             if len(begins) < 1 + bool(fraction):
                 raise UserError(
-                    f"data.paths: the corpus{of} has one conversation only, and one is to be held out; bring more, or "
+                    f"data.paths: the corpus{of} has one conversation only, and one must be held out; add more, or "
                     "set validation.enable = false"
                 )
             wanted = int(len(shards) * (1 - fraction))
@@ -314,18 +314,18 @@ def _hash_of(manifest: dict[str, Any]) -> str:
 def _check(manifest: _Manifest) -> None:
     """Raise ValueError where the parts of a manifest contradict each other."""
     if manifest.corpora.keys() != manifest.settings.corpora.keys():
-        raise ValueError("it has other corpora than its settings")
+        raise ValueError("its corpora differ from its settings")
     chats = [corpus for corpus in manifest.settings.corpora.values() if corpus.format == "chat"]
     if any(None in (manifest.chat_template, chat.messages_key, chat.train_on) for chat in chats):
         raise ValueError("it does not say how conversations were read")
     width = np.dtype(manifest.dtype).itemsize
     if manifest.end_of_text >= 2 ** (8 * width):
-        raise ValueError("its end-of-text is no token")
+        raise ValueError("its end-of-text is not a token")
     for name, corpus in manifest.corpora.items():
         if not {*PARTS} <= corpus.documents.keys() & corpus.tokens.keys():
             raise ValueError(f"it does not say what corpus {shown(name)} has")
         if any(not re.fullmatch(r"[\w.-]+", file) or file.startswith(".") for file in (*corpus.files, name or "_")):
-            raise ValueError("it names a file that is none of the folder")
+            raise ValueError("it names a file outside its folder")
         for part in PARTS:
             sizes = [e.size for file, e in corpus.files.items() if file.startswith(part) and file.endswith(".bin")]
             if sum(sizes) != corpus.tokens[part] * width:

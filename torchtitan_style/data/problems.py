@@ -95,7 +95,7 @@ def lost_files(lost: Sequence[Problem], allowed: Sequence[str], listed: str = ""
     more = "  …\n" if len(lost) > 5 else ""
     return LostFiles(
         f"data: {describe_loss(lost)} cannot be read, all or from some point on:\n{shown}\n{more}{listed}"
-        "Mend them or name other files. To train without what is lost, allow it by name:\n"
+        "Repair them or name other files. To train without what is lost, allow it by name:\n"
         f"  --data.allow_lost_files {' '.join(shlex.quote(name) for name in names)}\n"
         f"or in the configuration, under [data]:\n  allow_lost_files = {json.dumps(names, ensure_ascii=False)}"
     )
@@ -157,7 +157,7 @@ class BadDocuments:
             raise TooManyBadDocuments(
                 f"{counted(self.count, 'document')} cannot be read, and data.max_bad_documents is {self.limit}:\n"
                 f"{shown}\n"
-                f"All are listed in {self.path}. Mend them, or raise data.max_bad_documents to leave them out"
+                f"All are listed in {self.path}. Repair them, or raise data.max_bad_documents to leave them out"
             )
 
     def _note(self, problem: Problem) -> bool:

@@ -22,11 +22,11 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"SQLite format 3\x00", "an SQLite database", _EXTRACT),
     (0, b"%PDF-", "a PDF document", _EXTRACT),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", _EXTRACT),
-    (0, b"\x89PNG", "a PNG image", "take it out of the corpus"),
-    (0, b"\xff\xd8\xff", "a JPEG image", "take it out of the corpus"),
-    (0, b"GIF87a", "a GIF image", "take it out of the corpus"),
-    (0, b"GIF89a", "a GIF image", "take it out of the corpus"),
-    (0, b"\x7fELF", "a program", "take it out of the corpus"),
+    (0, b"\x89PNG", "a PNG image", "remove it from the corpus"),
+    (0, b"\xff\xd8\xff", "a JPEG image", "remove it from the corpus"),
+    (0, b"GIF87a", "a GIF image", "remove it from the corpus"),
+    (0, b"GIF89a", "a GIF image", "remove it from the corpus"),
+    (0, b"\x7fELF", "a program", "remove it from the corpus"),
 )
 _MARKS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -50,7 +50,7 @@ def why_not_text(head: bytes, *, json_lines: bool = False) -> str:
         return f"{encoding} text; convert it to UTF-8 (iconv -f {encoding} -t UTF-8 FILE)"
     strange = sum(head.count(byte) for byte in _CONTROLS)
     if not json_lines and (head.count(0) * 100 > len(head) or strange * 20 > len(head)):
-        return "binary data, not text; take it out of the corpus"
+        return "binary data, not text; remove it from the corpus"
     return ""
 
 

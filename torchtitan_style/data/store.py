@@ -182,10 +182,10 @@ class CorpusStore:
     def _check_may_change(self, change: str) -> None:
         """Raise UserError if this run, or others, rely on the folder as it was."""
         if self.is_running and not self.allow_changed_data:
-            mend = f"delete {self.folder}, and it is prepared again" if str(self.folder) in change else "put it back"
+            mend = f"delete {self.folder} to prepare it again" if str(self.folder) in change else "restore it"
             raise UserError(
-                f"{self.dump_folder}: {change} since this run began, so it cannot go on with the next batch; {mend}, "
-                "start a new run with another --job.dump_folder, or go on at the same place of the new data with "
+                f"{self.dump_folder}: {change} since this run began, so the next batch would differ; {mend}, "
+                "start a new run with another --job.dump_folder, or continue at the same position of the new data with "
                 "--checkpoint.allow_changed_data"
             )
         if self.data.prepared_folder:
@@ -211,8 +211,7 @@ class CorpusStore:
         for place, ours in places:
             if not ours and place.exists() and (not place.is_dir() or any(place.iterdir())):
                 raise UserError(
-                    f"{place} holds something else, and would be replaced by the prepared corpus; name another folder "
-                    f"with {key}"
+                    f"{place} is not a prepared corpus, and would be overwritten by one; name another folder with {key}"
                 )
 
     def _hand_out(self, prepared: Prepared) -> None:
@@ -226,7 +225,7 @@ class CorpusStore:
         if not same:
             if self.is_running and not self.allow_changed_data and (own / "tokenizer.json").exists():
                 raise UserError(
-                    f"{own}: the tokenizer has changed since this run began; put it back, or take that of the prepared "
+                    f"{own}: the tokenizer has changed since this run began; restore it, or use that of the prepared "
                     "data with --checkpoint.allow_changed_data"
                 )
             self.dump_folder.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ class _Documents:
                 shown = "".join(f"\n  {describe(problem)}" for problem in self.problems[:5])
                 fewer = "; with fewer (data.num_streams) each has more of them" if self.num_streams > 1 else ""
                 stream = f"stream {self.number} of {self.num_streams}"
-                raise UserError(f"data: {stream} finds no document to train on in its files{fewer}{shown}")
+                raise UserError(f"data: {stream} has no training documents in its files{fewer}{shown}")
             epoch, place = epoch + 1, 0
 
     def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, list[Sample]]]:

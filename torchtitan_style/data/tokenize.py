@@ -212,7 +212,7 @@ def _in_processes(job: _Job, processes: int, progress: Callable[[int, int], None
         return {number: digest.result() for number, digest in hashed.items() if digest.done()}
     except concurrent.futures.process.BrokenProcessPool:
         raise RunError(
-            "a process that tokenizes was killed, perhaps for want of memory; the same command goes on where it was"
+            "a tokenizing process was killed, perhaps because memory ran out; run the same command to resume"
         ) from None
     finally:
         counter.stop.value = 1

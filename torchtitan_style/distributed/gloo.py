@@ -39,7 +39,7 @@ def one_thread_each() -> Iterator[None]:
             options = gloo._Options()
             unknown = [name for name in named if name != "timeout" and not hasattr(options, name)]
             if len(args) > 1 or unknown or not isinstance(timeout, timedelta):
-                _warn_once(f"torch {torch.__version__} makes gloo groups in a way that is not known here")
+                _warn_once(f"torch {torch.__version__} creates gloo groups in an unknown way")
                 super().__init__(store, rank, size, *args, **named)
                 return
             # As torch chooses them where it is not asked for options.
@@ -62,4 +62,4 @@ def one_thread_each() -> Iterator[None]:
 
 @functools.cache
 def _warn_once(what: str) -> None:
-    print(f"warning: {what}; they have two threads, which may abort a rank now and then", file=sys.stderr)
+    print(f"warning: {what}; they use two threads, which may occasionally abort a rank", file=sys.stderr)

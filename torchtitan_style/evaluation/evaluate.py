@@ -105,8 +105,8 @@ def _tokenized(
         for (number, record), ids in zip(waiting, encoded, strict=True):
             if len(ids) and int(ids.max()) >= model.config.vocab_size:
                 raise UserError(
-                    f"{files[number].url}: the tokenizer makes token {int(ids.max())} of it, and the model has "
-                    f"{model.config.vocab_size}; it is another model's tokenizer"
+                    f"{files[number].url}: it has token id {int(ids.max())}, but the model's vocabulary has "
+                    f"{model.config.vocab_size} tokens; the tokenizer belongs to another model"
                 )
             if len(ids):
                 yield number, record, ids.tolist()

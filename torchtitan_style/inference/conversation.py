@@ -106,8 +106,8 @@ class Conversation:
         tokens, positions = len(self.model.tokenizer.encode(text)), self.model.config.max_position_embeddings
         if self.messages and tokens >= positions:
             raise UserError(
-                f"the conversation has grown to {tokens:,} tokens, and the model has {positions:,} positions; "
-                "/reset starts another, /save FILE keeps this one"
+                f"the conversation has {tokens:,} tokens, but the model has only {positions:,} positions; "
+                "/save FILE saves it, /reset starts a new one"
             )
         return self.model.encode(text)
 

@@ -148,15 +148,15 @@ class TextModel:
         self._check_length(prompt)
         ids = self.tokenizer.encode(prompt)
         if not ids:
-            raise UserError("the prompt is empty; a model goes on from text, as from --prompt 'def'")
+            raise UserError("the prompt is empty; give text to continue, as in --prompt 'def'")
         if len(ids) >= (most := self.config.max_position_embeddings):
             raise UserError(
-                f"the prompt has {len(ids):,} tokens, and the model has positions for {most:,}, new ones included"
+                f"the prompt has {len(ids):,} tokens, but the model has only {most:,} positions, new tokens included"
             )
         if max(ids) >= self.config.vocab_size:
             raise UserError(
-                f"the tokenizer makes token {max(ids)} of the prompt, and the model has {self.config.vocab_size}; "
-                "it is another model's tokenizer"
+                f"the prompt has token id {max(ids)}, but the model's vocabulary has {self.config.vocab_size} tokens; "
+                "the tokenizer belongs to another model"
             )
         return ids
 
@@ -172,8 +172,8 @@ class TextModel:
             tokens += max(len(self.tokenizer.encode(prompt[at : at + _MEASURED_AT_ONCE])) - _MORE_BY_A_CUT, 0)
             if tokens >= most:
                 raise UserError(
-                    f"the prompt has more than {tokens:,} tokens, and the model has positions for {most:,}, new ones "
-                    "included"
+                    f"the prompt has more than {tokens:,} tokens, but the model has only {most:,} positions, new "
+                    "tokens included"
                 )
 
     def new_cache(self, rows: Sequence[Sequence[int]] = ((),), *, capacity: int = 256) -> KVCache:
@@ -190,9 +190,8 @@ class TextModel:
         needed, available = len(rows) * num_samples * each, available_memory(self.device)
         if needed > available:
             raise UserError(
-                f"{len(rows) * num_samples:,} texts at once take {readable_bytes(needed)}, and "
-                f"{readable_bytes(available)} are free; fewer prompts at once (--batch-size) or samples of each "
-                "(--num-samples) take less"
+                f"{len(rows) * num_samples:,} texts at once need {readable_bytes(needed)} of memory, but only "
+                f"{readable_bytes(available)} are free; lower --batch-size or --num-samples"
             )
 
     def continue_ids(

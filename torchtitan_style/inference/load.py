@@ -87,7 +87,7 @@ def _load(
     form = found.spec.inference() if found.spec.inference else None
     problem = form.split_problem(found.config, ranks) if form else "this model family cannot be split for generation"
     if ranks > 1 and problem:
-        raise UserError(f"{source}: {problem}; start as many processes as divide it, or one")
+        raise UserError(f"{source}: {problem}; start a number of processes that divides it, or one")
     if compile and (problem := compiler_problem(device)):
         raise UserError(f"--compile: {problem}; leave it out")
     packs_twice = compile and form is not None and form.packs(dtype, device)
@@ -182,14 +182,14 @@ def _check_memory(
     available = available_memory(device)
     if needed > available:
         raise UserError(
-            f"{source}: the weights take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
-            f"{available / 2**30:.1f} GiB are free; several GPUs share them with torchrun --nproc-per-node N"
+            f"{source}: the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+            f"{available / 2**30:.1f} GiB are free; split them over several GPUs with torchrun --nproc-per-node N"
         )
 
 
 def _tokenizer(found: HFFolder | SavedModel) -> Tokenizer:
     if found.tokenizer is None:
-        raise UserError(f"{found.path}: has no tokenizer, so its tokens cannot be read as text")
+        raise UserError(f"{found.path}: has no tokenizer, so its tokens cannot be decoded to text")
     if (found.tokenizer / "tokenizer.json").is_file():
         return Tokenizer(found.tokenizer)
     with tempfile.TemporaryDirectory() as temporary:  # an older format, which Transformers converts

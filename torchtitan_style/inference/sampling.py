@@ -95,8 +95,8 @@ class Sampler:
         picked, finite = torch.stack((tokens, highest.isfinite())).tolist()  # together, as a GPU is waited for here
         if not all(finite):
             raise UserError(
-                "the model's logits are no numbers: its weights are damaged or do not fit the type that it computes "
-                "in, or the temperature or the repetition penalty is too small"
+                "the model's logits contain NaN or infinity: its weights are damaged or exceed the range of --dtype, "
+                "or the temperature or the repetition penalty is too small"
             )
         return list(picked)
 

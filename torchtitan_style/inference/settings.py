@@ -28,7 +28,11 @@ class Sampling:
     def check(self, prefix: str = "") -> None:
         """Raise UserError, naming the setting with ``prefix`` in front, if a value has no meaning."""
         for name, right, wanted in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0 (0: always the likeliest token)"),
+            (
+                "temperature",
+                0 <= self.temperature < math.inf,
+                "a number of at least 0 (0: always the most likely token)",
+            ),
             ("top_k", type(self.top_k) is int and self.top_k >= 0, "a whole number of at least 0 (0: all tokens)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),

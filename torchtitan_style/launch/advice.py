@@ -87,8 +87,8 @@ def _schedule(section: str, rate: str, schedule: LRScheduler, steps: int) -> Ite
     rising = steps if constant else min(steps, total)
     if warmup >= rising:
         yield (
-            f"{section}.warmup_steps = {warmup:,} is not over by step {rising:,}, the end of the "
-            f"{'run' if rising == steps else 'schedule'}: the rate only gets to "
+            f"{section}.warmup_steps = {warmup:,} does not end by step {rising:,}, the end of the "
+            f"{'run' if rising == steps else 'schedule'}: the rate only reaches "
             f"{rising / (warmup + 1):.0%} of {rate}"
         )
     if total < steps and not constant:

@@ -33,8 +33,8 @@ usage: {program} [--config FILE] [--section.key VALUE ...]
 
   --config FILE         the configuration, a file or the name of one in train_configs/, as qwen3_8b; qwen3 if left out
   --section.key VALUE   override a key of it, as in --training.steps 100
-  --max-restarts N      restarts from the last checkpoint after a process has died; 3 if left out. One process
-                        alone is restarted only if N is given
+  --max-restarts N      restarts from the last checkpoint after a process has died; 3 if left out. A single
+                        process is restarted only if N is given
   --dry-run             print what the run needs in memory and time, and end; nothing is written (docs/planning.md)
   --help SECTION        every key of a section, with its default
 {setup}

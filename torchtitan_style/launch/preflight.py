@@ -139,7 +139,7 @@ def check_adapters(config: Config) -> None:
     """Raise UserError if there are no weights to adapt."""
     if config.lora.rank and not config.initial_weights:
         raise UserError(
-            "lora.rank: adapters need weights that they adapt: name them with model.hf_assets_path, or "
+            "lora.rank: adapters need base weights: name them with model.hf_assets_path, or "
             "checkpoint.initial_load_path for a checkpoint of this program"
         )
 
@@ -163,7 +163,7 @@ def check_memory(config: Config, layout: Layout, say: Callable[[str], None], *, 
     if state > room.total:
         raise UserError(
             f"{text('at least', state, dataclasses.asdict(plan.state))}, but it has {readable_bytes(room.total)}: "
-            "choose a smaller model (model.flavor), or share it out over more GPUs or hosts (docs/planning.md)"
+            "choose a smaller model (model.flavor), or split it over more GPUs or hosts (docs/planning.md)"
         )
     if total > room.total:
         what_fits = _what_fits(config, layout, room.total // sharing, on_gpus, ranks_here)
@@ -189,7 +189,7 @@ def _what_fits(config: Config, layout: Layout, memory: int, on_gpus: bool, ranks
     device = generic_device(memory, on_gpu=on_gpus, ranks=ranks_here)
     found = nearest_that_fits(config, layout, device, Assumptions())
     if found is None:
-        return "no layout of so many processes fits; plan --search tells how many do"
+        return "no layout of that many processes fits; plan --search finds how many do"
     return f"this fits: {overrides_of(found)}"
 
 

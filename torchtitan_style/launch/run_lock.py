@@ -98,7 +98,7 @@ def _take(file: int, folder: Path, *, write: bool = True) -> None:
     age = time.time() - os.fstat(file).st_mtime
     if holder and holder.get("host") != me["host"] and age < _STALE:
         hint = f"; if it is gone, wait {_STALE - age:.0f} s"
-        raise _in_use(folder, holder, f", whose last sign of life is {age:.0f} s old{hint}")
+        raise _in_use(folder, holder, f", whose last heartbeat was {age:.0f} s ago{hint}")
     if write:
         os.truncate(file, 0)
         os.pwrite(file, json.dumps(me).encode(), 0)

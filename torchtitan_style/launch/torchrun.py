@@ -110,8 +110,8 @@ def start_ranks(
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
         command.append(f"--shutdown-timeout={shutdown_timeout}")
     elif shutdown_timeout != 30:
-        print("warning: this torchrun kills the ranks 30 s after it was told to stop, whatever "
-              "comm.shutdown_timeout_seconds says", file=sys.stderr)  # fmt: skip
+        print("warning: this version of torchrun kills the ranks 30 s after a signal to stop, and ignores "
+              "comm.shutdown_timeout_seconds", file=sys.stderr)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         os.environ[VERDICT] = str(Path(folder) / "verdict")
         try:

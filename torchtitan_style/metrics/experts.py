@@ -46,6 +46,6 @@ class ExpertUse:
             if unused := (row == _IDLE_STEPS).nonzero().flatten().tolist():
                 names = ", ".join(map(str, unused[:8])) + (", …" if len(unused) > 8 else "")
                 self.warn(
-                    f"step {step}: {len(unused)} of {len(row)} experts of layer {layer} have had no token for "
+                    f"step {step}: {len(unused)} of {len(row)} experts of layer {layer} have received no token for "
                     f"{_IDLE_STEPS} steps ({names}); a higher model.router_aux_loss_coef spreads tokens more evenly"
                 )

@@ -85,7 +85,7 @@ class Recorder:
         except OSError as error:
             self._unwritten = lines
             if not waited:
-                self._warn(f"{self._file} cannot be written: {error}; its lines are kept and tried again")
+                self._warn(f"{self._file} cannot be written: {error}; its lines are kept and written later")
 
     def close(self) -> None:
         if self._unwritten:
@@ -113,7 +113,9 @@ class Recorder:
             yield
         except Exception as error:  # its own kinds, connection errors, a dead service process
             self._wandb = None
-            self._warn(f"Weights & Biases gets no more records, metrics.jsonl has all of them: {_first_line(error)}")
+            self._warn(
+                f"Weights & Biases receives no more records; metrics.jsonl has all of them: {_first_line(error)}"
+            )
 
 
 def _start_wandb(dump_folder: Path, settings: dict[str, Any], *, resumes: bool) -> Any:

@@ -89,7 +89,7 @@ def _pipeline(config: Config, spec: ModelSpec, layers: int, keys: tuple[str, ...
         most = (layers + 2) // (stages // pp)
         yield Problem(
             ("parallelism.pipeline_parallel_degree", "parallelism.pipeline_parallel_schedule", *keys),
-            f"{layers} blocks cannot be shared out over {named}: at most {most} ranks can have some",
+            f"{layers} blocks cannot be divided among {named}: use at most {most} ranks",
         )
     elif chosen and (len(chosen) != stages or sum(chosen) != layers or 0 in chosen[1:-1]):
         yield Problem(

@@ -161,12 +161,14 @@ class HFFolder:
             if missing == ["lm_head.weight"]:
                 problems[-1] += "; with tie_word_embeddings = true in config.json the embedding would take its place"
         if extra:
-            problems.append(f"{len(extra)} tensors are none of the model's: {_some(extra)}")
+            problems.append(f"{len(extra)} tensors do not belong to the model: {_some(extra)}")
         if wrong := [name for name in wanted if name in tensors and tensors[name].shape != wanted[name]]:
             shapes = (f"{name} is {_shape(tensors[name].shape)}, not {_shape(wanted[name])}" for name in wrong)
             problems.append(f"{len(wrong)} tensors have another shape: {_some(list(shapes))}")
         if other := [name for name in wanted if name in tensors and tensors[name].dtype not in known]:
-            problems.append(f"{len(other)} tensors are {tensors[other[0]].dtype}, which is not read: {_some(other)}")
+            problems.append(
+                f"{len(other)} tensors are {tensors[other[0]].dtype}, which is not supported: {_some(other)}"
+            )
         if problems:
             overridden = config != self.config and any(
                 wanted.get(name) != shape for name, shape in self._shapes(self.config).items()
@@ -187,7 +189,7 @@ class HFFolder:
         if not (same and all(a == b for a, b in zip(blocks(head), blocks(embedding), strict=True))):
             raise UserError(
                 f"{self.path}: lm_head.weight is not model.embed_tokens.weight, though config.json says "
-                "tie_word_embeddings = true; if they are two, say false there"
+                "tie_word_embeddings = true; if they are separate, set it to false there"
             )
 
     def read(self, name: str, where: tuple[slice, ...] | None = None) -> Tensor:
@@ -273,7 +275,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     end = max((tensor.stop for tensor in tensors.values()), default=begin)
     if end != size:
         what = "is truncated" if end > size else "is damaged"
-        raise UserError(f"{path}: {what}: by its header it has {end} bytes, but there are {size}")
+        raise UserError(f"{path}: {what}: its header announces {end} bytes, but it has {size}")
     position = begin
     widths = dict(_DTYPES.values())
     for name, tensor in tensors.items():

@@ -16,6 +16,14 @@ from .search import Found, as_dict, overrides_of, shortfall, why
 _HOSTS_SHOWN = 4
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
+
+
 def gib(count: float) -> str:
     return f"{count / 2**30:,.2f}"
 
@@ -33,9 +41,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """The whole report."""
     work, layout = plan.work, plan.work.layout
     config, model = work.config, work.model
-    size = f"{model.num_parameters / 1e9:,.2f} B parameters"
+    size = f"{_short(model.num_parameters)} parameters"
     if model.num_active_parameters != model.num_parameters:
-        size += f", {model.num_active_parameters / 1e9:,.2f} B of them active"
+        size += f", {_short(model.num_active_parameters)} of them active"
     yield (
         f"{config.model.name} {config.model.flavor}, {size}, "
         f"{config.training.mixed_precision_param}, on {layout.world_size} × {plan.device.name}"
@@ -57,7 +65,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 def mesh_lines(layout: Layout, per_host: int) -> Iterator[str]:
     """Which ranks are on which host, the tensor-parallel groups in brackets."""
     hosts = -(-layout.world_size // per_host)
-    yield f"mesh: {layout}, {layout.world_size} ranks on {hosts} host{'s' if hosts > 1 else ''}"
+    yield f"mesh: {layout}, {_counted(layout.world_size, 'rank')} on {_counted(hosts, 'host')}"
     shown = range(hosts) if hosts <= _HOSTS_SHOWN else [*range(_HOSTS_SHOWN - 1), hosts - 1]
     for host in shown:
         if host == hosts - 1 > _HOSTS_SHOWN - 1:
@@ -163,7 +171,7 @@ def time_lines(plan: Plan) -> Iterator[str]:
     )
     hours = plan.run_seconds / 3600
     yield (
-        f"  {steps:,} steps, {steps * time.tokens / 1e9:,.2f} B tokens: {hours:,.1f} hours, "
+        f"  {steps:,} steps, {_short(steps * time.tokens)} tokens: {hours:,.1f} hours, "
         f"{hours * devices:,.0f} device-hours"
     )
     yield (

@@ -221,7 +221,7 @@ def why(plan: Plan) -> str:
     elif recompute.mode == "selective" and recompute.selective_ac_option == "op":
         parts.append("recomputes all but matrix products")
     elif recompute.mode == "selective":
-        parts.append(f"recomputes every {recompute.selective_ac_option}nd block")
+        parts.append(f"recomputes one block in {recompute.selective_ac_option}")
     else:
         parts.append(f"the compiler keeps {recompute.memory_budget:.0%} of the activations")
     per_host = plan.device.per_host
@@ -258,7 +258,7 @@ def shortfall(plan: Plan) -> str:
         "slack": "a device with more memory",
     }
     missing = plan.memory.total - plan.device.memory
-    return f"{missing / 2**30:,.1f} GiB are missing; most is {kind}, where {remedies[kind]} would help"
+    return f"{missing / 2**30:,.1f} GiB are missing; the largest part is {kind}: try {remedies[kind]}"
 
 
 def as_dict(plan: Plan) -> dict[str, object]:

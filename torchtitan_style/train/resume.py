@@ -106,7 +106,7 @@ class Resume:
         """
         if restarts := environment_number("TORCHELASTIC_RESTART_COUNT", 0):
             most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
-            self.display.warn(f"a process of this run has died; starting again ({restarts} of {most} times)")
+            self.display.warn(f"a process of this run has died; restarting ({restarts} of {most})")
         step = self.checkpointer.find(self._wanted())
         if step is None:
             self._start_from_weights()
@@ -186,8 +186,8 @@ class Resume:
         self.display.say(f"starting from the weights of {source}")
         if found.tokenizer is None and self.config.data.tokenizer == "train":
             self.display.warn(
-                f"{source} has no tokenizer: one was trained on the corpus, and its ids mean something else than the "
-                "weights have learnt; data.tokenizer names the right one"
+                f"{source} has no tokenizer: one was trained on the corpus, but its ids do not match those that the "
+                "weights were trained with; set data.tokenizer to the right one"
             )
 
     def _same_base(self, step: int) -> Path:

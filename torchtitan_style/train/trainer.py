@@ -116,7 +116,7 @@ class Trainer:
         if self._is_done():
             on_main(lambda: clear_preempted(self.dump_folder))  # a scheduler would restart a finished run for ever
             self.display.say(
-                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to train on, or "
+                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to continue, or "
                 "start a new run with another --job.dump_folder"
             )
             return

@@ -95,7 +95,7 @@ class Watchdog:
             elif self.world_size > 1:
                 self._judge()
             elif not reported:
-                self.warn(f"nothing has happened for {stalled:.0f} s at step {self._step}; {self._dump_stacks()}")
+                self.warn(f"no progress for {stalled:.0f} s at step {self._step}; {self._dump_stacks()}")
                 reported = True
 
     def _sign_of_life(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Difference:
         return math.inf if math.isnan(self.relative) else self.relative
 
     def __str__(self) -> str:
-        return f"{self.name}: off by {self.relative:.1e} of its norm, which is {self.ratio:.4g} × the right one"
+        return f"{self.name}: off by {self.relative:.1e} of its norm; the norm is {self.ratio:.4g} × the reference"
 
 
 SMALLEST = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -98,7 +98,7 @@ def print_checks(title: str, checks: Sequence[Check], *, most_faults: int = 20) 
     console.print(table)
     for check in checks:
         if check.notes:
-            console.print(f"\n{check.name}: {len(check.notes)} of {check.cases:,} otherwise, but not wrong:")
+            console.print(f"\n{check.name}: {len(check.notes)} of {check.cases:,} differ, but are not wrong:")
             for note in check.notes[:3]:
                 console.print(f"  {note}")
             if len(check.notes) > 3:

@@ -35,7 +35,7 @@ def for_verification(
     if shape.dropout or shape.attention_dropout or (lora.rank and lora.dropout):
         lora = lora.model_copy(update={"dropout": 0.0})
         shape = dataclasses.replace(shape, dropout=0.0, attention_dropout=0.0)
-        notes.append("without dropout, which every layout draws otherwise")
+        notes.append("without dropout, which every layout draws differently")
     parallelism, plan = config.parallelism, plan_batch(config.training, layout.dp)
     # With a pipeline twice as many microbatches as stages, so that its schedule has a middle.
     local, accumulation = min(plan.local_batch_size, 2), min(plan.accumulation_steps, 2 * layout.pp)
@@ -58,7 +58,7 @@ def for_verification(
     if reason := next((text for exceeded, text in limits if exceeded), ""):
         small = _small_copy(shape, layout, config)
         notes.append(
-            f"on a small copy of the model, as the whole would take {reason}: {small.num_hidden_layers} of "
+            f"on a small copy of the model, since the full one needs {reason}: {small.num_hidden_layers} of "
             f"{shape.num_hidden_layers} layers, {small.hidden_size} wide instead of {shape.hidden_size}, heads of "
             f"{small.head_dim} instead of {shape.head_dim}, {small.vocab_size} of {shape.vocab_size} tokens; the same "
             f"{small.num_attention_heads} query and {small.num_key_value_heads} key/value heads, and what does not "

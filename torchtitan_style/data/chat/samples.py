@@ -97,7 +97,7 @@ class Sampler:
         messages, tools = conversation["messages"], conversation.get("tools")
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns and self.train_on != "all":
-            raise Unusable("no turn of the assistant, and so no token to train on")
+            raise Unusable("no assistant turn, so no token to train on")
         notes = self._notes(messages, tools)
         if self.train_on == "last":
             turns = turns[-1:]
@@ -110,7 +110,7 @@ class Sampler:
                 turns = self._without_first(messages, tools, turns, notes)
                 samples = self._put_together(self._turns(messages, tools, turns))
         except Refused as error:
-            raise Unusable(f"the chat template does not take it: {error}") from None
+            raise Unusable(f"the chat template rejects it: {error}") from None
         if self.train_on == "all":
             for sample in samples:
                 assert sample.marks is not None
@@ -125,7 +125,7 @@ class Sampler:
             self.template.render_each([[]], tools=tools, prompt=True)
         except Refused:
             if len(turns) == 1:
-                raise Unusable("it begins with its only turn of the assistant, which nothing asks for") from None
+                raise Unusable("its only assistant turn is the first message, which answers nothing") from None
             notes.append("its first message is the assistant's, which is not trained on")
             return turns[1:]
         return turns
@@ -138,7 +138,7 @@ class Sampler:
             if not whole.startswith(before):
                 same = _common(before, whole)
                 raise Unusable(
-                    f"the chat template renders message {turn + 1} otherwise than its generation prompt begins: "
+                    f"the chat template renders message {turn + 1} differently than its generation prompt begins: "
                     f"{json.dumps(whole[same : same + 40])} where the prompt has {json.dumps(before[same:])}"
                 )
         return [(before, whole[len(before) :]) for before, whole in zip(befores, wholes, strict=True)]
@@ -237,7 +237,7 @@ class Sampler:
         notes = []
         roles = [message["role"] for message in messages]
         if any(pair == ("user", "user") for pair in itertools.pairwise(roles)):
-            notes.append("two messages of the user in a row")
+            notes.append("two user messages in a row")
         used = {key for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)}
         used |= {"tools"} if tools else set()
         if unknown := sorted(key for key in used if key not in self.template.source):

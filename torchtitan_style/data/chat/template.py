@@ -133,7 +133,7 @@ class ChatTemplate:
             (text,) = self.render_each([messages], prompt=answer_follows, **options)
         except Refused as error:
             where = f" ({self.path})" if self.path else ""
-            raise UserError(f"the model's chat template does not take this conversation: {error}{where}") from None
+            raise UserError(f"the model's chat template rejects this conversation: {error}{where}") from None
         return text
 
     def render_each(

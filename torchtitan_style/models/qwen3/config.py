@@ -46,7 +46,7 @@ class Qwen3Config:
     head_dim: int = 128
     """Size of one head, D. Qwen3 does not tie it to hidden_size / num_attention_heads."""
     max_position_embeddings: int = 40_960
-    """Longest sequence the model is meant for; training rows may not be longer."""
+    """Maximum number of positions; training.seq_len may not exceed it."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square before the root, in every RMSNorm."""
     rope_theta: float = 1_000_000.0
@@ -57,16 +57,15 @@ class Qwen3Config:
     rope_factor: float = 1.0
     """With rope_type = "yarn": by how much the longest wavelengths are stretched, as 4."""
     original_max_position_embeddings: int = 0
-    """With rope_type = "yarn": positions that the model was trained on before, as 32768."""
+    """With rope_type = "yarn": positions that the model was originally trained on, as 32768."""
     rope_beta_fast: float = 32.0
-    """With rope_type = "yarn": wavelengths that fit at least so often into those positions stay as they are."""
+    """With rope_type = "yarn": wavelengths that fit at least this many times into those positions are not stretched."""
     rope_beta_slow: float = 1.0
-    """With rope_type = "yarn": those that fit at most so often are stretched by the whole factor."""
+    """With rope_type = "yarn": those that fit at most this many times are stretched by the whole factor."""
     rope_attention_factor: float = 0.0
     """With rope_type = "yarn": what cosines and sines are multiplied by; 0: 0.1 · ln(rope_factor) + 1."""
     rope_truncate: bool = True
-    """With rope_type = "yarn": whether the dimensions between which wavelengths are stretched in part are whole
-    numbers."""
+    """With rope_type = "yarn": whether the bounds of the partly stretched dimensions are rounded to whole numbers."""
     attention_bias: bool = False
     """Whether the q, k, v and o projections have a bias."""
     attention_dropout: float = 0.0
@@ -81,7 +80,7 @@ class Qwen3Config:
     sliding_window: int = 4096
     """Positions a sliding-window layer sees, the current one included."""
     max_window_layers: int = 28
-    """The first layer that uses the sliding window; those before it see everything."""
+    """The first layer that uses the sliding window; earlier layers attend to all positions."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
 

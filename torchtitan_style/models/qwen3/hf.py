@@ -100,14 +100,14 @@ def _rope(settings: dict[str, Any], positions: int) -> dict[str, Any]:
     for name in ("rope_parameters", "rope_scaling"):
         parameters = field_of(settings, name, dict, {})
         if any(isinstance(value, dict) for value in parameters.values()):
-            raise ValueError(f"{name}: another rotary embedding for each kind of layer is not implemented")
+            raise ValueError(f"{name}: a different rotary embedding for each kind of layer is not implemented")
         if parameters:
             found, where = parameters, name
             kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in ("default", "yarn"):
             raise ValueError(
-                f'{name}: the rope scaling "{cut(str(kind), 120)}" is not implemented; without that entry the model is '
-                "what it was trained as, right up to original_max_position_embeddings positions"
+                f'{name}: the rope scaling "{cut(str(kind), 120)}" is not implemented; without that entry the model '
+                "runs as it was first trained, up to original_max_position_embeddings positions"
             )
     partial = found.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if partial != 1.0:

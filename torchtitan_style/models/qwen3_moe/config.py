@@ -45,7 +45,7 @@ class Qwen3MoeConfig(Qwen3Config):
     norm_topk_prob: bool = True
     """Whether the weights of the chosen experts are divided by their sum."""
     decoder_sparse_step: int = 1
-    """Every so many layers one has experts; the others are dense."""
+    """One layer in this many has experts; the others are dense."""
     mlp_only_layers: tuple[int, ...] = ()
     """Layers, from 0, that are dense in any case."""
     router_aux_loss_coef: float = 0.001
