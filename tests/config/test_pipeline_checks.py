@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.pipeline import Cost, make_stages, rank_of_stage
 from torchtitan_style.config.schema import Parallelism
 from torchtitan_style.launch.configure import load_config
+from torchtitan_style.models.checks import model_problems
+from torchtitan_style.models.qwen3.spec import QWEN3
 from torchtitan_style.models.stages import stages_of
 
 PP, SCHEDULE = "--parallelism.pipeline_parallel_degree", "--parallelism.pipeline_parallel_schedule"
@@ -51,7 +54,6 @@ BLOCKS = "--parallelism.pipeline_parallel_blocks"
             2,
             "cannot run 7 microbatches in rounds of the same size: make them 6 or 8",
         ),
-        (["--model.name", "qwen3_moe", PP, "2"], 2, "qwen3_moe models cannot be split into pipeline stages"),
         ([PP, "2", SCHEDULE, "1f1b"], 2, "1F1B"),
     ],
 )
@@ -100,3 +102,9 @@ def test_a_14b_model_is_shared_out_within_a_tenth() -> None:
 def test_stages_in_a_v_begin_and_end_on_the_first_rank() -> None:
     assert [rank_of_stage(stage, pp=2, schedule="ZBVZeroBubble") for stage in range(4)] == [0, 1, 1, 0]
     assert [rank_of_stage(stage, pp=2, schedule="Interleaved1F1B") for stage in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_family_without_stages_is_refused() -> None:
+    config = load_config("qwen3", [PP, "2"], world_size=2)
+    problems = list(model_problems(config, dataclasses.replace(QWEN3, pipeline=False)))
+    assert [problem.text for problem in problems] == ["qwen3 models cannot be split into pipeline stages: set it to 1"]

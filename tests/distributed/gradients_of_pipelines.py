@@ -6,6 +6,7 @@ gets the relative difference of the loss and of each parameter's gradient, and m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -25,9 +26,12 @@ from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.optim.clip import clip_grad_norm_
 from torchtitan_style.planner.traffic import traffic_of
 from torchtitan_style.planner.workload import Workload
+from torchtitan_style.train.balance import Balance
 from torchtitan_style.train.step import build_training_model, evaluating, forward_backward
 from torchtitan_style.train.stopping import ending_at_once
 from torchtitan_style.verification.layout import global_batch
+
+EP = "--parallelism.expert_parallel_degree"
 
 
 def config_of(case: str, layout: Layout) -> Config:
@@ -35,7 +39,7 @@ def config_of(case: str, layout: Layout) -> Config:
     return load_config(
         "qwen3",
         [
-            "--model.flavor", "debug", "--model.num_hidden_layers", layers, "--model.max_window_layers", layers,
+            "--model.flavor", "debug", "--model.num_hidden_layers", layers,
             "--model.tie_word_embeddings", str(embeddings == "tied").lower(), "--model.attention_bias",
             "--training.seq_len", "32", "--training.local_batch_size", "2",
             "--training.global_batch_size", str(8 * layout.dp),
@@ -59,11 +63,19 @@ def compare(world: World, case: str) -> dict[str, float]:
     batch = global_batch(config, rows=plan.global_batch_size)
     tokens = (batch.labels != -100).sum()
 
-    plain = spec_of("qwen3").build(model_config(config.model))
+    spec = spec_of(config.model.name)
+    plain = spec.build(model_config(config.model))
+    if spec.use_definition:
+        spec.use_definition(plain)
     init_weights(plain, seed=3, initial_std=plain.initial_std)
     plain.lm_head.z_loss = config.training.z_loss
+    logits: list[torch.Tensor] = []
+    for name, module in plain.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _m, _i, output: logits.append(output[0]))
     loss_sum, right = plain(*batch)
-    (loss_sum / tokens).backward()
+    aux_loss, router_loss = losses_of_routers(plain.config, logits)
+    (loss_sum / tokens + router_loss).backward()
 
     model = build_training_model(config, world, warn=print)
     share = plan.global_batch_size // world.layout.dp
@@ -76,8 +88,17 @@ def compare(world: World, case: str) -> dict[str, float]:
     dist.all_reduce(validated)
     sent: list[int] = []
     with patch.object(dist, "P2POp", counting(sent)):
-        loss_share = forward_backward(model, microbatches, tokens) * world.counts
-    planned = [t for t in traffic_of(work_of(config, world)) if t.axis == "pp" and t.phase != "optimizer"]
+        balance = Balance.of(model, microbatches, world)
+        loss_share = forward_backward(model, microbatches, tokens, balance) * world.counts
+    if balance is not None:
+        sums, experts = balance.sums(), plain.config.num_experts
+        counts, probabilities = sums[:, :experts].sum(0), sums[:, experts : 2 * experts].sum(0)
+        found["aux loss"] = abs((experts * (counts * probabilities).sum() / balance.rows**2 / aux_loss).item() - 1)
+        chosen = [torch.bincount(each.topk(plain.config.num_experts_per_tok).indices.flatten()) for each in logits]
+        mine = [layer.nonzero().flatten().tolist() for layer in sums[:, :experts]]
+        found["experts of layers"] = float(mine != [each.nonzero().flatten().tolist() for each in chosen])
+    passes = ("forward", "backward")
+    planned = [t for t in traffic_of(work_of(config, world)) if t.axis == "pp" and t.phase in passes]
     found["sends"] = abs(len(sent) - plan.accumulation_steps * sum(each.count for each in planned))
     found["bytes sent"] = abs(sum(sent) - plan.accumulation_steps * sum(each.bytes for each in planned))
     norm = clip_grad_norm_(model.parameters(), float("inf"), beside=loss_share)
@@ -102,6 +123,17 @@ def compare(world: World, case: str) -> dict[str, float]:
     return {name: max(each.get(name, 0.0) for each in of_ranks) for each in of_ranks for name in each}
 
 
+def losses_of_routers(shape: Any, logits: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transformers' auxiliary loss, and with the z-loss what is added to the loss; 0 without experts."""
+    if not logits:
+        return torch.zeros(()), torch.zeros(())
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    aux_loss = load_balancing_loss_func(tuple(logits), shape.num_experts, shape.num_experts_per_tok)
+    z_loss = torch.stack([layer.logsumexp(-1).square().mean() for layer in logits]).mean()
+    return aux_loss.detach(), shape.router_aux_loss_coef * aux_loss + shape.router_z_loss_coef * z_loss
+
+
 def counting(sent: list[int]) -> Any:
     """In the place of ``dist.P2POp``: adds the bytes of each tensor that is sent to ``sent``."""
     real = dist.P2POp
@@ -122,11 +154,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def with_experts(world: World, case: str) -> World:
+    """``world`` with the expert parallelism of a case: no axis of its own."""
+    _, given, degree = case.partition(f"{EP}/")
+    return dataclasses.replace(world, layout=dataclasses.replace(world.layout, ep=int(degree))) if given else world
+
+
 def main() -> None:
     pp, dp_replicate, dp_shard, tp = map(int, sys.argv[1:5])
     output, *cases = sys.argv[5:]
     world = init_world(Layout(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp), timeout_seconds=300)
-    results = {case: compare(world, case) for case in cases}
+    results = {case: compare(with_experts(world, case), case) for case in cases}
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
     destroy_world()

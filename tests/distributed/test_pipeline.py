@@ -14,6 +14,13 @@ import pytest
 
 from torchtitan_style.launch.preflight import OLDEST_TORCH_OF, torch_version
 
+EXPERTS = (
+    "--model.name/qwen3_moe/--model.mlp_only_layers/1/--model.initializer_range/0.2"
+    "/--model.router_aux_loss_coef/0.5/--model.router_z_loss_coef/0.1"
+)
+"""The routers' losses as large as others, so that a part of them that is missing shows; the second layer is dense."""
+EP = "--parallelism.expert_parallel_degree/2"
+
 LAYOUTS = {
     "pp2": (2, 1, 1, 1),
     "pp2 × dp2": (2, 1, 2, 1),
@@ -35,17 +42,22 @@ EACH_DAY = {
         "ZBVZeroBubble/tied/eager/documents/5",
         "ZBVZeroBubble/untied/eager/none/4/--activation_checkpoint.mode/full",
         "1F1B/tied/eager/none/5/--parallelism.pipeline_parallel_blocks/[1, 4]",
+        f"1F1B/tied/eager/documents/3/{EXPERTS}",
+        f"Interleaved1F1B/untied/eager/none/4/{EXPERTS}",
     ],
     "pp2 × dp2": [
         "1F1B/tied/eager/documents/5",
         "1F1B/tied/eager/none/4/--parallelism.fsdp_reshard_after_forward/always",
         "ZBVZeroBubble/tied/eager/none/5",
         "Interleaved1F1B/untied/eager/documents/5/--activation_checkpoint.mode/full",
+        f"1F1B/untied/eager/documents/3/{EXPERTS}/{EP}",
+        f"Interleaved1F1B/tied/eager/none/5/{EXPERTS}/--activation_checkpoint.mode/full/{EP}",
     ],
     "pp2 × tp2": [
         "1F1B/tied/eager/documents/5",
         "ZBVZeroBubble/untied/eager/none/5",
         "Interleaved1F1B/tied/eager/none/5/--activation_checkpoint.mode/selective",
+        f"1F1B/tied/eager/none/3/{EXPERTS}",
     ],
     "pp4": ["Interleaved1F1B/tied/eager/documents/7"],  # eight stages, one of them without a block
 }
@@ -68,6 +80,11 @@ EACH_NIGHT = {
     "pp2 × dp_replicate2": ["1F1B/tied/eager/documents/5", "ZBVZeroBubble/tied/eager/none/5"],
     "pp4": ["1F1B/untied/eager/none/7", "ZBVZeroBubble/tied/eager/none/7"],
 }
+EACH_NIGHT["pp2"] += [f"ZBVZeroBubble/tied/eager/none/4/{EXPERTS}", f"1F1B/tied/compiled/none/4/{EXPERTS}"]
+EACH_NIGHT["pp2 × dp2"] += [
+    f"ZBVZeroBubble/untied/eager/documents/5/{EXPERTS}/--activation_checkpoint.mode/full/{EP}",
+    f"Interleaved1F1B/tied/eager/none/5/{EXPERTS}/{EP}",
+]
 
 CASES = [
     *(pytest.param(layout, case) for layout, cases in EACH_DAY.items() for case in cases),

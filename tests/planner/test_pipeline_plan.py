@@ -13,6 +13,7 @@ from torchtitan_style.planner.parameters import parameter_kinds, state_of
 from torchtitan_style.planner.plan import make_plan
 from torchtitan_style.planner.report import plan_lines
 from torchtitan_style.planner.search import search
+from torchtitan_style.planner.traffic import traffic_of
 from torchtitan_style.planner.workload import Workload
 
 PP = ["--parallelism.pipeline_parallel_degree", "2", "--training.seq_len", "64"]
@@ -21,9 +22,13 @@ BATCH = ["--training.local_batch_size", "1", "--training.global_batch_size", "16
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_each_rank_holds_what_is_planned(schedule: str, tied: str) -> None:
-    layout = Layout(pp=2, dp_shard=2, tp=2)
+@pytest.mark.parametrize("model", [
+    (), ("--model.name", "qwen3_moe", "--parallelism.expert_parallel_degree", "2", "--model.mlp_only_layers", "1"),
+])  # fmt: skip
+def test_each_rank_holds_what_is_planned(schedule: str, tied: str, model: tuple[str, ...]) -> None:
+    layout = Layout(pp=2, dp_shard=2, tp=2, ep=2 if model else 1)
     overrides = [
+        *model,
         *("--model.flavor", "debug", "--model.num_hidden_layers", "5", "--model.tie_word_embeddings", tied),
         *(*PP, *BATCH, "--parallelism.pipeline_parallel_schedule", schedule, "--optimizer.name", "muon"),
         *("--parallelism.tensor_parallel_degree", "2"),
@@ -32,7 +37,7 @@ def test_each_rank_holds_what_is_planned(schedule: str, tied: str) -> None:
     numbers = 0
     for pp_rank in (0, 1):
         kinds = Workload.of(config, layout, on_gpu=True, pp_rank=pp_rank).kinds
-        assert state_held(lay_out(config, layout, 4 * pp_rank)) == state_of(kinds, layout)
+        assert state_held(lay_out(config, layout, 4 * pp_rank)) == state_of(kinds, layout, 4 * pp_rank)
         numbers += sum(kind.count for kind in kinds if not kind.copy)
         copies = [kind.name for kind in kinds if kind.copy]
         on_last = pp_rank == (0 if schedule == "ZBVZeroBubble" else 1)
@@ -59,6 +64,23 @@ def test_a_plan_knows_stages_and_bubble() -> None:
     assert "the pipeline stands idle" in text
     assert "stage 1 shard 0 [8 9 10 11]" in text
     assert all(plan.work.layout.pp == 2 for plan in search(one.work.config, 16, DEVICES["H100"], Assumptions()).best)
+
+
+def test_a_plan_counts_the_routing_passes_of_a_pipeline() -> None:
+    given = ["--model.num_hidden_layers", "8", "--training.local_batch_size", "1", "--training.global_batch_size", "32",
+             "--parallelism.pipeline_parallel_degree", "2"]  # fmt: skip
+    config = load_config("qwen3_30b_a3b", given, world_size=16)
+    layout = Layout(pp=2, dp_shard=8, ep=8)
+    plan = make_plan(config, layout, DEVICES["H100"], Assumptions())
+    counting = plan.time.phases[0]
+    assert (counting.name, counting.times) == ("counting", 4)  # all microbatches, the first too
+    [sent] = [each for each in traffic_of(Workload.of(config, layout, on_gpu=True)) if
+              (each.axis, each.phase) == ("pp", "counting")]  # fmt: skip
+    assert sent.bytes == 4096 * 2048 * 2
+    without = load_config("qwen3_30b_a3b", [*given, "--model.router_aux_loss_coef", "0"], world_size=16)
+    faster = make_plan(without, layout, DEVICES["H100"], Assumptions())
+    assert faster.time.bubble < plan.time.bubble
+    assert faster.time.phases[0].name == "forward"
 
 
 def test_weights_and_optimizer_are_shared_out_evenly() -> None:

@@ -66,7 +66,7 @@ def test_ranks_send_what_is_planned(run_ranks: Callable[..., None], tmp_path: Pa
     for (name, work), case, found in zip(works.items(), cases, results, strict=True):
         planned: Counter[str] = Counter()
         for each in traffic_of(work):
-            planned[each.kind] += each.per_step(work.batch.accumulation_steps)
+            planned[each.kind] += each.per_step(work)
         # Norms' gradients and FSDP's padding are a few kB.
         if dict(planned) != pytest.approx(found["sent"], rel=0.03):
             differing[name] = {"planned": dict(planned), "sent": found["sent"]}

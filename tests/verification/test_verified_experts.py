@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
+
 from torchtitan_style.verification.routing import Otherwise, check_routing
 
 
-def test_a_layout_of_experts_agrees(python, tmp_path) -> None:
-    degrees = ["--parallelism.expert_parallel_degree", 2, "--parallelism.tensor_parallel_degree", 2]
+@pytest.mark.parametrize("other", [
+    "--parallelism.pipeline_parallel_degree",
+    pytest.param("--parallelism.tensor_parallel_degree", marks=pytest.mark.nightly),
+])  # fmt: skip
+def test_a_layout_of_experts_agrees(python, tmp_path, other: str) -> None:
+    degrees = ["--parallelism.expert_parallel_degree", 2, other, 2]
     batch = ["--training.global_batch_size", 8, "--training.local_batch_size", 2, "--training.seq_len", 64]
     model = ["--model.name", "qwen3_moe", "--model.flavor", "debug", "--optimizer.name", "muon"]
     line = ["-m", "torchtitan_style", "verify", *model, *degrees, *batch, "--job.dump_folder", tmp_path]

@@ -14,7 +14,7 @@ Shapes: B rows of a microbatch, T positions, C hidden size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,13 @@ class PipelinedModel(nn.Module):
         tied: bool,
     ) -> None:
         super().__init__()
+        self.config = parts[0][1].config
         self.stages = [stage for stage, _ in parts]
         self.parts = nn.ModuleList(part for _, part in parts)
+        self.loss_of: Callable[[Any], Tensor] | None = None
+        """What a part of the model adds to the loss of its last forward pass, while training; None: nothing."""
+        for _, part in parts:
+            part.model.register_forward_hook(self._add_loss)
         self.schedule, self.activations, self.device = schedule, activations, world.device
         self.pp_group = world.pp_group
         self.first = next((part for stage, part in parts if stage.is_first), None)
@@ -117,15 +122,29 @@ class PipelinedModel(nn.Module):
 
     # Training
 
-    def forward_backward(self, microbatches: Sequence[Sequence[Tensor | None]], tokens: Tensor) -> Tensor:
+    def forward_backward(
+        self,
+        microbatches: Sequence[Sequence[Tensor | None]],
+        tokens: Tensor,
+        *,
+        start: Callable[[], None] | None = None,
+        loss_of: Callable[[Any], Tensor] | None = None,
+    ) -> Tensor:
         """Add the gradients of the loss of ``microbatches`` to those that are there, summed over FSDP's ranks.
 
         microbatches: (token ids, labels, documents or None, positions or None), each [B, T]. tokens: what the loss is
-        divided by. Returns the loss, 0-dim fp64; 0 but on the ranks of the last stage.
+        divided by. start: called before the first microbatch, once the copy of a tied embedding is up to date: a pass
+        before that would leave FSDP with old weights. loss_of: what each stage adds to the loss by itself, given its
+        ``model.model`` after each forward pass; its gradients are added, but it is not part of what is returned.
+        Returns the loss, 0-dim fp64; 0 but on the ranks of the last stage.
         """
+        self.loss_of = loss_of
         self.wait()
         if self.tied is not None:
             self.tied.send_weights()
+        if start is not None:
+            start()
+            self.wait()
         self._tokens = tokens
         inputs, labels, documents, positions = (
             None if parts[0] is None else torch.cat(parts) for parts in zip(*map(_four, microbatches), strict=True)
@@ -189,6 +208,14 @@ class PipelinedModel(nn.Module):
     def _loss(self, output: tuple[Tensor, Tensor], _labels: Tensor) -> Tensor:
         return output[0] / self._tokens
 
+    def _add_loss(self, module: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
+        """Torch's schedules know of one loss, that of the last stage. What another stage adds joins the backward pass
+        where the gradient of its output comes in."""
+        if self.loss_of is None or not torch.is_grad_enabled():
+            return hidden
+        joined: Tensor = _WithLoss.apply(hidden, self.loss_of(module))
+        return joined
+
     # Evaluation
 
     def forward(
@@ -243,6 +270,20 @@ class PipelinedModel(nn.Module):
         """Bring the copy of a tied embedding up to date."""
         if self.tied is not None:
             self.tied.send_weights()
+
+
+class _WithLoss(torch.autograd.Function):
+    """Hidden states as they are. In the backward pass ``loss`` gets the gradient 1, as a part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return hidden.clone()  # a zero-bubble schedule detaches outputs in place, which views do not allow
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        (one,) = ctx.saved_tensors
+        return grad_outputs[0], one
 
 
 class _TiedHead:

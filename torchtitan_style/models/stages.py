@@ -32,11 +32,13 @@ def stages_of_rank(config: Config, pp_rank: int) -> tuple[Stage, ...]:
 def part_costs(spec: ModelSpec, shape: Any, *, seq_len: int) -> tuple[Cost, list[Cost], Cost]:
     """What the embedding, each block, and the head cost. Looking up an embedding takes no time worth counting."""
     sizes = [0] * shape.num_hidden_layers
-    matrices = [0] * shape.num_hidden_layers
+    matrices = [0.0] * shape.num_hidden_layers
+    """Weights that a token is multiplied with: of experts, only the chosen ones."""
     for name, numbers in spec.parameter_shapes(shape).items():
         if found := re.search(r"\.layers\.(\d+)\.", f".{name}"):
             sizes[int(found[1])] += math.prod(numbers)
-            matrices[int(found[1])] += math.prod(numbers) if len(numbers) > 1 else 0
+            share = shape.num_experts_per_tok / shape.num_experts if spec.is_expert(name) else 1
+            matrices[int(found[1])] += share * math.prod(numbers) if len(numbers) > 1 else 0
     per_position = 12 * shape.num_attention_heads * shape.head_dim
     spans = [min(seq_len, window or seq_len) for window in shape.windows]
     blocks = [

@@ -21,7 +21,7 @@ from torchtitan_style.common.sizes import FP32
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.pipeline import Stage
-from torchtitan_style.distributed.experts import expert_mesh
+from torchtitan_style.distributed.experts import ExpertMesh, expert_mesh
 from torchtitan_style.distributed.pipeline import keep_stage
 from torchtitan_style.distributed.world import World, destroy_world, init_world
 from torchtitan_style.models.lora import add_adapters
@@ -68,7 +68,7 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
     adapted = adapted_modules(spec, shape, config.lora)
     muon = config.optimizer.name == "muon"
 
-    def build(world: World, stage: Stage | None) -> dict[str, Held]:
+    def build(world: World, stage: Stage | None, experts: ExpertMesh | None) -> dict[str, Held]:
         with torch.device("meta"):
             model = spec.build(shape).to(dtype if adapted else torch.float32)
         if stage is not None:
@@ -82,7 +82,7 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
             param_dtype=dtype,
             reduce_dtype=torch.float32,
             reshard_after_forward=True,
-            **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
+            **({"expert_mesh": experts} if spec.expert_parallel else {}),
             **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
         )
         return {
@@ -95,9 +95,10 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
         }
 
     with fake_world(layout, rank) as world:
+        experts = expert_mesh(world) if spec.expert_parallel else None
         found: dict[str, Held] = {}
         for stage in stages_of_rank(config, world.stage) if layout.pp > 1 else [None]:
-            found |= build(world, stage)
+            found |= build(world, stage, experts)
         return found
 
 

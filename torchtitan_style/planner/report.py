@@ -136,12 +136,12 @@ def traffic_lines(plan: Plan) -> Iterator[str]:
     if not plan.time.traffic:
         yield "communication: none"
         return
-    microbatches = plan.work.batch.accumulation_steps
+    work = plan.work
     yield f"communication of a rank in a step ({plan.time.hidden_share:.0%} of its time hidden behind computation):"
     sums: dict[tuple[str, str, str], int] = {}
     for each in plan.time.traffic:
         key = each.axis, each.kind, "beside computation" if each.hides else "waited for"
-        sums[key] = sums.get(key, 0) + each.per_step(microbatches)
+        sums[key] = sums.get(key, 0) + each.per_step(work)
     rows = ((axis, kind, gib(size), how) for (axis, kind, how), size in sums.items())
     yield from table(("axis", "collective", "GiB", ""), rows)
 
@@ -227,7 +227,7 @@ def nothing_fits(found: Found, *, world_size: int) -> Iterator[str]:
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
-    microbatches = plan.work.batch.accumulation_steps
+    work = plan.work
     return as_dict(plan) | {
         "device": dataclasses.asdict(plan.device),
         "assumptions": dataclasses.asdict(plan.assumptions),
@@ -237,9 +237,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "moments_bytes": plan.memory.moments,
         "host_copy_bytes": plan.memory.host_copy,
         "parameters": [dataclasses.asdict(kind) | {"local": kind.local(plan.work.layout)} for kind in plan.work.kinds],
-        "traffic": [
-            dataclasses.asdict(each) | {"bytes_per_step": each.per_step(microbatches)} for each in plan.time.traffic
-        ],
+        "traffic": [dataclasses.asdict(each) | {"bytes_per_step": each.per_step(work)} for each in plan.time.traffic],
         "phases": [dataclasses.asdict(phase) | {"seconds": phase.seconds} for phase in plan.time.phases],
         "bubble_seconds": plan.time.bubble,
         "flops_per_step": plan.time.flops,

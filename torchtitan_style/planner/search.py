@@ -237,7 +237,8 @@ def why(plan: Plan) -> str:
     if layout.world_size > 1:
         parts.append(f"{time.hidden_share:.0%} of the communication is hidden")
     if plan.work.batch.accumulation_steps > 1:
-        counted = ", each but the first routed once more beforehand" if plan.work.counting_passes else ""
+        which = "each" if plan.work.stages else "each but the first"
+        counted = f", {which} routed once more beforehand" if plan.work.counting_passes else ""
         parts.append(f"{plan.work.batch.accumulation_steps} microbatches{counted}")
     slowest = max(time.phases, key=lambda phase: phase.times * phase.seconds)
     parts.append(f"{slowest.name} takes most time, bound by {slowest.bound}")

@@ -111,8 +111,12 @@ def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_o
     idle = bubble(schedule, pp=work.layout.pp, microbatches=microbatches)
     passes = sum(phase.seconds for phase in phases[:3])
     phases.append(clock.phase("optimizer", 1, traffic))
+    idle_seconds = idle * microbatches * passes
     if work.counting_passes:
         phases.insert(0, clock.phase("counting", work.counting_passes, traffic))
+        # The first microbatch comes to the last rank, and with two stages on a rank each comes to it, by way of others.
+        waits = work.counting_passes if len(work.stages) > 1 else 1
+        idle_seconds += (work.layout.pp - 1) * waits * phases[0].seconds
     tokens = work.batch.global_batch_size * work.config.training.seq_len
     hosts = -(-work.layout.world_size // device.per_host)
     size = checkpoint_bytes(work.config)
@@ -121,7 +125,7 @@ def time_of(work: Workload, device: Device, assumptions: Assumptions, *, ranks_o
     copying = saved_of(work.kinds, work.layout) / assumptions.host_copy_bandwidth
     return TimePlan(
         phases=phases,
-        bubble=idle * microbatches * passes,
+        bubble=idle_seconds,
         tokens=tokens,
         flops=tokens * flops_per_token(work.config),
         peak_flops=device.flops(work.c) * work.layout.world_size / ranks_on_device,

@@ -28,25 +28,28 @@ class Traffic:
     kind: str
     """"all-gather", "reduce-scatter", "all-reduce", "all-to-all", or "send" to one rank."""
     phase: str
-    """"forward", "loss", "backward": of each microbatch. "counting": of each but the first, to count how often each
-    expert is chosen. "reduce": beside the last backward pass. "optimizer"."""
+    """"forward", "loss", "backward": of each microbatch. "counting": of each pass that counts how often each expert is
+    chosen. "reduce": beside the last backward pass. "optimizer"."""
     bytes: int
     """Of all of them, in each microbatch if the phase is in each."""
     count: int
     hides: bool
     """Whether it can run beside computation; tensor parallelism waits for its results."""
 
-    def per_step(self, microbatches: int) -> int:
-        times = {"forward": microbatches, "loss": microbatches, "backward": microbatches, "counting": microbatches - 1}
-        return self.bytes * times.get(self.phase, 1)
+    def per_step(self, work: Workload) -> int:
+        if self.phase == "counting":
+            return self.bytes * work.counting_passes
+        return self.bytes * (work.batch.accumulation_steps if self.phase in ("forward", "loss", "backward") else 1)
 
 
 def traffic_of(work: Workload) -> list[Traffic]:
     """Everything that is sent in a step but for a few numbers (the loss, the norm)."""
     waited = [*_tensor_parallel(work), *_context_parallel(work), *_expert_parallel(work)]
-    found = [*_sharding(work), *waited, *_pipeline(work), *_muon(work)]
+    passed_on = _pipeline(work)
+    found = [*_sharding(work), *waited, *passed_on, *_muon(work)]
     if work.counting_passes:  # a forward pass, with the loss's
-        found += [dataclasses.replace(each, phase="counting") for each in waited if _in_counting_pass(each)]
+        again = [each for each in (*waited, *passed_on) if _in_counting_pass(each)]
+        found += [dataclasses.replace(each, phase="counting") for each in again]
     return [each for each in found if each.bytes]
 
 

@@ -189,9 +189,10 @@ class Workload:
     @property
     def counting_passes(self) -> int:
         """Forward passes of a step that only count how often each expert is chosen; see train/balance.py."""
-        if not self.sparse_layers or not self.model.router_aux_loss_coef:
+        has_experts = bool(spec_of(self.config.model.name).expert_parallel)  # of another stage, maybe
+        if not has_experts or not self.model.router_aux_loss_coef:
             return 0
-        return self.batch.accumulation_steps - 1
+        return self.batch.accumulation_steps - (0 if self.stages else 1)
 
     @property
     def vocabulary(self) -> int:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_style.data.loader import Microbatch
+from torchtitan_style.distributed.pipeline import PipelinedModel
 from torchtitan_style.distributed.world import World
 
 
@@ -37,61 +38,88 @@ class Balance:
     """Of one step. ``start`` it before the first forward pass, and add ``loss`` to the loss of each microbatch.
 
     All ranks call these together. The sums over ranks are taken over all of them: each has other tokens, or, under
-    tensor parallelism, other positions.
+    tensor parallelism, other positions, or, in a pipeline, other layers.
+
+    A pipeline begins the backward pass of the first microbatch before the forward pass of the last, and no stage sees
+    the layers of the others. There all microbatches have one more forward pass beforehand, and each stage adds the
+    loss of its own layers: the loss is a sum over layers, as it is over tokens.
     """
 
     def __init__(self, model: Any, microbatches: Sequence[Microbatch], world: World) -> None:
         self.model, self.config = model, model.config
         self.microbatches = microbatches
+        self.is_pipelined = isinstance(model, PipelinedModel)
+        self.parts = [part.model for part in model.parts] if self.is_pipelined else [model.model]
+        """The models of this rank's stages; the one model, if there are no stages."""
         tokens = sum(part.inputs.numel() for part in microbatches) * world.layout.dp * world.layout.cp
         self.rows = tokens * self.config.num_sparse_layers
         self._counts: Tensor | None = None
         """[E], of the whole step."""
-        self._other_counts: Tensor | None = None
-        """[E], of all of this rank's microbatches but the first."""
-        self._sums: Tensor | None = None
+        experts = self.config.num_experts
+        self._other_counts = torch.zeros(experts, dtype=torch.float64, device=world.device)
+        """[E], of those of this rank's microbatches that ``start`` has routed."""
+        sizes = self.config.num_sparse_layers, 2 * experts + 2
+        self._sums = torch.zeros(sizes, dtype=torch.float64, device=world.device)
         """[L, 2E + 2]; see ``sums``."""
 
     @classmethod
     def of(cls, model: Any, microbatches: Sequence[Microbatch], world: World) -> Balance | None:
         """None if the model has no experts."""
-        return cls(model, microbatches, world) if hasattr(getattr(model, "model", None), "routing") else None
+        part = model.parts[0] if isinstance(model, PipelinedModel) else model
+        return cls(model, microbatches, world) if hasattr(getattr(part, "model", None), "routing") else None
 
     @torch.no_grad()
     def start(self) -> None:
-        """Route all microbatches but the first, for the counts alone."""
-        if self.config.router_aux_loss_coef:
-            for microbatch in self.microbatches[1:]:
-                self.model(*microbatch)
-                counts = self._stacked("counts").double().sum(0)
-                self._other_counts = counts if self._other_counts is None else self._other_counts + counts
+        """Route all microbatches but the first, or all of a pipeline's, for the counts alone."""
+        if not self.config.router_aux_loss_coef:
+            return
+        for microbatch in self.microbatches[0 if self.is_pipelined else 1 :]:
+            self.model(*microbatch)
+            for part in self.parts:
+                if part.routing:  # a stage may have no experts
+                    self._other_counts += _counts(part)
+        if self.is_pipelined:
+            self._counts = self._other_counts
+            dist.all_reduce(self._counts)
 
-    def loss(self) -> Tensor:
-        """What the microbatch of the last forward pass has of the router's losses; 0-dim fp32, differentiable."""
+    def loss(self, part: Any) -> Tensor:
+        """What the layers of ``part``, one of ``parts``, have of the router's losses of the microbatch of its last
+        forward pass; 0-dim fp32, differentiable."""
+        total = torch.zeros((), device=self._sums.device)
+        if not part.routing:  # a stage without experts
+            return total
         with torch.no_grad():
             names = "counts", "probabilities", "z", "entropy"
-            sums = torch.cat([self._stacked(name).double().flatten(1) for name in names], dim=1)
-            self._sums = sums if self._sums is None else self._sums + sums
-        total = torch.zeros((), device=sums.device)
+            sums = torch.cat([_stacked(part, name).double().flatten(1) for name in names], dim=1)
+            self._sums[self._sparse_layers(part)] += sums
         if coefficient := self.config.router_aux_loss_coef:
             if self._counts is None:
-                counts = self._stacked("counts").double().sum(0)
-                self._counts = counts if self._other_counts is None else counts + self._other_counts
+                self._counts = self._other_counts + _counts(part)
                 dist.all_reduce(self._counts)
-            probabilities = self._stacked("probabilities").sum(0)
+            probabilities = _stacked(part, "probabilities").sum(0)
             total = total + coefficient * balance_loss(self._counts.float(), probabilities, self.rows)
         if coefficient := self.config.router_z_loss_coef:
-            total = total + coefficient * self._stacked("z").sum() / self.rows
+            total = total + coefficient * _stacked(part, "z").sum() / self.rows
         return total
 
     def sums(self) -> Tensor:
         """Sums over all tokens of the step, the same on all ranks: [L, 2E + 2] fp64, for each layer with experts the
         tokens of each expert, its probabilities, log² of the normaliser, and the entropy."""
-        assert self._sums is not None
         dist.all_reduce(self._sums)
         return self._sums
 
-    def _stacked(self, name: str) -> Tensor:
-        """``name`` of ``Routing`` of the last forward pass, [L, …]."""
-        found = torch.stack([getattr(routing, name) for routing in self.model.model.routing])
-        return found if found.ndim > 1 else found[:, None]
+    def _sparse_layers(self, part: Any) -> list[int]:
+        """Of all layers with experts, which ones ``part`` has, from 0."""
+        sparse = [i for i in range(self.config.num_hidden_layers) if self.config.is_sparse(i)]
+        return [place for place, i in enumerate(sparse) if part.layers[i] is not None]
+
+
+def _stacked(part: Any, name: str) -> Tensor:
+    """``name`` of ``Routing`` of the last forward pass of ``part``, [L, …]."""
+    found = torch.stack([getattr(routing, name) for routing in part.routing])
+    return found if found.ndim > 1 else found[:, None]
+
+
+def _counts(part: Any) -> Tensor:
+    """For each expert the tokens of the last forward pass of ``part``, of all its layers; [E] fp64."""
+    return _stacked(part, "counts").double().sum(0)

@@ -110,13 +110,14 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
             param_dtype=param_dtype,
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
             reshard_after_forward=reshards_after_forward(config.parallelism),
-            **({"expert_mesh": expert_mesh(world)} if spec.expert_parallel else {}),
+            **({"expert_mesh": experts} if spec.expert_parallel else {}),
             **({"adapt": lambda model: add_adapters(model, config.lora, adapted)} if adapted else {}),
             **({"context": Context.of(world.cp_group)} if spec.context_parallel else {}),
         )
 
     shape = model_config(config.model)
     adapted = adapted_modules(spec, shape, config.lora)
+    experts = expert_mesh(world) if spec.expert_parallel else None
 
     def build(stage: Stage | None = None) -> Any:
         model = build_model(
@@ -234,7 +235,9 @@ def forward_backward(
     0-dim fp64: the loss is the sum of the shares of all ranks that hold different tokens.
     """
     if isinstance(model, PipelinedModel):
-        return model.forward_backward(microbatches, tokens)
+        if balance is None:
+            return model.forward_backward(microbatches, tokens)
+        return model.forward_backward(microbatches, tokens, start=balance.start, loss_of=balance.loss)
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
     if balance is not None:
         balance.start()
@@ -245,7 +248,7 @@ def forward_backward(
             model.set_requires_all_reduce(last)
         loss_sum, _ = model(*microbatch)
         share = loss_sum / tokens
-        (share if balance is None else share + balance.loss()).backward()
+        (share if balance is None else share + balance.loss(model.model)).backward()
         loss += share.detach()
     return loss
 

@@ -9,12 +9,14 @@ Shapes: B rows, T positions, L layers with experts, E experts, k experts per tok
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torchtitan_style.data.loader import Microbatch, take_part
 from torchtitan_style.distributed.world import World
@@ -45,9 +47,15 @@ def routed_otherwise(
 
     microbatches: the rank's rows, or its part of them. logits: [B, T, L, E], the plain model's, of all rows.
     """
-    found: list[Tensor] = []
-    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-    hooks = [gate.register_forward_hook(lambda _module, _inputs, output: found.append(output[2])) for gate in gates]
+    found: dict[int, Tensor] = {}
+    """Of each layer with experts that this rank has, counted from 0 among all: the chosen experts."""
+    sparse = [layer for layer in range(model.config.num_hidden_layers) if model.config.is_sparse(layer)]
+
+    def watch(gate: nn.Module, layer: int) -> RemovableHandle:
+        return gate.register_forward_hook(lambda _module, _inputs, output: found.update({layer: output[2]}))
+
+    named = [(re.search(r"layers\.(\d+)\.mlp\.gate$", name), module) for name, module in model.named_modules()]
+    hooks = [watch(module, sparse.index(int(match[1]))) for match, module in named if match]
     tp, tp_rank = world.layout.tp, world.mesh["tp"].get_local_rank()
     row = world.dp_rank * sum(len(part.inputs) for part in microbatches)
     tokens, ties, wrong = 0, list[str](), list[str]()
@@ -59,7 +67,7 @@ def routed_otherwise(
             mine = slice(tp_rank * length, (tp_rank + 1) * length)
             right = take_part(logits[row : row + rows], world.part)[:, mine].to(world.device)  # [b, t, L, E]
             places = take_part(torch.arange(logits.shape[1])[None], world.part)[0, mine]
-            for layer, experts in enumerate(found):
+            for layer, experts in sorted(found.items()):
                 chosen, expected = experts.view(rows, length, -1), right[:, :, layer]
                 best = expected.topk(chosen.shape[-1]).indices
                 other = (chosen.sort(-1).values != best.sort(-1).values).any(-1)

@@ -94,6 +94,7 @@ QWEN3_MOE = ModelSpec(
     expert_parallel=(Dimension("num_experts", "experts"),),
     is_expert=_is_expert,
     context_parallel=True,
+    pipeline=True,
     build=_build,
     use_definition=_use_definition,
     parallelize=_parallelize,
