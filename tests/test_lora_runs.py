@@ -241,7 +241,7 @@ def test_frozen_parameters_stay_and_have_no_state(launch: Launch, config: Path, 
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--model.hf_assets_path", ""], "lora.rank: adapters need weights"),
+    (["--model.hf_assets_path", ""], "lora.rank: adapters need base weights"),
     (["--lora.target_modules", "lm_head"], '"lm_head" names no linear layer of attention or MLP: there are q_proj'),
     (["--training.freeze", "*norm*"], "training.freeze: with adapters all weights are frozen"),
     (["--optimizer.no_decay", "*norm*"], '"*norm*" matches no parameter that is trained'),
