@@ -1,9 +1,10 @@
 """Python processes that need not import torch: each is a fork of one that has.
 
-Importing what training needs takes a core three seconds, a tiny run one. Imports compute nothing, so a fork differs
-from ``python -m`` in one thing only: the seed of ``hash`` is that of its siblings. Run as a script with the path of a
-socket, this is the process that is forked; with more arguments, it asks that process for a fork and ends as the fork
-does, which is what torchrun starts as a rank.
+Importing what training needs takes a core three seconds, a tiny run half of one. Imports compute nothing, so a fork
+differs from ``python -m`` in two things only: the seed of ``hash`` is that of its siblings, and so is the peak of the
+CPU that MFU is relative to, which takes longer to measure than a tiny model takes to train. Run as a script with the
+path of a socket, this is the process that is forked; with more arguments, it asks that process for a fork and ends as
+the fork does, which is what torchrun starts as a rank.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -27,14 +29,28 @@ _IMPORTED = [
         for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "train", "verify")
     ),
     "torchtitan_style.data.store",
+    "torchtitan_style.launch.launcher",
+    "torchtitan_style.launch.rank",
+    "torchtitan_style.launch.run",
     "torchtitan_style.launch.torchrun",
+    "torchtitan_style.models.qwen3.parallelize",
+    "torchtitan_style.planner.this_machine",
     "torchtitan_style.train.trainer",
     "torchtitan_style.inference.load",
     "torchtitan_style.inference.generate",
     "torchtitan_style.checkpoint.hf_export",
     "torchtitan_style.checkpoint.hf_import",
-    "torch._dynamo",
+    "torch._dynamo",  # which the first optimizer imports
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
+    "torch.distributed.elastic.rendezvous.registry",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining.schedules",
     "torch.distributed.run",
+    "torch.distributed.tensor.parallel",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization",
+    "numpy.ma",
     "tiktoken",
 ]
 _LARGEST_REQUEST = 2**17
@@ -61,14 +77,32 @@ class Fork:
         self._socket.close()
 
 
-def _fork_on_request(path: str) -> None:
-    """Serve until standard input ends, and run in each fork what was asked for."""
+def prepare_to_fork(*modules: str) -> None:
+    """Do once what each fork would do, of what does not depend on what it is asked for; import ``modules``, too."""
     import importlib
 
-    for name in _IMPORTED:
+    import torch
+
+    from torchtitan_style.common import device
+
+    device.peak_flops = functools.cache(device.peak_flops)
+    for dtype in (torch.float32, torch.bfloat16):
+        device.peak_flops(torch.device("cpu"), dtype)
+    for name in (*_IMPORTED, *modules):
         importlib.import_module(name)
+    from torchtitan_style.models.registry import model_names, spec_of
+    from torchtitan_style.models.section import schema_of
+
+    for name in model_names():
+        schema_of(spec_of(name))  # which is kept
     faulthandler.enable()  # a fork that crashes says where
+    gc.collect()
     gc.freeze()  # a fork's collections leave alone what they would have to copy
+
+
+def _fork_on_request(path: str) -> None:
+    """Serve until standard input ends, and run in each fork what was asked for."""
+    prepare_to_fork()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path + ".new")
         listener.listen()

@@ -19,21 +19,11 @@ import threading
 import traceback
 from typing import Any, NoReturn
 
+from tests.forked import prepare_to_fork
+
 
 def main() -> None:
-    for name in (
-        "torch.distributed.run",
-        "torch.distributed.elastic.agent.server.local_elastic_agent",
-        "torch.distributed.elastic.rendezvous.registry",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch._dynamo",  # which the first optimizer imports
-        "torchtitan_style.launch.launcher",
-        "torchtitan_style.launch.rank",
-        "torchtitan_style.train.trainer",
-        "tests.faults.faulty",
-    ):
-        importlib.import_module(name)
+    prepare_to_fork("tests.faults.faulty")
     assert threading.active_count() == 1
     answer("ready")
     for line in sys.stdin:
