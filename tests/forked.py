@@ -24,10 +24,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _IMPORTED = [
-    *(
-        f"torchtitan_style.commands.{name}"
-        for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "train", "verify")
-    ),
     "torchtitan_style.data.store",
     "torchtitan_style.launch.launcher",
     "torchtitan_style.launch.rank",
@@ -36,10 +32,6 @@ _IMPORTED = [
     "torchtitan_style.models.qwen3.parallelize",
     "torchtitan_style.planner.this_machine",
     "torchtitan_style.train.trainer",
-    "torchtitan_style.inference.load",
-    "torchtitan_style.inference.generate",
-    "torchtitan_style.checkpoint.hf_export",
-    "torchtitan_style.checkpoint.hf_import",
     "torch._dynamo",  # which the first optimizer imports
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
@@ -52,6 +44,19 @@ _IMPORTED = [
     "torch.utils.serialization",
     "numpy.ma",
     "tiktoken",
+]
+_FOR_COMMANDS = [
+    *(
+        f"torchtitan_style.commands.{name}"
+        for name in ("chat", "export_hf", "generate", "import_hf", "prepare", "train", "verify")
+    ),
+    "torchtitan_style.checkpoint.hf_export",
+    "torchtitan_style.checkpoint.hf_import",
+    "torchtitan_style.inference.generate",
+    "torchtitan_style.inference.load",
+    "pyarrow.compute",
+    "pyarrow.parquet",
+    "transformers.utils.chat_template_utils",
 ]
 _LARGEST_REQUEST = 2**17
 
@@ -102,7 +107,7 @@ def prepare_to_fork(*modules: str) -> None:
 
 def _fork_on_request(path: str) -> None:
     """Serve until standard input ends, and run in each fork what was asked for."""
-    prepare_to_fork()
+    prepare_to_fork(*_FOR_COMMANDS)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path + ".new")
         listener.listen()

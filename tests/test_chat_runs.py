@@ -56,14 +56,8 @@ def test_a_few_steps_of_a_run_and_a_resume_on_two_ranks(launch: Run, tmp_path: P
     made_up(tmp_path)
     arguments = ["--config", "qwen3_small_chat", "--data.paths", "conversations.jsonl", "--model.flavor", "debug"]
     arguments += ["--training.steps", "4", "--lr_scheduler.total_steps", "4", "--lr_scheduler.warmup_steps", "1"]
-    arguments += [
-        "--checkpoint.interval",
-        "2",
-        "--validation.steps",
-        "1",
-        "--training.mixed_precision_param",
-        "float32",
-    ]
+    arguments += ["--checkpoint.interval", "2", "--validation.steps", "1", "--generation.max_new_tokens", "2"]
+    arguments += ["--training.mixed_precision_param", "float32", "--data.prepared_folder", "prepared"]
 
     def losses(run: str) -> dict[int, tuple[str, float]]:
         lines = (tmp_path / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

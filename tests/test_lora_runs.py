@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_hf import hf_model, write_tokenizer
 
-from tests.conftest import ENVIRONMENT, Python
+from tests.conftest import ENVIRONMENT, Forks, Python
 from tests.data.corpora import words, write_jsonl
 from torchtitan_style.checkpoint.peft_export import export_adapter
 from torchtitan_style.checkpoint.reader import SafeReader
@@ -79,6 +79,8 @@ async_mode = "async"
 [validation]
 freq = 2
 steps = 2
+[generation]
+max_new_tokens = 2
 [metrics]
 enable_tensorboard = false
 """)
@@ -263,32 +265,38 @@ def test_what_peft_would_take_for_experts_is_not_exported(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_a_base_holds_no_more_than_its_weights_in_bf16(config: Path, base: Path, tmp_path: Path) -> None:
-    """Of a run on a base of 150 million parameters, beyond one on a tiny base: 2 bytes a parameter, and 1 to spare.
+def test_loading_a_base_holds_no_more_than_its_weights_in_bf16(
+    forks: Forks, config: Path, base: Path, tmp_path: Path
+) -> None:
+    """Of a run on a base of 60 million parameters, beyond one on a tiny base: 2 bytes a parameter, and 1 to spare.
     Memory of the process's own; pages of the mapped file are the system's, which takes them back when it needs them."""
     large = hf_model(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=12,
-        head_dim=64, max_window_layers=16, tie_word_embeddings=True,
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=12,
+        head_dim=64, max_window_layers=6, tie_word_embeddings=True,
     )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in large.parameters())
     large.save_pretrained(tmp_path / "large")
     write_tokenizer(tmp_path / "large")
     peaks = []
+    nothing = os.open(os.devnull, os.O_RDWR)
     for number, weights in enumerate((base, tmp_path / "large")):
         command = [
-            sys.executable, "-m", "torchtitan_style", "train", "--config", str(config), "--job.dump_folder",
+            "-m", "torchtitan_style", "train", "--config", str(config), "--job.dump_folder",
             str(tmp_path / f"run-{number}"), "--model.hf_assets_path", str(weights), "--training.steps", "1",
             "--training.mixed_precision_param", "bfloat16", "--checkpoint.async_mode", "disabled",
             "--training.local_batch_size", "1", "--validation.enable", "false",
             "--data.prepared_folder", str(tmp_path / f"prepared-{number}"),
         ]  # fmt: skip
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-        peak = 0
-        while process.poll() is None:
+        process, peak = forks.start(command, ENVIRONMENT, None, [nothing, nothing, nothing]), 0
+        status = None
+        while status is None:
             with contextlib.suppress(OSError, LookupError, ValueError):  # it has ended meanwhile
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peak = max(peak, 1024 * int(status.partition("RssAnon:")[2].split(maxsplit=1)[0]))
-            time.sleep(0.01)
-        assert process.returncode == 0
+                found = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, 1024 * int(found.partition("RssAnon:")[2].split(maxsplit=1)[0]))
+            with contextlib.suppress(TimeoutError):
+                status = process.wait(0.01)
+        process.close()
+        assert status == 0
         peaks.append(peak)
+    os.close(nothing)
     assert 1.9 * parameters < peaks[1] - peaks[0] < 3 * parameters, (parameters, peaks)

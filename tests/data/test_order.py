@@ -27,8 +27,8 @@ from torchtitan_style.data.streams import Stream
 from torchtitan_style.data.tokenize import is_held_out
 from torchtitan_style.data.tokenizer import Tokenizer
 
-PHASES = [(1, 1), (2, 0), (4, 1), (2, 3), (1, 0)]
-"""Ranks and workers from one resume to the next."""
+PHASES = [(1, 0), (2, 2), (4, 0), (1, 1)]
+"""Ranks and workers from one resume to the next. Each rank that has workers imports torch once more for them."""
 STEPS = 3
 """Steps of a phase."""
 SEQ_LEN = 48
