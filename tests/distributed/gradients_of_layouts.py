@@ -55,13 +55,14 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
 def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recompute: str) -> bool:
     """Whether the graphs are those of another combination, or differ in sizes alone.
 
-    FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2, and with both
-    kinds of parallelism, one combination shows that blocks are wrapped after they are compiled.
+    FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2 one combination
+    shows that blocks are wrapped after they are compiled. With both kinds of parallelism the graphs are those of two
+    ranks, which four would compile at once.
     """
     if compile == "eager":
         return False
     if dp_replicate * dp_shard > 1:
-        return dp_replicate > 1 or recompute != "op"
+        return dp_replicate > 1 or tp > 1 or recompute != "op"
     return tp > 2 or recompute in ("full", "2") or (tp > 1 and recompute == "none")
 
 

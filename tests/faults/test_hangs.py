@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.runs import Runs
 
-TIMEOUT = 8
+TIMEOUT = 5
 OPTIONS = [
     "--comm.train_timeout_seconds",
     TIMEOUT,

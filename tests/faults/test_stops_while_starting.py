@@ -89,7 +89,7 @@ def test_a_run_that_is_told_to_stop_while_it_starts_leaves_word(
     assert (found["step"], found["checkpoint"], found["signal"]) == (0, None, number.name)
 
 
-@pytest.mark.parametrize("at", ["the interpreter", "torch._utils"])
+@pytest.mark.parametrize("at", ["the interpreter", pytest.param("torch._utils", marks=pytest.mark.nightly)])
 def test_all_ranks_stop_if_one_is_told_to_while_it_starts(tmp_path: Path, at: str) -> None:
     """Before it has handlers too: the launcher has ranks start with the signals blocked."""
     done = start(tmp_path / "here", signal.SIGUSR1, at, nproc=2, rank=1)
