@@ -1,64 +1,24 @@
-"""Whole runs on streamed corpora: killed and resumed with other ranks and workers, with bad documents, with changes."""
+"""Whole runs on streamed corpora: with bad documents, and with changes. Killed: tests/faults/test_killed_streams.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 
-from tests.conftest import ENVIRONMENT
-from tests.data.corpora import texts, write_jsonl, write_parquet
+from tests.data.corpora import write_streamed_mixture
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-
-STEPS = 120
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A streamed mixture, packed without cutting documents, with a document mask."""
-    for number in range(4):
-        write_jsonl(tmp_path / f"{number}.jsonl", texts(120, seed=number))
-    write_parquet(tmp_path / "table.parquet", texts(400, seed=9))
-    entry = {"dataset": "files"}
-    settings = {
-        "model": {"flavor": "debug"},
-        "data": {
-            "dataset": "mixture",
-            "mixture": [
-                {"name": "lines", "weight": 2, "paths": [str(tmp_path / "?.jsonl")]} | entry,
-                {"name": "table", "weight": 1, "paths": [str(tmp_path / "table.parquet")]} | entry,
-            ],
-            "streaming": True,
-            "packing": "best_fit",
-            "document_mask": True,
-        },
-        "training": {
-            "steps": STEPS,
-            "seq_len": 64,
-            "global_batch_size": 4,
-            "local_batch_size": -1,
-            "mixed_precision_param": "float32",
-        },
-        "optimizer": {"lr": 1e-4},
-        "lr_scheduler": {"warmup_steps": 5, "total_steps": STEPS},
-        "checkpoint": {"interval": 20},
-        "validation": {"freq": 1000, "steps": 2},
-        "generation": {"enable": False},
-        "metrics": {"enable_tensorboard": False, "log_freq": 10},
-    }
-    path = tmp_path / "config.toml"
-    path.write_text(tomli_w.dumps(settings))
-    return path
+    return write_streamed_mixture(tmp_path)
 
 
 def records(run: Path, key: str) -> dict[int, Any]:
@@ -75,47 +35,6 @@ def fail(process: subprocess.CompletedProcess[str]) -> str:
     assert process.returncode == 2, process.stdout + process.stderr
     assert "Traceback" not in process.stdout + process.stderr
     return process.stderr
-
-
-def kill_after(arguments: list[Any], run: Path, *, step: int, nproc: int) -> None:
-    """Start training, and kill all its processes once ``step`` is recorded."""
-    command = [sys.executable, "-m", "torchtitan_style.launch", *map(str, arguments)]
-    environment = ENVIRONMENT | {"NPROC": str(nproc)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and max(records(run, "loss"), default=0) >= step:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "it was killed while it ran"
-    for pid in family(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(member for child in children for member in family(int(child)))]
-
-
-def test_a_killed_run_goes_on_with_other_ranks_and_workers(launch: Launch, config: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    succeed(launch("--config", config, "--job.dump_folder", whole))
-    arguments = ["--config", config, "--job.dump_folder", killed]
-    kill_after([*arguments, "--data.num_workers", "1"], killed, step=30, nproc=2)
-    output = succeed(launch(*arguments, "--data.num_workers", "2"))
-    assert "resuming after step" in output
-    assert records(killed, "batch_hash") == records(whole, "batch_hash")
-    assert records(killed, "loss") == pytest.approx(records(whole, "loss"), rel=1e-4)
-    assert records(killed, "val_loss")[STEPS] == pytest.approx(records(whole, "val_loss")[STEPS], rel=1e-4)
-    for name, share in (("lines", 2 / 3), ("table", 1 / 3)):
-        found = records(whole, f"share_{name}")
-        assert sum(found.values()) / STEPS == pytest.approx(share, abs=0.03)
-    assert 0 < sum(records(whole, "padding_share").values()) / STEPS < 0.1
-
-    fitting = fail(launch(*arguments, "--training.steps", STEPS + 1, nproc=3))
-    assert "4 rows cannot be shared out evenly over 3" in fitting
 
 
 def test_bad_documents_are_listed_once_up_to_the_limit(launch: Launch, config: Path, tmp_path: Path) -> None:

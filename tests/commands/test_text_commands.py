@@ -50,11 +50,8 @@ def command(python: Python) -> Python:
     def run(*arguments: object, input: str = "", ranks: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
         line = ["-m", "torchtitan_style", *map(str, arguments)]
         if ranks:
-            torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            line = [sys.executable, "-m", *torchrun, *line]
-            done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
-        else:
-            done = python(*line, input=input, timeout=200)
+            line = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *line]
+        done = python(*line, input=input, timeout=200)
         assert done.returncode == status, done.stderr[-2000:]
         return done
 

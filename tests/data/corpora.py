@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tomli_w
 
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data.prepared import Prepared
@@ -45,6 +46,43 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 
 def write_parquet(path: Path, documents: list[str], *, group: int = 100) -> Path:
     pq.write_table(pa.table({"text": documents}), path, row_group_size=group)
+    return path
+
+
+def write_streamed_mixture(folder: Path, *, steps: int = 120) -> Path:
+    """The configuration of a run on a streamed mixture, packed without cutting documents, with a document mask."""
+    for number in range(4):
+        write_jsonl(folder / f"{number}.jsonl", texts(120, seed=number))
+    write_parquet(folder / "table.parquet", texts(400, seed=9))
+    entry = {"dataset": "files"}
+    settings = {
+        "model": {"flavor": "debug"},
+        "data": {
+            "dataset": "mixture",
+            "mixture": [
+                {"name": "lines", "weight": 2, "paths": [str(folder / "?.jsonl")]} | entry,
+                {"name": "table", "weight": 1, "paths": [str(folder / "table.parquet")]} | entry,
+            ],
+            "streaming": True,
+            "packing": "best_fit",
+            "document_mask": True,
+        },
+        "training": {
+            "steps": steps,
+            "seq_len": 64,
+            "global_batch_size": 4,
+            "local_batch_size": -1,
+            "mixed_precision_param": "float32",
+        },
+        "optimizer": {"lr": 1e-4},
+        "lr_scheduler": {"warmup_steps": 5, "total_steps": steps},
+        "checkpoint": {"interval": 20},
+        "validation": {"freq": 1000, "steps": 2},
+        "generation": {"enable": False},
+        "metrics": {"enable_tensorboard": False, "log_freq": 10},
+    }
+    path = folder / "config.toml"
+    path.write_text(tomli_w.dumps(settings))
     return path
 
 

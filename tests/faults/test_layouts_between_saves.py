@@ -11,7 +11,7 @@ from tests.faults.runs import Runs, records, same_tensors, steps
 
 FIVE = [(4, 1, 0), (4, 2, 0), (1, 1, 2), (4, 4, 0), (4, 1, 1)]
 """Processes, tensor parallel degree, data workers."""
-THREE = [(1, 1, 2), (4, 2, 0), (2, 1, 1)]
+THREE = [(1, 1, 2), (4, 2, 0), (2, 1, 0)]
 
 
 @pytest.mark.parametrize("layouts", [THREE, pytest.param(FIVE, marks=pytest.mark.nightly)], ids=["3", "5"])

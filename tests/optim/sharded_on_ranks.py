@@ -24,6 +24,7 @@ from torchtitan_style.train.stopping import ending_at_once
 
 SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (3, 10), (33, 12), (2, 2)]
 SOUND = torch.tensor(True)
+STEPS = 3
 
 
 def placements() -> dict[str, tuple[tuple[int, ...], list[Placement]]]:
@@ -57,7 +58,7 @@ def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype) ->
 
     done = []
     real = muon.orthogonalize
-    for step in range(5):
+    for step in range(STEPS):
         for a, b, gradient in zip(whole, sharded, gradients(step), strict=True):
             a.grad, b.grad = gradient.clone(), distribute_tensor(gradient, mesh, how)
         dense.step_if(SOUND)
@@ -78,7 +79,7 @@ def compare_adamw(start: list[torch.Tensor], mesh: DeviceMesh, how: list[Placeme
     whole = {str(i): torch.nn.Parameter(tensor.clone()) for i, tensor in enumerate(start)}
     sharded = {str(i): torch.nn.Parameter(distribute_tensor(tensor, mesh, how)) for i, tensor in enumerate(start)}
     optimizers = [adamw(parameters, Optimizer(lr=0.01)) for parameters in (whole, sharded)]
-    for step in range(5):
+    for step in range(STEPS):
         for a, b, gradient in zip(whole.values(), sharded.values(), gradients(step), strict=True):
             a.grad, b.grad = gradient.clone(), distribute_tensor(gradient, mesh, how)
         for optimizer in optimizers:
