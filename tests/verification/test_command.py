@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
+from tiny_hf import hf_model
 
 from tests.conftest import ENVIRONMENT, ROOT, Python
 
@@ -32,13 +31,8 @@ def interpreter(*arguments: object, package: Path = ROOT) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    config = transformers.Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    hf_model().save_pretrained(folder)
     return folder
 
 
@@ -56,9 +50,9 @@ def test_a_layout_that_is_right(verify: Python, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_a_compiled_model_that_is_right() -> None:
+def test_a_compiled_model_that_is_right(verify: Python) -> None:
     options = ["--training.mixed_precision_param", "float32", "--compile.enable", "true"]
-    done = interpreter(*TINY, "--world-size", "1", "--training.local_batch_size", "2", *options)
+    done = verify(*TINY, "--world-size", "1", "--training.local_batch_size", "2", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("every gradient of step 1") == 1
     assert "everything agrees" in done.stdout
