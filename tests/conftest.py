@@ -29,15 +29,26 @@ ENVIRONMENT = os.environ | {
 
 # Files that take longest, longest first: the last worker to finish has short ones left.
 LONGEST = (
-    "distributed/test_expert_gradients.py",
     "distributed/test_gradients.py",
+    "distributed/test_expert_gradients.py",
     "test_runs.py",
-    "models/test_causal_attention.py",
-    "faults/test_kills.py",
-    "distributed/test_pipeline.py",
     "distributed/test_context_gradients.py",
-    "test_lora_runs.py",
+    "models/test_causal_attention.py",
+    "distributed/test_adapter_gradients.py",
+    "faults/test_kills.py",
+    "faults/test_pipeline_runs.py",
+    "verification/test_command.py",
     "data/test_order.py",
+    "test_extending.py",
+    "test_start_from_weights.py",
+    "faults/test_hangs.py",
+    "faults/test_stop_signals.py",
+    "distributed/test_pipeline.py",
+    "faults/test_stops_while_starting.py",
+    "faults/test_skipped_steps.py",
+    "checkpoint/test_hf_import_export.py",
+    "commands/test_text_commands.py",
+    "test_expert_runs.py",
 )
 
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.data.corpora import words, write_jsonl
+from tests.faults.zygote import started
 
 CURVE = ("loss", "grad_norm", "lr", "batch_hash", "tokens_seen")
 PATIENCE = 200.0
@@ -95,9 +96,9 @@ class Run:
         found = {}
         for rank in range(self.nproc):
             file = Path(f"{self.log}.rank-{rank}")
-            text = file.read_text() if file.exists() else ""
-            if text and is_alive(int(text)):
-                found[rank] = int(text)
+            pid, _, since = (file.read_text() if file.exists() else "").partition(" ")
+            if since and is_alive(int(pid)) and started(int(pid)) == since:  # and not another process by now
+                found[rank] = int(pid)
         return found
 
     def signal(self, number: int, rank: int | None = None) -> None:

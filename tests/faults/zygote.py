@@ -88,7 +88,7 @@ def become(command: list[str], env: dict[str, str]) -> NoReturn:
     try:
         if "RANK" in env:
             with open(f"{env['RUN_LOG']}.rank-{env['RANK']}", "w", encoding="utf-8") as file:
-                file.write(str(os.getpid()))
+                file.write(f"{os.getpid()} {started(os.getpid())}")
         dash_m, module, *arguments = [argument for argument in command if argument != "-u"]
         assert dash_m == "-m"
         sys.argv = [module, *arguments]
@@ -106,6 +106,15 @@ def become(command: list[str], env: dict[str, str]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def started(pid: int) -> str:
+    """When, in ticks since the machine was, or "" if there is none. With it a pid is that of one process for good."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 if __name__ == "__main__":

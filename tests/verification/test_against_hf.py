@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+from tiny_hf import hf_model
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.models.hf_folder import HFFolder
@@ -40,26 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def folders(tmp_path_factory) -> dict[str, HFFolder]:
     found = {}
     for name, options in MODELS.items():
-        torch.manual_seed(0)
-        config = transformers.Qwen3Config(
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=16,
-            max_position_embeddings=512,
-            **{
-                "tie_word_embeddings": True,
-                "vocab_size": 512,
-                "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
-                **options,
-            },
-        )
-        model = transformers.Qwen3ForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases are 0 and norms 1 at first, and would hide mistakes
-                torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+        model = hf_model(intermediate_size=160, num_hidden_layers=3, **options)
         path = tmp_path_factory.mktemp(name)
         model.save_pretrained(path)
         found[name] = HFFolder(path)
