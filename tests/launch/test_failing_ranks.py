@@ -15,7 +15,7 @@ from torchtitan_style.launch.agent import describe_end
 LAUNCHER = """
 import sys
 from torchtitan_style.launch.torchrun import start_ranks
-start_ranks(["--standalone"], "failing_rank", [], nproc=int(sys.argv[1]), on_gpus=False, max_restarts=int(sys.argv[2]))
+start_ranks("failing_rank", [], nproc=int(sys.argv[1]), on_gpus=False, max_restarts=int(sys.argv[2]))
 """
 
 RANK = """

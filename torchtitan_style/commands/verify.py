@@ -96,7 +96,7 @@ def _verify_layout(config: Config, world_size: int, tolerance: float | None) -> 
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         arguments = [str(folder), *([] if tolerance is None else [str(tolerance)])]
         module = "torchtitan_style.commands.verify_rank"
-        start_ranks(["--standalone"], module, arguments, nproc=world_size, on_gpus=on_gpus)
+        start_ranks(module, arguments, nproc=world_size, on_gpus=on_gpus)
 
     right = True
     for precision, checks in compare_layout(config, world_size, on_gpus=on_gpus, start=start, say=print).items():

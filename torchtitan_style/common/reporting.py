@@ -42,6 +42,25 @@ def check_verdict() -> None:
         raise SystemExit(status)
 
 
+def report_stopped() -> None:
+    """Tell the launcher that this rank ends because the run was told to stop, not because it is complete."""
+    if verdict := os.environ.get(VERDICT):
+        _stopped(verdict).touch()
+
+
+def take_stopped() -> bool:
+    """In the launcher: whether a rank has called ``report_stopped`` since the last call of this function."""
+    try:
+        _stopped(os.environ[VERDICT]).unlink()
+    except (KeyError, FileNotFoundError):
+        return False
+    return True
+
+
+def _stopped(verdict: str) -> Path:
+    return Path(f"{verdict}.stopped")
+
+
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
     """Report expected errors as a message, and exit: with status 2 after a UserError, else with 1.

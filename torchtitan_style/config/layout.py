@@ -158,6 +158,15 @@ def plan_batch(training: Training, dp: int) -> BatchPlan:
     return BatchPlan(total, local, total // (local * dp))
 
 
+def fit_local_batch(training: Training, dp: int) -> int:
+    """training.local_batch_size; lowered to a divisor of a rank's share of the global batch if it is none."""
+    local, total = training.local_batch_size, training.global_batch_size
+    if -1 in (local, total) or total % dp:
+        return local  # it fits, or no other would
+    share = total // dp
+    return max(size for size in range(1, min(local, share) + 1) if share % size == 0)
+
+
 def plan_streams(data: Data, global_batch: int, dp: int) -> int:
     """How many streams fill the global batch on ``dp`` data-parallel ranks.
 

@@ -348,6 +348,10 @@ class Comm(Section):
     others wait for, and writes the stacks of all ranks to hang/."""
     shutdown_timeout_seconds: TimeLimit = 120
     """Seconds that ranks have to save after a signal to stop, before the launcher kills them."""
+    host_timeout_seconds: TimeLimit = 30
+    """Seconds without a heartbeat after which a host counts as lost."""
+    rejoin_timeout_seconds: TimeLimit = 60
+    """With NNODES=MIN:MAX: seconds that the remaining hosts wait for others before they train without them."""
 
 
 class Generation(Section):

@@ -1,11 +1,13 @@
-"""torchrun's agent, which starts and watches the ranks of a host, with two changes.
+"""torchrun's agent, which starts and watches the ranks of a host, with changes.
 
 It does not restart a run whose ranks have reported an error that a restart would only repeat, and it says which signal
-killed a rank.
+killed a rank. On several hosts it notices when one is lost. Of a run whose hosts may change in number it starts the
+ranks again when a host comes or goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchtitan_style.common.memory import oom_kills
-from torchtitan_style.common.reporting import VERDICT
+from torchtitan_style.common.reporting import VERDICT, take_stopped
+
+from .hosts import Membership, lost_hosts
 
 _GRACE = 5
 """Seconds that the other ranks have to end in after one has reported an error. There is nothing left to save."""
@@ -27,10 +31,15 @@ class AgentState:
     """Whether ranks were started."""
     failure: str = "a rank failed"
     """How the first rank of the last attempt ended."""
+    lost: str = ""
+    """The hosts that were lost during the attempt."""
+    failure_counted: bool = False
+    """Whether the attempt was ended by a failure, which took one of the restarts."""
 
 
-def install_agent() -> AgentState:
-    """Have torchrun use the agent of this module, in this process."""
+def install_agent(membership: Membership | None) -> AgentState:
+    """Have torchrun use the agent of this module, in this process. membership: of a run on several hosts."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher import api
 
@@ -39,16 +48,51 @@ def install_agent() -> AgentState:
     class Agent(LocalElasticAgent):
         # All overridden methods are private; each calls the one of torch, with whatever arguments it is given.
 
+        def _rendezvous(self, worker_group: Any) -> None:
+            if membership is None:
+                super()._rendezvous(worker_group)
+                return
+            before = worker_group.group_world_size if state.has_started else None
+            while True:
+                with membership.saying_whom_it_waits_for():
+                    super()._rendezvous(worker_group)
+                hosts = worker_group.group_world_size
+                if not (problem := membership.problems.get(hosts, "")):
+                    break
+                print(f"{hosts} hosts cannot train, so they wait for another: {problem}", flush=True)
+                membership.wait_for_change(worker_group.spec.rdzv_handler)
+            if before not in (None, hosts):
+                print(f"training goes on with {hosts} {'hosts' if hosts > 1 else 'host'} ({before} before)", flush=True)
+                if state.failure_counted:  # losing a host is no fault that repeats itself
+                    self._remaining_restarts += 1
+            state.failure_counted = False
+
         def _start_workers(self, *args: Any, **kwargs: Any) -> Any:
             self._oom_kills = oom_kills()
-            state.has_started = True
+            state.has_started, state.lost = True, ""
+            take_stopped()
             return super()._start_workers(*args, **kwargs)
 
-        def _monitor_workers(self, *args: Any, **kwargs: Any) -> Any:
-            result = super()._monitor_workers(*args, **kwargs)
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
             if result.is_failed():
                 self._judge(result.failures)
+            elif membership and result.state == WorkerState.HEALTHY:
+                self._look_for_lost_hosts(worker_group)
+            elif result.state == WorkerState.SUCCEEDED and _goes_on(membership):
+                print("a host comes or goes: the ranks have saved, and start again", flush=True)
+                self._restart_workers(worker_group)
+                return RunResult(state=WorkerState.HEALTHY)
             return result
+
+        def _look_for_lost_hosts(self, worker_group: Any) -> None:
+            """Kill the ranks if a host is lost: their collectives would wait for it until the watchdog ends them."""
+            lost = lost_hosts(worker_group.spec.rdzv_handler, worker_group.group_world_size)
+            if lost and not state.lost and self._pcontext is not None:
+                state.lost = lost
+                for pid in self._pcontext.pids().values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
         def _judge(self, failures: dict[int, Any]) -> None:
             if _is_reported():
@@ -56,7 +100,10 @@ def install_agent() -> AgentState:
                 return
             rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
             state.failure = describe_end(rank, first.exitcode, memory_ran_out=oom_kills() > self._oom_kills)
+            if state.lost and membership:
+                state.failure = f"no sign of life for {membership.host_timeout:g} s from {state.lost}"
             if self._remaining_restarts:
+                state.failure_counted = True
                 total = self._worker_group.spec.max_restarts
                 number = total - self._remaining_restarts + 1
                 print(f"{state.failure}; restarting all ranks ({number} of {total})", file=sys.stderr, flush=True)
@@ -68,6 +115,11 @@ def install_agent() -> AgentState:
 
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     return state
+
+
+def _goes_on(membership: Membership | None) -> bool:
+    """Whether the ranks have ended because a host comes or goes. This launcher itself was not told to stop."""
+    return membership is not None and membership.hosts.is_elastic and take_stopped()
 
 
 def _is_reported() -> bool:

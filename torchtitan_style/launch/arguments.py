@@ -69,10 +69,12 @@ class Hosts:
     nproc: int
     """Processes on this host."""
     nnodes: int
-    """Hosts."""
+    """Hosts; of a run whose hosts may change in number, the most."""
     node_rank: int
     endpoint: str
     """host:port of the first host; empty for a single one."""
+    least: int = 0
+    """Hosts that the run can go on with when others are lost; 0: with all of them only."""
 
     @property
     def world_size(self) -> int:
@@ -83,10 +85,16 @@ class Hosts:
         """Whether this host writes the dump folder and prepares the data."""
         return self.node_rank == 0
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of hosts may change during the run."""
+        return self.least > 0
+
 
 def read_environment(*, gpus: int, default_nproc: int) -> Hosts:
     """Read NPROC (or NGPU), NNODES, NODE_RANK and RDZV_ENDPOINT. Raises UserError if a value is invalid."""
-    nproc, nnodes = _positive("NPROC", _positive("NGPU", default_nproc)), _positive("NNODES", 1)
+    nproc = _positive("NPROC", _positive("NGPU", default_nproc))
+    least, nnodes = _read_nnodes()
     if gpus and nproc > gpus:
         raise UserError(
             f"NPROC: {nproc} processes need as many GPUs, but this host has {gpus}; "
@@ -99,7 +107,24 @@ def read_environment(*, gpus: int, default_nproc: int) -> Hosts:
     port = re.fullmatch(r"[^\s\0]+:([0-9]{1,5})", endpoint)
     if nnodes > 1 and not (port and int(port[1]) < 2**16):
         raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
-    return Hosts(gpus, nproc, nnodes, int(node_rank), endpoint if nnodes > 1 else "")
+    return Hosts(gpus, nproc, nnodes, int(node_rank), endpoint if nnodes > 1 else "", least)
+
+
+def environment_endpoint() -> str:
+    """host:port where the hosts of this run meet; empty for a run on one host."""
+    return os.environ.get("RDZV_ENDPOINT", "") if os.environ.get("NNODES", "1") not in ("", "1") else ""
+
+
+def _read_nnodes() -> tuple[int, int]:
+    """The least number of hosts (0 unless a range is given) and the most."""
+    text = os.environ.get("NNODES", "")
+    if ":" not in text:
+        return 0, _positive("NNODES", 1)
+    bounds = text.split(":")
+    if len(bounds) != 2 or not all(_is_number(bound) for bound in bounds) or not 1 <= int(bounds[0]) <= int(bounds[1]):
+        raise UserError(f'NNODES: must be a number of hosts, or a range of them as 2:4, not "{text}"')
+    least, most = map(int, bounds)
+    return (least if least < most else 0), most
 
 
 def _is_number(text: str) -> bool:

@@ -15,18 +15,25 @@ from torchtitan_style.common.reading import toml_of
 from torchtitan_style.config import Config
 from torchtitan_style.config.checks import Problem, cross_checks
 from torchtitan_style.config.help import section_help
+from torchtitan_style.config.layout import fit_local_batch, plan_layout
 from torchtitan_style.config.load import Draft
 from torchtitan_style.config.schema import Job, Model
 from torchtitan_style.models.checks import model_problems
 from torchtitan_style.models.registry import model_names, spec_of
 from torchtitan_style.models.section import schema_of
 
+ELASTIC = "TORCHTITAN_STYLE_ELASTIC"
+"""Environment variable that a launcher sets for its ranks if the number of hosts may change."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1) -> Config:
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = 1, is_elastic: bool = False
+) -> Config:
     """Read ``path``, apply ``overrides`` (as on the command line), check it all.
 
     path: of a file, or the name of a shipped configuration, as "qwen3_8b".
     world_size: number of processes; None: not known yet, so the degrees are not held against it.
+    is_elastic: the number of processes may change: training.local_batch_size is lowered where it does not fit.
 
     Raises UserError with every problem found: syntax, unknown keys, wrong types, impossible values
     and combinations.
@@ -38,9 +45,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     draft.apply_overrides(schema)
     _adopt_weights(draft)
     config = draft.checked(schema)
+    if is_elastic and world_size is not None:
+        config = fit_to_ranks(config, world_size)
     draft.add([*model_problems(config, spec), *cross_checks(config, world_size)])
     draft.raise_problems()
     return _with_warmup(config)
+
+
+def fit_to_ranks(config: Config, world_size: int) -> Config:
+    """``config`` with training.local_batch_size lowered so that the global batch can be shared out, if it can be."""
+    try:
+        local = fit_local_batch(config.training, plan_layout(config.parallelism, world_size).dp)
+    except ValueError:
+        return config  # the checks say why
+    return config.model_copy(update={"training": config.training.model_copy(update={"local_batch_size": local})})
 
 
 def _with_warmup(config: Config) -> Config:

@@ -9,6 +9,8 @@ torchrun.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
@@ -22,11 +24,12 @@ from torchtitan_style.train.stopping import interruptible, stops_end_at_once
 from . import rank
 from .advice import advice
 from .arguments import ConfigArguments, Hosts, parse_config_arguments, read_environment, take_restarts
-from .configure import load_config
+from .configure import ELASTIC, fit_to_ranks, load_config
 from .dry_run import DRY_RUN, dry_run
+from .hosts import Membership, membership_of, share_clock
 from .preflight import check_initial_weights, check_torch, preflight
 from .run_lock import run_lock
-from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
+from .torchrun import FirstHostLost, check_address, count_gpus, start_ranks, wait_for_host
 
 USAGE = """\
 usage: {program} [--config FILE] [--section.key VALUE ...]
@@ -40,7 +43,8 @@ usage: {program} [--config FILE] [--section.key VALUE ...]
 {setup}
 Environment
   NPROC, NGPU           processes on this host; {nproc} if left out
-  NNODES, NODE_RANK     number of hosts, and the number of this one from 0; run the command on each
+  NNODES, NODE_RANK     number of hosts, and the number of this one from 0; run the command on each.
+                        NNODES=2:4: hosts may come and go, as long as there are two (docs/faults.md)
   RDZV_ENDPOINT         host:port of the first host; needed for several hosts
   MAX_RESTARTS          as --max-restarts
 """
@@ -71,14 +75,20 @@ def main(arguments: list[str], *, program: str = "./run_train.sh", one_process: 
         if hosts.world_size == 1 and not restarts:
             rank.main(arguments)
             return
-        config = load_config(named.path, named.overrides, world_size=hosts.world_size)
+        if hosts.is_elastic:
+            os.environ[ELASTIC] = "1"
+        config = load_config(named.path, named.overrides, world_size=None if hosts.is_elastic else hosts.world_size)
+        membership = membership_of(config, hosts) if hosts.endpoint else None
+        if membership and hosts.is_elastic:
+            hosts = membership.fitting_hosts()
+            config = fit_to_ranks(config, hosts.world_size)
         _check(config, named, hosts)
         if hosts.is_first:
             _prepare(config, hosts)
         else:
             with interruptible():
                 wait_for_host(hosts.endpoint)
-    _start(config, arguments, hosts, max_restarts=3 if restarts is None else restarts)
+    _start(config, arguments, hosts, membership, max_restarts=3 if restarts is None else restarts)
 
 
 def _check(config: Config, named: ConfigArguments, hosts: Hosts) -> None:
@@ -110,28 +120,36 @@ def _prepare(config: Config, hosts: Hosts) -> None:
     if hosts.endpoint:
         check_address(hosts.endpoint)
     folder = Path(config.job.dump_folder)
-    with interruptible(folder), run_lock(folder):
+    with interruptible(folder), run_lock(folder, run=hosts.endpoint):
         check_sets(config)
         store = CorpusStore.of(config, dp=plan_layout(config.parallelism, hosts.world_size).dp)
         prepare_sets(config, store.get(say=print).tokenizer, say=print)
 
 
-def _start(config: Config, arguments: list[str], hosts: Hosts, *, max_restarts: int) -> None:
+def _start(
+    config: Config, arguments: list[str], hosts: Hosts, membership: Membership | None, *, max_restarts: int
+) -> None:
     """Start the ranks of this host, and wait for them."""
     folder = Path(config.job.dump_folder)
     clear_preempted(folder)
-    several = ["--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.endpoint}"]
-    start_ranks(
-        [*(several if hosts.endpoint else ["--standalone"]), f"--nnodes={hosts.nnodes}"],
-        "torchtitan_style.launch.rank",
-        arguments,
-        nproc=hosts.nproc,
-        on_gpus=hosts.gpus > 0,
-        max_restarts=max_restarts,
-        shutdown_timeout=config.comm.shutdown_timeout_seconds,
-        has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
-        leave_word_in=_leave_word_in(config, hosts),
-    )
+    if membership:
+        folder.mkdir(parents=True, exist_ok=True)
+        share_clock(folder, say=print)
+    try:
+        start_ranks(
+            "torchtitan_style.launch.rank",
+            arguments,
+            nproc=hosts.nproc,
+            on_gpus=hosts.gpus > 0,
+            max_restarts=max_restarts,
+            shutdown_timeout=config.comm.shutdown_timeout_seconds,
+            has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
+            leave_word_in=_leave_word_in(config, hosts),
+            membership=membership,
+        )
+    except FirstHostLost:
+        print(f"the host at {hosts.endpoint} is lost; starting again once it is back", flush=True)
+        os.execv(sys.executable, sys.orig_argv)  # a process that has run torchrun cannot run it again from the start
 
 
 def _is_trained(folder: Path, steps: int) -> bool:

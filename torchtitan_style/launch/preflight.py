@@ -26,6 +26,7 @@ from torchtitan_style.planner.memory import KINDS, checkpoint_bytes, plan_memory
 from torchtitan_style.planner.search import nearest_that_fits, overrides_of
 from torchtitan_style.train.identity import check_before_start
 
+from .arguments import environment_endpoint
 from .run_lock import check_free
 from .wandb_login import check_wandb
 
@@ -54,7 +55,7 @@ def preflight(
     folder = Path(config.job.dump_folder)
     check_writable(folder)
     if is_first:
-        check_free(folder)
+        check_free(folder, run=environment_endpoint())
         if config.metrics.enable_wandb:  # by the first rank, which is here
             check_wandb()
     check_adapters(config)

@@ -20,7 +20,7 @@ from torchtitan_style.train.stopping import ending_at_once, ignore_stops, interr
 
 from .advice import advice
 from .arguments import parse_config_arguments
-from .configure import load_config
+from .configure import ELASTIC, load_config
 from .dry_run import planned_figures
 from .preflight import check_initial_weights, check_torch, preflight
 from .torchrun import count_gpus
@@ -36,7 +36,9 @@ def main(arguments: list[str], *, usage: str = "") -> None:
         check_start(arguments)
         named = parse_config_arguments(arguments, usage=usage)
         world_size = environment_number("WORLD_SIZE", 1)
-        config = load_config(named.path, named.overrides, world_size=world_size)
+        config = load_config(
+            named.path, named.overrides, world_size=world_size, is_elastic=bool(os.environ.get(ELASTIC))
+        )
         check_torch()
         folder = Path(config.job.dump_folder)
         checks = VERDICT not in os.environ and os.environ.get("RANK", "0") == "0"  # else the launcher has done it

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import first_missing, remove_empty
+from torchtitan_style.common.files import clock_offset, first_missing, remove_empty
 from torchtitan_style.common.reading import parse_json
 
 NAME = "run.lock"
@@ -22,11 +22,17 @@ _DYING = 1.0
 """Seconds that a process which was just killed may take to release the lock."""
 _STALE = 120.0
 """Seconds without an update after which a run on another host counts as ended."""
+_LEASE = 150.0
+"""Seconds that a file server may take to release the lock of a host that is lost; 90 is usual with NFS."""
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, *, run: str = "") -> Iterator[None]:
     """Lock ``folder`` for this process. It is created if needed, and removed again if it is left empty.
+
+    run: what tells this run on several hosts from others: the address where its hosts meet. They agree there on who
+    takes part, so a process that still holds the lock belongs to a host that is lost, or is about to end: its lock is
+    taken over once the file system has released it.
 
     The kernel releases the lock when the process ends, however it ends. Where a file system does not share locks
     between hosts, they compare the file's modification time, which the holder updates. Raises UserError if another
@@ -37,11 +43,11 @@ def run_lock(folder: Path) -> Iterator[None]:
     file, held = _open(folder), False
     done = threading.Event()
     try:
-        _take(file, folder)
+        _take(file, folder, run=run)
         while not _is_current(file, folder):  # the previous run has just removed its file
             os.close(file)
             file = _open(folder)
-            _take(file, folder)
+            _take(file, folder, run=run)
         held = True
         keeper = threading.Thread(target=_keep_fresh, args=(folder / NAME, done), name="run lock", daemon=True)
         keeper.start()
@@ -54,15 +60,15 @@ def run_lock(folder: Path) -> Iterator[None]:
         remove_empty(folder, up_to=made)
 
 
-def check_free(folder: Path) -> None:
-    """Raise UserError if another run holds ``folder``. Leaves no trace."""
+def check_free(folder: Path, *, run: str = "") -> None:
+    """Raise UserError if another run holds ``folder``. Leaves no trace. run: as of ``run_lock``."""
     with contextlib.suppress(FileNotFoundError):
         try:
             file = os.open(folder / NAME, os.O_RDWR | os.O_NONBLOCK)
         except PermissionError:
             return  # said by whoever wants to write
         try:
-            _take(file, folder, write=False)
+            _take(file, folder, run=run, write=False)
         finally:
             os.close(file)
 
@@ -82,26 +88,31 @@ def _is_current(file: int, folder: Path) -> bool:
         return False
 
 
-def _take(file: int, folder: Path, *, write: bool = True) -> None:
-    patience = time.monotonic() + _DYING
+def _take(file: int, folder: Path, *, run: str, write: bool = True) -> None:
+    start = time.monotonic()
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() > patience:
-                raise _in_use(folder, _holder(file)) from None
+            holder = _holder(file)
+            if time.monotonic() - start > (_LEASE if _is_same_run(holder, run) else _DYING):
+                raise _in_use(folder, holder) from None
             time.sleep(0.05)
         except OSError:  # a file system without locks: the file's time has to do
             break
-    holder, me = _holder(file), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-    age = time.time() - os.fstat(file).st_mtime
-    if holder and holder.get("host") != me["host"] and age < _STALE:
+    holder, me = _holder(file), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "run": run}
+    age = time.time() + clock_offset(folder) - os.fstat(file).st_mtime
+    if holder and holder.get("host") != me["host"] and age < _STALE and not _is_same_run(holder, run):
         hint = f"; if it is gone, wait {_STALE - age:.0f} s"
         raise _in_use(folder, holder, f", whose last heartbeat was {age:.0f} s ago{hint}")
     if write:
         os.truncate(file, 0)
         os.pwrite(file, json.dumps(me).encode(), 0)
+
+
+def _is_same_run(holder: dict[str, Any], run: str) -> bool:
+    return bool(run) and holder.get("run") == run
 
 
 def _holder(file: int) -> dict[str, Any]:

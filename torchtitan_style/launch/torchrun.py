@@ -19,6 +19,11 @@ from torchtitan_style.common.reporting import VERDICT, verdict_status
 from torchtitan_style.train.stopping import end_at_once, ignore_stops, stops_end_at_once
 
 from .agent import install_agent
+from .hosts import Membership
+
+
+class FirstHostLost(Exception):
+    """The host that the others meet at does not answer any more."""
 
 
 def count_gpus() -> int:
@@ -58,7 +63,6 @@ def wait_for_host(endpoint: str) -> None:
 
 
 def start_ranks(
-    options: list[str],
     module: str,
     arguments: list[str],
     *,
@@ -68,12 +72,15 @@ def start_ranks(
     shutdown_timeout: int = 30,
     has_saved: Callable[[], bool] = lambda: False,
     leave_word_in: Path | None = None,
+    membership: Membership | None = None,
 ) -> None:
     """Run ``nproc`` processes of ``python -m module arguments`` under torchrun, and wait for them.
 
-    options: torchrun's, for the rendezvous. max_restarts: how often to restart all ranks after one has died, unless
-    it reported why. shutdown_timeout: seconds that the ranks have to save in when this process is told to stop.
-    has_saved: whether they did. leave_word_in: where to leave preempted.json if told to stop before the ranks start.
+    max_restarts: how often to restart all ranks after one has died, unless it reported why. shutdown_timeout: seconds
+    that the ranks have to save in when this process is told to stop. has_saved: whether they did. leave_word_in: where
+    to leave preempted.json if told to stop before the ranks start. membership: of a run on several hosts.
+
+    Raises FirstHostLost if the host that the others of an elastic run meet at does not answer any more.
 
     Exits if a rank fails: with status 2 after a UserError, else with 1; with 128 + the number of the signal if this
     process is told to stop, unless the ranks have saved. torchrun's own log of failures is off: the ranks report
@@ -105,8 +112,13 @@ def start_ranks(
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    agent = install_agent()
-    command = [*options, f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
+    agent = install_agent(membership)
+    command = [f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
+    if membership:
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={membership.hosts.endpoint}"]
+        command += membership.torchrun_options()
+    else:
+        command += ["--standalone", "--nnodes=1"]
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
         command.append(f"--shutdown-timeout={shutdown_timeout}")
     elif shutdown_timeout != 30:
@@ -124,8 +136,10 @@ def start_ranks(
             if not too_early and not has_saved():
                 raise SystemExit(128 + (told if received.sigval == signal.SIGTERM else received.sigval)) from None
         except RendezvousError as error:
+            if agent.has_started and membership and membership.hosts.is_elastic and not _is_closed(error):
+                raise FirstHostLost from None
             if agent.has_started:
-                print("error: another host has ended the run; its output says why", file=sys.stderr)
+                print("error: another host has ended the run, or is lost; its output says why", file=sys.stderr)
                 raise SystemExit(1) from None
             print(f"error: this host cannot join the others: {error}; check that RDZV_ENDPOINT names the first host "
                   "and a port that is free there", file=sys.stderr)  # fmt: skip
@@ -137,6 +151,13 @@ def start_ranks(
             raise SystemExit(status or 1) from None
     if too_early:
         end_at_once(told, leave_word_in)
+
+
+def _is_closed(error: Exception) -> bool:
+    """Whether another host has ended the run for all."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError
+
+    return isinstance(error, RendezvousClosedError)
 
 
 def _have_ranks_start_with_signals_blocked() -> None:

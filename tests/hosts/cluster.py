@@ -1,0 +1,137 @@
+"""Several hosts on this machine: network, process, name and mount namespaces, joined by a bridge.
+
+Each host has its own address, name and processes; the file system is shared, as by NFS. Needs root and ``unshare``,
+``nsenter`` and ``ip``; ``why_no_hosts`` says whether they work here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import ENVIRONMENT
+
+_NAMESPACES = ("unshare", "-n", "-u", "-m", "-p", "--fork", "--mount-proc", "sh", "-c")
+
+
+@functools.cache
+def why_no_hosts() -> str:
+    """Why namespaces cannot be made here; empty if they can."""
+    link, mount = "ip link add t0 type bridge && ip link add t1 type veth peer name t2", "mount --bind /etc /etc"
+    try:
+        done = subprocess.run([*_NAMESPACES, f"{link} && {mount}"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return done.stderr.strip() if done.returncode else ""
+
+
+class Host:
+    """A machine of the cluster, as ``h0`` at 10.77.0.1."""
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self.cluster, self.number = cluster, number
+        self.name, self.address = f"h{number}", f"10.77.0.{number + 1}"
+        self.boot()
+
+    def boot(self) -> None:
+        """Start it, or start it again after ``kill``."""
+        self.started: list[subprocess.Popen[str]] = []
+        folder = self.cluster.folder
+        binds = f"mount --bind {folder}/hosts /etc/hosts; mount --bind /dev/null /etc/resolv.conf"
+        # The holder is the first process of the host: when it is killed, the kernel kills all others.
+        self._holder = _holder([*_NAMESPACES, f"hostname {self.name}; {binds}; echo up; exec sleep 100000"])
+        self.pid = _child(self._holder)
+        port, switch, inside = f"p{self.number}", self.cluster.switch, ["nsenter", "-t", str(self.pid), "-n"]
+        _run(*switch, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
+        _run(*switch, "ip", "link", "set", port, "master", "br0", "up")
+        _run(*inside, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+        _run(*inside, "ip", "link", "set", "eth0", "up")
+        _run(*inside, "ip", "link", "set", "lo", "up")
+
+    def start(self, *arguments: str | Path, log: str, **environment: str) -> subprocess.Popen[str]:
+        """Run Python with ``arguments`` on this host, in the cluster's folder; its output goes to the file ``log``."""
+        folder = self.cluster.folder
+        enter = ["nsenter", "-t", str(self.pid), "-n", "-u", "-m", "-p", f"--wdns={folder}"]
+        with open(folder / log, "a", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                [*enter, sys.executable, *map(str, arguments)],
+                stdout=output, stderr=subprocess.STDOUT, text=True,
+                env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "eth0"} | environment,
+            )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[str]) -> None:
+        """Send SIGTERM to what ``start`` has started: ``process`` is only the command that entered the host."""
+        os.kill(_child(process), signal.SIGTERM)
+
+    def kill(self) -> None:
+        """As when the power goes: its processes end, and their connections are not closed."""
+        self.cut()
+        self._end()
+        _run(*self.cluster.switch, "ip", "link", "del", f"p{self.number}")
+
+    def _end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        for process in (self._holder, *self.started):
+            process.wait(20)
+
+    def cut(self) -> None:
+        """Pull the network cable."""
+        _run(*self.cluster.switch, "ip", "link", "set", f"p{self.number}", "down")
+
+    def reconnect(self) -> None:
+        """Put the network cable back."""
+        _run(*self.cluster.switch, "ip", "link", "set", f"p{self.number}", "up")
+
+
+class Cluster:
+    """``count`` hosts and the switch between them."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        names = "".join(f"10.77.0.{number + 1} h{number}\n" for number in range(count))
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + names, encoding="utf-8")
+        bridge = "ip link add br0 type bridge && ip link set br0 up"
+        self._switch = _holder(["unshare", "-n", "sh", "-c", f"{bridge} && echo up && exec sleep 100000"])
+        self.switch = ["nsenter", "-t", str(self._switch.pid), "-n"]
+        self.hosts = [Host(self, number) for number in range(count)]
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host._end()
+        self._switch.kill()
+        self._switch.wait(20)
+
+
+@contextlib.contextmanager
+def cluster_of(count: int, folder: Path) -> Iterator[Cluster]:
+    """A cluster of ``count`` hosts whose processes start in ``folder``."""
+    cluster = Cluster(folder, count)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _holder(command: list[str]) -> subprocess.Popen[str]:
+    """Start ``command`` and wait until it has printed "up"."""
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "up\n"
+    return holder
+
+
+def _child(process: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()[0])
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)

@@ -1,0 +1,246 @@
+"""Runs on several hosts, each a set of namespaces on this machine: hosts that are lost, come back and come late."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.hosts.cluster import Cluster, Host, cluster_of, why_no_hosts
+
+pytestmark = pytest.mark.skipif(bool(why_no_hosts()), reason=f"no namespaces here: {why_no_hosts()}")
+
+RUN = [
+    "-m", "torchtitan_style.launch", "--config", ROOT / "train_configs/qwen3.toml", "--model.flavor", "debug",
+    "--training.seq_len", "32", "--training.global_batch_size", "12", "--training.mixed_precision_param", "float32",
+    "--validation.enable", "false", "--generation.enable", "false", "--metrics.log_freq", "1",
+    "--checkpoint.interval", "10", "--checkpoint.keep_latest_k", "2", "--job.dump_folder", "run",
+    "--comm.host_timeout_seconds", "6", "--comm.rejoin_timeout_seconds", "2", "--comm.train_timeout_seconds", "20",
+]  # fmt: skip
+
+
+class Run:
+    """A training run of ``cluster``'s hosts, one process each."""
+
+    def __init__(self, cluster: Cluster, *, nnodes: str, steps: int, options: tuple[str, ...] = ()) -> None:
+        self.cluster, self.nnodes = cluster, nnodes
+        self.arguments = [*RUN, "--training.steps", str(steps), *options]
+        self.folder = cluster.folder / "run"
+
+    def start(self, host: Host, **environment: str) -> subprocess.Popen[str]:
+        return host.start(
+            *self.arguments, log=f"{host.name}.log",
+            NNODES=self.nnodes, NPROC="1", NODE_RANK=str(host.number), RDZV_ENDPOINT="h0:29500", **environment,
+        )  # fmt: skip
+
+    def output(self, host: Host) -> str:
+        return (self.cluster.folder / f"{host.name}.log").read_text(encoding="utf-8")
+
+    def lines(self) -> list[dict[str, Any]]:
+        try:
+            text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines()), default=0)
+
+    def wait_for_steps(self, more: int) -> None:
+        """Until the run has taken ``more`` steps from now on."""
+        goal = self.step() + more
+        self.wait(lambda: self.step() >= goal, f"step {goal}")
+
+    def wait_for_output(self, host: Host, text: str, *, times: int = 1) -> None:
+        self.wait(lambda: self.output(host).count(text) >= times, f'"{text}" from {host.name}')
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            logs = "\n".join(
+                f"{host.name}: {self.output(host)[-3000:]}" for host in self.cluster.hosts if self._log(host)
+            )
+            assert time.monotonic() < deadline, f"{what} did not come within {seconds} s\n{logs}"
+            time.sleep(0.1)
+
+    def _log(self, host: Host) -> bool:
+        return (self.cluster.folder / f"{host.name}.log").exists()
+
+    def curve(self) -> dict[int, tuple[str, float]]:
+        """Batch hash and loss of each step, as last written."""
+        return {line["step"]: (line["batch_hash"], line["loss"]) for line in self.lines()}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster_of(3, tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def undisturbed(three: Cluster) -> Callable[[Run], dict[int, tuple[str, float]]]:
+    """The curve of the same run on one host that nothing happens to."""
+
+    def run(other: Run) -> dict[int, tuple[str, float]]:
+        alone = Run(three, nnodes="1", steps=1)
+        alone.arguments = [*other.arguments, "--job.dump_folder", "alone"]
+        alone.folder = three.folder / "alone"
+        assert alone.start(three.hosts[0]).wait(200) == 0
+        return alone.curve()
+
+    return run
+
+
+def assert_same_curve(found: dict[int, tuple[str, float]], expected: dict[int, tuple[str, float]]) -> None:
+    assert found.keys() == expected.keys()
+    for step, (batch, loss) in expected.items():
+        assert found[step][0] == batch, step
+        assert found[step][1] == pytest.approx(loss, rel=1e-5), step
+
+
+def test_a_run_shrinks_and_grows_with_its_hosts(three: Cluster, undisturbed: Any) -> None:
+    """Two hosts, one without power, another one joins, which leaves again: the curve is that of one host."""
+    first, second, third = three.hosts
+    run = Run(three, nnodes="1:3", steps=250)
+    ends = run.start(first)
+    run.start(second)
+    run.wait_for_steps(12)
+    second.kill()
+    run.wait_for_output(first, "no sign of life for 6 s from 1 of 2 hosts (left: h0)")
+    run.wait_for_output(first, "training goes on with 1 host (2 before)")
+    run.wait_for_steps(5)
+    joins = run.start(third)
+    run.wait_for_output(first, "training goes on with 2 hosts (1 before)")
+    run.wait_for_steps(5)
+    third.stop(joins)
+    assert joins.wait(60) == 0
+    run.wait_for_output(first, "training goes on with 1 host (2 before)", times=2)
+    assert ends.wait(120) == 0
+    assert_same_curve(run.curve(), undisturbed(run))
+
+
+@pytest.mark.nightly
+def test_a_host_of_a_fixed_number_is_replaced(three: Cluster, undisturbed: Any) -> None:
+    first, second, _ = three.hosts
+    run = Run(three, nnodes="2", steps=150)
+    ends = run.start(first)
+    run.start(second)
+    run.wait_for_steps(12)
+    second.kill()
+    run.wait_for_output(first, "no sign of life for 6 s from 1 of 2 hosts")
+    run.wait_for_output(first, "waiting until 2 hosts are at h0:29500", times=2)
+    second.boot()
+    replaced = run.start(second)
+    assert (ends.wait(120), replaced.wait(60)) == (0, 0)
+    assert_same_curve(run.curve(), undisturbed(run))
+
+
+@pytest.mark.nightly
+def test_the_first_host_is_replaced(three: Cluster, undisturbed: Any) -> None:
+    """The others meet at its address, so they wait until it is back."""
+    first, second, third = three.hosts
+    run = Run(three, nnodes="1:3", steps=150)
+    run.start(first)
+    others = [run.start(second), run.start(third)]
+    run.wait_for_steps(12)
+    first.kill()
+    for host in (second, third):
+        run.wait_for_output(host, "the host at h0:29500 is lost; starting again once it is back")
+    first.boot()
+    replaced = run.start(first)
+    assert [process.wait(150) for process in (replaced, *others)] == [0, 0, 0]
+    assert_same_curve(run.curve(), undisturbed(run))
+
+
+@pytest.mark.nightly
+def test_without_the_first_host_a_fixed_number_ends(three: Cluster) -> None:
+    first, second, _ = three.hosts
+    run = Run(three, nnodes="2", steps=1000)
+    run.start(first)
+    ends = run.start(second)
+    run.wait_for_steps(12)
+    first.kill()
+    assert ends.wait(60) == 1
+    assert "error: another host has ended the run, or is lost" in run.output(second)
+    first.boot()
+    run.arguments += ["--training.steps", str(run.step() + 10)]
+    again = [run.start(first), run.start(second)]
+    assert [process.wait(100) for process in again] == [0, 0]
+
+
+@pytest.mark.nightly
+def test_a_network_that_is_gone_for_seconds_is_waited_for(three: Cluster, undisturbed: Any) -> None:
+    first, second, _ = three.hosts
+    run = Run(three, nnodes="1:2", steps=150, options=("--comm.host_timeout_seconds", "30"))
+    both = [run.start(first), run.start(second)]
+    run.wait_for_steps(12)
+    second.cut()
+    time.sleep(5)
+    before = run.step()
+    second.reconnect()
+    assert [process.wait(100) for process in both] == [0, 0]
+    assert before < 150
+    assert "restarting" not in run.output(first)
+    assert_same_curve(run.curve(), undisturbed(run))
+
+
+@pytest.mark.nightly
+def test_a_host_without_network_comes_back(three: Cluster, undisturbed: Any) -> None:
+    first, second, _ = three.hosts
+    run = Run(three, nnodes="1:2", steps=400)
+    both = [run.start(first), run.start(second)]
+    run.wait_for_steps(12)
+    second.cut()
+    run.wait_for_output(first, "training goes on with 1 host (2 before)")
+    run.wait_for_steps(5)
+    second.reconnect()
+    run.wait_for_output(first, "training goes on with 2 hosts (1 before)")
+    assert [process.wait(150) for process in both] == [0, 0]
+    assert_same_curve(run.curve(), undisturbed(run))
+
+
+@pytest.mark.nightly
+def test_numbers_that_cannot_train_wait(three: Cluster, undisturbed: Any) -> None:
+    """Two ranks share each matrix, so three hosts wait for a fourth or the loss of one."""
+    first, second, third = three.hosts
+    run = Run(three, nnodes="1:3", steps=150, options=("--parallelism.tensor_parallel_degree", "2"))
+    both = [run.start(first), run.start(second)]
+    run.wait_for_steps(12)
+    run.start(third)
+    run.wait_for_output(first, "3 hosts cannot train, so they wait for another")
+    third.kill()
+    run.wait_for_output(first, "training goes on with 2 hosts")
+    assert [process.wait(150) for process in both] == [0, 0]
+    assert_same_curve(run.curve(), undisturbed(run))
+
+
+CLOCK = """
+import datetime, time
+true, real = time.time, datetime.datetime
+time.time = lambda: true() + {seconds}
+class Shifted(real):
+    @classmethod
+    def now(cls, tz=None):
+        return real.now(tz) + datetime.timedelta(seconds={seconds})
+datetime.datetime = Shifted
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_clocks_an_hour_apart(three: Cluster, undisturbed: Any, seconds: int) -> None:
+    first, second, _ = three.hosts
+    (three.folder / "clock").mkdir()
+    (three.folder / "clock/sitecustomize.py").write_text(CLOCK.format(seconds=seconds), encoding="utf-8")
+    run = Run(three, nnodes="1:2", steps=150)
+    both = [run.start(first), run.start(second, PYTHONPATH=f"{three.folder / 'clock'}:{ROOT}")]
+    assert [process.wait(150) for process in both] == [0, 0]
+    assert f"this host's clock is {3600} s {'ahead of' if seconds > 0 else 'behind'}" in run.output(second)
+    assert "restarting" not in run.output(first)
+    assert_same_curve(run.curve(), undisturbed(run))
