@@ -31,10 +31,17 @@ class AgentState:
     """Whether ranks were started."""
     failure: str = "a rank failed"
     """How the first rank of the last attempt ended."""
+    ranks: tuple[int, ...] = ()
+    """Processes of the ranks of this host."""
     lost: str = ""
     """The hosts that were lost during the attempt."""
     failure_counted: bool = False
     """Whether the attempt was ended by a failure, which took one of the restarts."""
+
+    def kill_ranks(self) -> None:
+        for pid in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def install_agent(membership: Membership | None) -> AgentState:
@@ -71,7 +78,9 @@ def install_agent(membership: Membership | None) -> AgentState:
             self._oom_kills = oom_kills()
             state.has_started, state.lost = True, ""
             take_stopped()
-            return super()._start_workers(*args, **kwargs)
+            started = super()._start_workers(*args, **kwargs)
+            state.ranks = tuple(self._pcontext.pids().values()) if self._pcontext else ()
+            return started
 
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
@@ -88,11 +97,9 @@ def install_agent(membership: Membership | None) -> AgentState:
         def _look_for_lost_hosts(self, worker_group: Any) -> None:
             """Kill the ranks if a host is lost: their collectives would wait for it until the watchdog ends them."""
             lost = lost_hosts(worker_group.spec.rdzv_handler, worker_group.group_world_size)
-            if lost and not state.lost and self._pcontext is not None:
+            if lost and not state.lost:
                 state.lost = lost
-                for pid in self._pcontext.pids().values():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                state.kill_ranks()
 
         def _judge(self, failures: dict[int, Any]) -> None:
             if _is_reported():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,34 @@ def lost_hosts(rendezvous: Any, count: int) -> str:
     if len(state.participants) >= count:
         return ""
     return f"{count - len(state.participants)} of {count} hosts (left: {', '.join(sorted(present))})"
+
+
+def watch_first_host(membership: Membership, lost: Callable[[], object]) -> None:
+    """Call ``lost``, in a thread, once the host that the others meet at has given no answer for host_timeout seconds.
+
+    torchrun asks it without a time limit. That nothing listens there is an answer: torchrun notices that itself.
+    """
+    host, _, port = membership.hosts.endpoint.rpartition(":")
+    pause = membership.host_timeout / _HEARTBEATS
+
+    def answers() -> bool:
+        try:
+            socket.create_connection((host, int(port)), timeout=pause).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def watch() -> None:
+        last = time.monotonic()
+        while time.monotonic() - last < membership.host_timeout:
+            time.sleep(pause)
+            if answers():
+                last = time.monotonic()
+        lost()
+
+    threading.Thread(target=watch, name="first host", daemon=True).start()
 
 
 def share_clock(folder: Path, *, say: Callable[[str], None]) -> None:

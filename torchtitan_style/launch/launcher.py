@@ -10,7 +10,6 @@ torchrun.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
@@ -29,7 +28,7 @@ from .dry_run import DRY_RUN, dry_run
 from .hosts import Membership, membership_of, share_clock
 from .preflight import check_initial_weights, check_torch, preflight
 from .run_lock import run_lock
-from .torchrun import FirstHostLost, check_address, count_gpus, start_ranks, wait_for_host
+from .torchrun import check_address, count_gpus, start_ranks, wait_for_host
 
 USAGE = """\
 usage: {program} [--config FILE] [--section.key VALUE ...]
@@ -135,21 +134,17 @@ def _start(
     if membership:
         folder.mkdir(parents=True, exist_ok=True)
         share_clock(folder, say=print)
-    try:
-        start_ranks(
-            "torchtitan_style.launch.rank",
-            arguments,
-            nproc=hosts.nproc,
-            on_gpus=hosts.gpus > 0,
-            max_restarts=max_restarts,
-            shutdown_timeout=config.comm.shutdown_timeout_seconds,
-            has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
-            leave_word_in=_leave_word_in(config, hosts),
-            membership=membership,
-        )
-    except FirstHostLost:
-        print(f"the host at {hosts.endpoint} is lost; starting again once it is back", flush=True)
-        os.execv(sys.executable, sys.orig_argv)  # a process that has run torchrun cannot run it again from the start
+    start_ranks(
+        "torchtitan_style.launch.rank",
+        arguments,
+        nproc=hosts.nproc,
+        on_gpus=hosts.gpus > 0,
+        max_restarts=max_restarts,
+        shutdown_timeout=config.comm.shutdown_timeout_seconds,
+        has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
+        leave_word_in=_leave_word_in(config, hosts),
+        membership=membership,
+    )
 
 
 def _is_trained(folder: Path, steps: int) -> bool:

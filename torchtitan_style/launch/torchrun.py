@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,18 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.program import STOP_SIGNALS
 from torchtitan_style.common.reporting import VERDICT, verdict_status
 from torchtitan_style.train.stopping import end_at_once, ignore_stops, stops_end_at_once
 
-from .agent import install_agent
-from .hosts import Membership
-
-
-class FirstHostLost(Exception):
-    """The host that the others meet at does not answer any more."""
+from .agent import AgentState, install_agent
+from .hosts import Membership, watch_first_host
 
 
 def count_gpus() -> int:
@@ -80,8 +78,6 @@ def start_ranks(
     that the ranks have to save in when this process is told to stop. has_saved: whether they did. leave_word_in: where
     to leave preempted.json if told to stop before the ranks start. membership: of a run on several hosts.
 
-    Raises FirstHostLost if the host that the others of an elastic run meet at does not answer any more.
-
     Exits if a rank fails: with status 2 after a UserError, else with 1; with 128 + the number of the signal if this
     process is told to stop, unless the ranks have saved. torchrun's own log of failures is off: the ranks report
     errors themselves, and what the agent sees is printed here.
@@ -117,6 +113,8 @@ def start_ranks(
     if membership:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={membership.hosts.endpoint}"]
         command += membership.torchrun_options()
+        if not membership.hosts.is_first:
+            watch_first_host(membership, lambda: _lose_first_host(agent, membership))
     else:
         command += ["--standalone", "--nnodes=1"]
     if any("--shutdown-timeout" in action.option_strings for action in run.get_args_parser()._actions):  # torch 2.13
@@ -137,7 +135,7 @@ def start_ranks(
                 raise SystemExit(128 + (told if received.sigval == signal.SIGTERM else received.sigval)) from None
         except RendezvousError as error:
             if agent.has_started and membership and membership.hosts.is_elastic and not _is_closed(error):
-                raise FirstHostLost from None
+                _lose_first_host(agent, membership)
             if agent.has_started:
                 print("error: another host has ended the run, or is lost; its output says why", file=sys.stderr)
                 raise SystemExit(1) from None
@@ -151,6 +149,21 @@ def start_ranks(
             raise SystemExit(status or 1) from None
     if too_early:
         end_at_once(told, leave_word_in)
+
+
+def _lose_first_host(agent: AgentState, membership: Membership) -> NoReturn:
+    """End, or in an elastic run begin again, since the host that the others meet at does not answer any more.
+
+    May be called by any thread: the main thread may be waiting for an answer of that host, and would not return.
+    """
+    agent.kill_ranks()
+    shutil.rmtree(Path(os.environ[VERDICT]).parent, ignore_errors=True)
+    endpoint = membership.hosts.endpoint
+    if membership.hosts.is_elastic:
+        print(f"the host at {endpoint} is lost; starting again once it is back", flush=True)
+        os.execv(sys.executable, sys.orig_argv)  # a process that has run torchrun once cannot do it again
+    print(f"error: the first host, {endpoint}, gives no sign of life", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _is_closed(error: Exception) -> bool:
