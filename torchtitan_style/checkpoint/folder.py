@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_style.common.files import write_in_one_go
+from torchtitan_style.common.files import fsync_ancestors, write_in_one_go
 from torchtitan_style.common.reading import read_json_object, read_text
 
 from .manifest import aside, problem_of, seal
@@ -71,7 +71,9 @@ class CheckpointFolder:
         Raises OSError if there cannot be one: the run's own folder is not made again, should it be gone.
         """
         self.remove_unfinished()
-        self.root.mkdir(exist_ok=True)
+        if not self.root.exists():
+            self.root.mkdir()
+            fsync_ancestors(self.root)
         temporary = self.root / f"tmp-step-{step}"
         temporary.mkdir()
         return temporary

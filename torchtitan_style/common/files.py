@@ -45,12 +45,20 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_ancestors(folder: Path) -> None:
+    """Flush the names on the way to ``folder``: those of folders that were just made are lost in a power cut."""
+    for ancestor in folder.absolute().parents:
+        with contextlib.suppress(OSError):  # of another user, and not new
+            fsync(ancestor)
+
+
 def write_in_one_go(path: Path, text: str) -> None:
-    """Write ``text`` to a file atomically: it has the old content or the new one, never a part."""
+    """Write ``text`` to a file atomically: it has the old content or the new one, never a part, and keeps it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     temporary.replace(path)
+    fsync(path.parent)
 
 
 def clock_offset(folder: Path) -> float:
