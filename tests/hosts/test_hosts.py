@@ -52,10 +52,10 @@ class Run:
     def step(self) -> int:
         return max((line["step"] for line in self.lines()), default=0)
 
-    def wait_for_steps(self, more: int) -> None:
+    def wait_for_steps(self, more: int, *, seconds: float = 120) -> None:
         """Until the run has taken ``more`` steps from now on."""
         goal = self.step() + more
-        self.wait(lambda: self.step() >= goal, f"step {goal}")
+        self.wait(lambda: self.step() >= goal, f"step {goal}", seconds)
 
     def wait_for_output(self, host: Host, text: str, *, times: int = 1) -> None:
         self.wait(lambda: self.output(host).count(text) >= times, f'"{text}" from {host.name}')
