@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(bool(why_no_hosts()), reason=f"no namespaces her
 
 RUN = [
     "-m", "torchtitan_style.launch", "--config", ROOT / "train_configs/qwen3.toml", "--model.flavor", "debug",
+    "--data.dataset", "files", "--data.paths", "corpus.txt", "--data.validation_fraction", "0",
     "--training.seq_len", "32", "--training.global_batch_size", "12", "--training.mixed_precision_param", "float32",
     "--validation.enable", "false", "--generation.enable", "false", "--metrics.log_freq", "1",
     "--checkpoint.interval", "10", "--checkpoint.keep_latest_k", "2", "--job.dump_folder", "run",
@@ -32,6 +34,9 @@ class Run:
         self.cluster, self.nnodes = cluster, nnodes
         self.arguments = [*RUN, "--training.steps", str(steps), *options]
         self.folder = cluster.folder / "run"
+        random = Random(0)
+        words = (f"{random.choice('abcdefgh')}{random.randrange(300)}" for _ in range(20000))
+        (cluster.folder / "corpus.txt").write_text(" ".join(words), encoding="utf-8")
 
     def start(self, host: Host, **environment: str) -> subprocess.Popen[str]:
         return host.start(
@@ -134,7 +139,7 @@ def test_a_host_of_a_fixed_number_is_replaced(three: Cluster, undisturbed: Any) 
     run.wait_for_steps(12)
     second.kill()
     run.wait_for_output(first, "no sign of life for 6 s from 1 of 2 hosts")
-    run.wait_for_output(first, "waiting until 2 hosts are at h0:29500", times=2)
+    run.wait_for_output(first, "waiting at h0:29500 for 2 hosts", times=2)
     second.boot()
     replaced = run.start(second)
     assert (ends.wait(120), replaced.wait(60)) == (0, 0)
@@ -213,9 +218,9 @@ def test_numbers_that_cannot_train_wait(three: Cluster, undisturbed: Any) -> Non
     both = [run.start(first), run.start(second)]
     run.wait_for_steps(12)
     run.start(third)
-    run.wait_for_output(first, "3 hosts cannot train, so they wait for another")
+    run.wait_for_output(first, "3 hosts cannot train, and wait for another number of hosts: data_parallel")
     third.kill()
-    run.wait_for_output(first, "training goes on with 2 hosts")
+    run.wait_for_output(first, "resuming after step")
     assert [process.wait(150) for process in both] == [0, 0]
     assert_same_curve(run.curve(), undisturbed(run))
 

@@ -17,7 +17,7 @@ from typing import Any
 from torchtitan_style.common.memory import oom_kills
 from torchtitan_style.common.reporting import VERDICT, take_stopped
 
-from .hosts import Membership, lost_hosts
+from .hosts import Membership, hosts_text, lost_hosts
 
 _GRACE = 5
 """Seconds that the other ranks have to end in after one has reported an error. There is nothing left to save."""
@@ -66,10 +66,10 @@ def install_agent(membership: Membership | None) -> AgentState:
                 hosts = worker_group.group_world_size
                 if not (problem := membership.problems.get(hosts, "")):
                     break
-                print(f"{hosts} hosts cannot train, so they wait for another: {problem}", flush=True)
+                print(f"{hosts_text(hosts)} cannot train, and wait for another number of hosts: {problem}", flush=True)
                 membership.wait_for_change(worker_group.spec.rdzv_handler)
             if before not in (None, hosts):
-                print(f"training goes on with {hosts} {'hosts' if hosts > 1 else 'host'} ({before} before)", flush=True)
+                print(f"training goes on with {hosts_text(hosts)} ({before} before)", flush=True)
                 if state.failure_counted:  # losing a host is no fault that repeats itself
                     self._remaining_restarts += 1
             state.failure_counted = False

@@ -64,7 +64,7 @@ class Membership:
     def saying_whom_it_waits_for(self) -> Iterator[None]:
         """Print after some seconds that this host waits for others."""
         more = " or more" if self.hosts.is_elastic else ""
-        text = f"waiting until {self.least}{more} hosts are at {self.hosts.endpoint}"
+        text = f"waiting at {self.hosts.endpoint} for {hosts_text(self.least)}{more}"
         timer = threading.Timer(_SAY_AFTER, print, [text], {"flush": True})
         timer.daemon = True
         timer.start()
@@ -85,7 +85,7 @@ def membership_of(config: Config, hosts: Hosts) -> Membership:
     problems = {}
     for number in range(hosts.least, hosts.nnodes + 1) if hosts.is_elastic else ():
         found = cross_checks(fit_to_ranks(config, number * hosts.nproc), number * hosts.nproc)
-        problems[number] = "; ".join(f"{', '.join(problem.keys)}: {problem.text}" for problem in found)
+        problems[number] = "; ".join(problem.text for problem in found)
     if hosts.is_elastic:
         if config.training.global_batch_size == -1:
             raise UserError(
@@ -96,6 +96,10 @@ def membership_of(config: Config, hosts: Hosts) -> Membership:
             raise UserError(f"NNODES: no number of hosts can train; {hosts.nnodes} hosts: {problems[hosts.nnodes]}")
     comm = config.comm
     return Membership(hosts, problems, comm.rejoin_timeout_seconds, comm.host_timeout_seconds)
+
+
+def hosts_text(number: int) -> str:
+    return f"{number} host{'s' if number > 1 else ''}"
 
 
 def lost_hosts(rendezvous: Any, count: int) -> str:

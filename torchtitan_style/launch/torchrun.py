@@ -107,7 +107,8 @@ def start_ranks(
         raise SignalException(f"told to stop by {told.name}", signal.SIGTERM)
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     agent = install_agent(membership)
     command = [f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
     if membership:
