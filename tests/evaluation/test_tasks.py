@@ -102,6 +102,10 @@ def test_answers_are_those_of_transformers(folder: Path) -> None:
         ("the loss of ", "x"), ("", "the token"), ("def loss(x):", " return 1234"),
         ("the token " * 60, "and its weight"),
         ("the loss", " of"), ("the loss", " x"),
+        # Answers to one question, long and short, and questions of several lengths beside each other.
+        ("def f(x):", " return 1"), ("def f(x):", " return 1234 and the token"), ("def f(x):", " the"),
+        ("naïve 学习 is the weight", " of a loss"), ("naïve 学习 is the weight", "s"), ("a", "b c d"), ("a", "b"),
+        ("the token " * 55, " and its weight"), ("the token " * 55, " and"),
     ]  # fmt: skip
     requests = ask("loglikelihood", *pairs)
     for found, expected in zip(mine.loglikelihood(requests), reference.loglikelihood(requests), strict=True):

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.distributed.world import World
+from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.generate import TextModel
 
-from .score import score
-from .windows import Window, batches, stack
+from .score import score, sums_of_hidden
+from .windows import IGNORE, Window, batches
 
 _NEW_TOKENS = 256
 """The harness's own number where a task names none."""
@@ -135,27 +136,34 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is what greedy decoding gives.
 
-        requests: (what it was, ids before, ids of the continuation).
+        requests: (what it was, ids before, ids of the continuation). Answers to the same question are scored together:
+        the question is computed once.
         """
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.rank > 0)
-        single: dict[tuple[int, ...], list[int]] = {}
+        asked: dict[tuple[int, ...], list[int]] = {}
         windows = []
         for number, (_, before, after) in enumerate(requests):
-            ids = (before + after)[-(self.max_length + 1) :]
-            if len(after) == 1:
-                single.setdefault(tuple(ids[:-1]), []).append(number)
+            if len(before) + len(after) <= self.max_length + 1:
+                asked.setdefault(tuple(before), []).append(number)
             else:
+                ids = (before + after)[-(self.max_length + 1) :]
                 windows.append(Window(ids[:-1], ids[1:], max(len(ids) - 1 - len(after), 0), number))
+        for before, numbers in list(asked.items()):
+            if len(numbers) == 1:
+                del asked[before]
+                (number,) = numbers
+                ids = [*before, *requests[number][2]]
+                windows.append(Window(ids[:-1], ids[1:], len(before) - 1, number))
         for window, loss, right in score(self.model.model, self._batches(windows), device=self.model.device):
             found[window.source] = -loss, right == len(window.inputs) - window.context
             bar.update()
-        for ids, log_probs in self._next_tokens(list(single)):
-            numbers = single[ids]
-            likeliest = int(log_probs.argmax())
-            for number in numbers:
-                token = requests[number][2][0]
-                found[number] = log_probs[token].item(), token == likeliest
+        for questions in _questions(asked, self.batch_size):
+            answers = [[requests[number][2] for number in numbers] for _, numbers in questions]
+            scored = self._answers([before for before, _ in questions], answers)
+            numbers = [number for _, numbers in questions for number in numbers]
+            for number, answer in zip(numbers, scored, strict=True):
+                found[number] = answer
             bar.update(len(numbers))
         bar.close()
         for (request, _, _), answer in zip(requests, found, strict=True):
@@ -164,17 +172,33 @@ class HarnessModel(TemplateLM):
         return found
 
     @torch.inference_mode()
-    def _next_tokens(self, contexts: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """Each context with the log-probabilities [V] of the token after it: answers of one token share it."""
-        rows = [Window(ids, ids, 0, number) for number, ids in enumerate(contexts)]
-        for batch in self._batches(rows):
-            inputs, _ = stack(batch, self.model.device)
-            hidden = self.model.model.model(inputs)  # [B, T, C]
-            last = torch.tensor([len(row.inputs) - 1 for row in batch], device=hidden.device)
-            hidden = hidden[torch.arange(len(batch), device=hidden.device), last]
-            log_probs = self.model.model.lm_head(hidden[None])[0].float().log_softmax(-1).cpu()  # [B, V]
-            for row, of_row in zip(batch, log_probs, strict=True):
-                yield contexts[row.source], of_row
+    def _answers(
+        self, questions: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> Iterator[tuple[float, bool]]:
+        """Log-probability of each answer to each question, and whether it is the likeliest text.
+
+        Questions go into a cache, padded on the left, and each of its rows is continued by every answer.
+        """
+        model, device = self.model.model, self.model.device
+        longest = max(map(len, questions))
+        padding = [longest - len(question) for question in questions]
+        ids = torch.tensor([[0] * pad + list(q) for pad, q in zip(padding, questions, strict=True)], device=device)
+        flat = [answer for of_question in answers for answer in of_question]
+        most = max(map(len, flat))
+        cache = KVCache(model.config.windows, padding=padding, capacity=longest + most)
+        hidden = model.model(ids, positions=cache.positions(ids), cache=cache)[:, -1:]  # [Q, 1, C]
+        cache.advance(longest)
+        rows = [i for i, of_question in enumerate(answers) for _ in of_question]
+        hidden = hidden[rows]  # [A, 1, C]: they predict the first token of each answer
+        if most > 1:
+            cache.select(rows)
+            given = torch.tensor([[*answer[:-1], *[0] * (most - len(answer))] for answer in flat], device=device)
+            later = model.model(given, positions=cache.positions(given), cache=cache)
+            hidden = torch.cat((hidden, later), dim=1)  # [A, most, C]
+        labels = torch.tensor([[*answer, *[IGNORE] * (most - len(answer))] for answer in flat], device=device)
+        losses, right = sums_of_hidden(model, hidden, labels)
+        for answer, loss, count in zip(flat, losses.tolist(), right.tolist(), strict=True):
+            yield -loss, count == len(answer)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text, in windows of ``max_length`` that do not overlap."""
@@ -252,6 +276,20 @@ class HarnessModel(TemplateLM):
     def barrier(self) -> None:
         if self.world is not None:
             dist.barrier(group=self.world.dp_group)
+
+
+def _questions(
+    asked: dict[tuple[int, ...], list[int]], answers: int
+) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+    """Questions with the numbers of their answers, of similar length together, with at most so many answers."""
+    together: list[tuple[tuple[int, ...], list[int]]] = []
+    for question in sorted(asked.items(), key=lambda item: -len(item[0])):
+        if together and sum(len(numbers) for _, numbers in [*together, question]) > answers:
+            yield together
+            together = []
+        together.append(question)
+    if together:
+        yield together
 
 
 def _batched(numbers: list[int], size: int) -> Iterator[list[int]]:

@@ -40,16 +40,23 @@ def score(
 def row_sums(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the token losses of each row, and how many labels are the likeliest token: [B] in fp64, and [B].
 
-    model: a causal language model with Transformers' names. ids, labels: [B, T]; -100 where nothing is scored. The
-    logits of few positions are there at once, and none of those that are not scored.
+    model: a causal language model with Transformers' names. ids, labels: [B, T]; -100 where nothing is scored.
     """
-    hidden = model.model(ids)  # [B, T, C]
+    return sums_of_hidden(model, model.model(ids), labels)
+
+
+def sums_of_hidden(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``row_sums`` of rows whose last hidden states [B, T, C] are known.
+
+    The logits of few positions are there at once, and none of those that are not scored.
+    """
+    rows = len(labels)
     wanted = labels != IGNORE
     row_of = wanted.nonzero()[:, 0]  # [N]
     hidden, labels = hidden[wanted], labels[wanted]  # [N, C], [N]
     size = max(_POSITIONS_AT_ONCE, _LOGITS_AT_ONCE // model.config.vocab_size)
-    losses = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-    right = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    losses = torch.zeros(rows, dtype=torch.float64, device=hidden.device)
+    right = torch.zeros(rows, dtype=torch.long, device=hidden.device)
     for begin in range(0, len(labels), size):
         part = slice(begin, begin + size)
         logits = model.lm_head(hidden[None, part])[0].float()  # [n, V]
