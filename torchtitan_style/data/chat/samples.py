@@ -11,6 +11,7 @@ A template with ``{% generation %}`` marks says itself what the model writes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -25,6 +26,8 @@ from .template import CHATML, ChatTemplate, Refused
 TRAINED, BEGINS = 1, 2
 """Marks of a token: it is trained on; it is the first of its sample, which nothing predicts."""
 
+_PROBE = "probe-of-a-role"
+"""What a message says whose rendering is looked for."""
 _NEAR = 24
 """Characters before and after a border that decide whether there is one."""
 
@@ -90,6 +93,8 @@ class Sampler:
         self._special = re.compile(special)
         self._begins_special = self._special.match
         self._added = tuple(added)
+        self._left_out: dict[str, bool] = {}
+        """Of roles that were met: whether the template leaves out their messages."""
 
     def __call__(self, text: str) -> Conversation:
         """The samples of a conversation that ``Conversations.text_of`` has made. Raises Unusable."""
@@ -243,7 +248,21 @@ class Sampler:
         if unknown := sorted(key for key in used if key not in self.template.source):
             what = "ChatML, which stands in for a chat template," if self.template.source == CHATML else "the template"
             notes.append(f"{what} leaves out its {' and '.join(unknown)}")
+        for role in sorted(set(roles) - {"assistant"}):
+            if self._leaves_out(role):
+                notes.append(f'the template leaves out its messages of the role "{role}"')
         return notes
+
+    def _leaves_out(self, role: str) -> bool:
+        """Whether the template renders nothing for a message of ``role``."""
+        if role not in self._left_out:
+            message = {"role": role, "content": _PROBE}
+            found = []
+            for conversation in ([message], [{"role": "user", "content": "x"}, message]):
+                with contextlib.suppress(Refused):  # maybe because of the message's place
+                    found += self.template.render_each([conversation], prompt=False)
+            self._left_out[role] = bool(found) and not any(_PROBE in text for text in found)
+        return self._left_out[role]
 
 
 def _common(a: str, b: str) -> int:
