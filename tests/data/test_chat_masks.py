@@ -266,10 +266,7 @@ def test_a_first_turn_of_the_assistant_is_context_where_nothing_asks_for_it(tmp_
 
 
 def test_messages_that_the_template_leaves_out_are_noted(tmp_path: Path) -> None:
-    source = CHATML.replace(
-        "{% for message in messages %}", "{% for message in messages if message.role != 'developer' %}"
-    )
-    assert source != CHATML
+    source = CHATML.replace("in messages %}", "in messages if m.role != 'developer' %}")
     make, _ = sampler(folder_with(source, tmp_path))
     _, turns, notes = make(conversation({"role": "developer", "content": "be brief"}, user("a"), said("b")))
     assert (turns, notes) == (1, ['the template leaves out its messages of the role "developer"'])

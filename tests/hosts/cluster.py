@@ -71,6 +71,14 @@ class Host:
         """Send SIGTERM to what ``start`` has started: ``process`` is only the command that entered the host."""
         os.kill(_child(process), signal.SIGTERM)
 
+    def stop_all(self) -> None:
+        """Tell all that was started here to stop, and wait until it has ended."""
+        for process in self.started:
+            if process.poll() is None:
+                self.stop(process)
+        for process in self.started:
+            process.wait(60)
+
     def kill(self) -> None:
         """As when the power goes: its processes end, and their connections are not closed."""
         self.cut()

@@ -119,7 +119,7 @@ def main() -> int:
         print(f"no namespaces here: {why}")
         return 2
     with tempfile.TemporaryDirectory() as folder, cluster_of(3, Path(folder)) as cluster:
-        run = Run(cluster, nnodes="1:3", steps=10**6, options=OPTIONS)
+        run = Run(cluster, nnodes="1:3", options=OPTIONS)
         soak = Soak(run, Random(options.seed))
         end = time.monotonic() + 60 * options.minutes
         while time.monotonic() < end:
@@ -142,7 +142,7 @@ def _compare(run: Run, soak: Soak) -> int:
         if launcher:
             launcher.wait(200)
     found, host = run.curve(), run.cluster.hosts[0]
-    alone = Run(run.cluster, nnodes="1", steps=10**6, options=(*OPTIONS, "--job.dump_folder", "alone"))
+    alone = Run(run.cluster, nnodes="1", options=(*OPTIONS, "--job.dump_folder", "alone"))
     alone.folder = run.cluster.folder / "alone"
     process = alone.start(host)
     alone.wait_for_steps(max(found), seconds=86400)
