@@ -18,7 +18,8 @@ from tests.hosts.cluster import Cluster, Host, cluster_of, why_no_hosts
 pytestmark = pytest.mark.skipif(bool(why_no_hosts()), reason=f"no namespaces here: {why_no_hosts()}")
 
 RUN = [
-    "-m", "torchtitan_style.launch", "--training.steps", "100000", "--config", ROOT / "train_configs/qwen3.toml", "--model.flavor", "debug",
+    "-m", "torchtitan_style.launch", "--config", ROOT / "train_configs/qwen3.toml", "--model.flavor", "debug",
+    "--training.steps", "100000",
     "--data.dataset", "files", "--data.paths", "corpus.txt", "--data.validation_fraction", "0",
     "--training.seq_len", "32", "--training.global_batch_size", "12", "--training.mixed_precision_param", "float32",
     "--validation.enable", "false", "--generation.enable", "false", "--metrics.log_freq", "1",
