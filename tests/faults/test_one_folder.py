@@ -77,6 +77,17 @@ def test_a_lock_of_another_host_counts_while_it_is_fresh(tmp_path: Path) -> None
     assert not lock.exists()
 
 
+def test_a_run_on_several_hosts_takes_over_the_lock_of_its_lost_host(tmp_path: Path) -> None:
+    with run_lock(tmp_path, run="node0:29500"):
+        mine = json.loads((tmp_path / "run.lock").read_text())
+    lock = write_lock(tmp_path, "elsewhere", 7, age=1)
+    lock.write_text(json.dumps(mine | {"host": "elsewhere"}))
+    with pytest.raises(UserError, match="last sign of life"), run_lock(tmp_path, run="node7:29500"):
+        pass
+    with run_lock(tmp_path, run="node0:29500"):
+        assert json.loads(lock.read_text())["host"] == HOST
+
+
 def test_a_lock_is_kept_fresh(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("torchtitan_style.launch.run_lock._STALE", 0.3)
     with run_lock(tmp_path):

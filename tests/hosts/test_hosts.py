@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(why_no_hosts()), reason=f"no namespaces her
 
 RUN = [
     "-m", "torchtitan_style.launch", "--config", ROOT / "train_configs/qwen3.toml", "--model.flavor", "debug",
-    "--training.steps", "100000",
+    "--training.steps", "100000", "--optimizer.lr", "0.0001",  # a larger one makes differences of rounding grow
     "--data.dataset", "files", "--data.paths", "corpus.txt", "--data.validation_fraction", "0",
     "--training.seq_len", "32", "--training.global_batch_size", "12", "--training.mixed_precision_param", "float32",
     "--validation.enable", "false", "--generation.enable", "false", "--metrics.log_freq", "1",
@@ -146,7 +146,7 @@ def test_a_host_of_a_fixed_number_is_replaced(three: Cluster) -> None:
     run.start(first)
     run.start(second)
     run.wait_for_steps(12)
-    with run.expecting("no sign of life for 6 s from 1 of 2 hosts", "dp 2"):
+    with run.expecting("waiting at h0:29500 for 2 hosts", "dp 2"):
         second.kill()
         second.boot()
         run.start(second)

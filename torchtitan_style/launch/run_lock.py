@@ -101,7 +101,10 @@ def _take(file: int, folder: Path, *, run: str, write: bool = True) -> None:
             time.sleep(0.05)
         except OSError:  # a file system without locks: the file's time has to do
             break
-    holder, me = _holder(file), {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "run": run}
+    holder = _holder(file)
+    me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    if run:
+        me["run"] = run
     age = time.time() + clock_offset(folder) - os.fstat(file).st_mtime
     if holder and holder.get("host") != me["host"] and age < _STALE and not _is_same_run(holder, run):
         hint = f"; if it is gone, wait {_STALE - age:.0f} s"
