@@ -3,9 +3,9 @@
     python benchmarks/evaluate.py
     python benchmarks/evaluate.py --flavor 0.6B --questions 20
 
-Needs the eval extra, and accelerate, for the harness's own class. Random weights of one of the published shapes, exported, and loaded by both sides in bf16 (fp32 where the CPU has no
-bf16). Questions are like those of HellaSwag: some 70 tokens, four answers of some 20. The contenders take turns;
-figures are medians.
+Needs the eval extra, and accelerate, for the harness's own class. Random weights of one of the published shapes,
+exported, and loaded by both sides in bf16 (fp32 where the CPU has no bf16). Questions are like those of HellaSwag: some
+70 tokens, four answers of some 20. The contenders take turns; figures are medians.
 """
 
 from __future__ import annotations
