@@ -82,7 +82,7 @@ def test_a_run_on_several_hosts_takes_over_the_lock_of_its_lost_host(tmp_path: P
         mine = json.loads((tmp_path / "run.lock").read_text())
     lock = write_lock(tmp_path, "elsewhere", 7, age=1)
     lock.write_text(json.dumps(mine | {"host": "elsewhere"}))
-    with pytest.raises(UserError, match="last sign of life"), run_lock(tmp_path, run="node7:29500"):
+    with pytest.raises(UserError, match="last heartbeat"), run_lock(tmp_path, run="node7:29500"):
         pass
     with run_lock(tmp_path, run="node0:29500"):
         assert json.loads(lock.read_text())["host"] == HOST

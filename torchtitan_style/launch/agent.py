@@ -66,10 +66,10 @@ def install_agent(membership: Membership | None) -> AgentState:
                 hosts = worker_group.group_world_size
                 if not (problem := membership.problems.get(hosts, "")):
                     break
-                print(f"{hosts_text(hosts)} cannot train, and wait for another number of hosts: {problem}", flush=True)
+                print(f"{hosts_text(hosts)} cannot train, and wait for a change in their number: {problem}", flush=True)
                 membership.wait_for_change(worker_group.spec.rdzv_handler)
             if before not in (None, hosts):
-                print(f"training goes on with {hosts_text(hosts)} ({before} before)", flush=True)
+                print(f"training continues with {hosts_text(hosts)} ({before} before)", flush=True)
                 if state.failure_counted:  # losing a host is no fault that repeats itself
                     self._remaining_restarts += 1
             state.failure_counted = False
@@ -89,7 +89,7 @@ def install_agent(membership: Membership | None) -> AgentState:
             elif membership and result.state == WorkerState.HEALTHY:
                 self._look_for_lost_hosts(worker_group)
             elif result.state == WorkerState.SUCCEEDED and _goes_on(membership):
-                print("a host comes or goes: the ranks have saved, and start again", flush=True)
+                print("the hosts have changed: the ranks have saved, and restart", flush=True)
                 self._restart_workers(worker_group)
                 return RunResult(state=WorkerState.HEALTHY)
             return result
@@ -108,7 +108,7 @@ def install_agent(membership: Membership | None) -> AgentState:
             rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
             state.failure = describe_end(rank, first.exitcode, memory_ran_out=oom_kills() > self._oom_kills)
             if state.lost and membership:
-                state.failure = f"no sign of life for {membership.host_timeout:g} s from {state.lost}"
+                state.failure = f"no heartbeat for {membership.host_timeout:g} s from {state.lost}"
             if self._remaining_restarts:
                 state.failure_counted = True
                 total = self._worker_group.spec.max_restarts

@@ -40,7 +40,7 @@ class Membership:
     rejoin_timeout: float
     """Seconds that the hosts that are left wait for further ones."""
     host_timeout: float
-    """Seconds without a sign of life after which a host counts as lost."""
+    """Seconds without a heartbeat after which a host counts as lost."""
 
     @property
     def least(self) -> int:
@@ -103,7 +103,7 @@ def hosts_text(number: int) -> str:
 
 
 def lost_hosts(rendezvous: Any, count: int) -> str:
-    """The hosts that no longer give a sign of life, or "" if all ``count`` do. rendezvous: torchrun's handler.
+    """The hosts whose heartbeats have stopped, or "" if all ``count`` do. rendezvous: torchrun's handler.
 
     torchrun itself notices only that a rank has failed, and a connection to a host without power does not.
     """

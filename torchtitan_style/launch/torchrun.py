@@ -163,7 +163,11 @@ def _lose_first_host(agent: AgentState, membership: Membership) -> NoReturn:
     if membership.hosts.is_elastic:
         print(f"the host at {endpoint} is lost; starting again once it is back", flush=True)
         os.execv(sys.executable, sys.orig_argv)  # a process that has run torchrun once cannot do it again
-    print(f"error: the first host, {endpoint}, gives no sign of life", file=sys.stderr, flush=True)
+    print(
+        f"error: the first host, {endpoint}, has not answered for {membership.host_timeout:g} s",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
 
 
