@@ -138,7 +138,8 @@ def _build(
 
 def _step(model: Any, found: HFFolder | SavedModel, device: torch.device, *, compile: bool) -> DecodingStep | None:
     """How to decode a token on one device other than by calling the model; None: by that."""
-    replay = device.type == "cuda" and found.spec.inference is not None
+    form = found.spec.inference() if found.spec.inference else None
+    replay = device.type == "cuda" and form is not None and form.replays
     if not compile and not replay:
         return None
     return DecodingStep(model, found.config, device, compile=compile, replay=replay)

@@ -178,6 +178,9 @@ class InferenceForm(Protocol):
     """A module with these functions. For ``generate`` a model is split over ranks before its weights are loaded, and
     fused after that."""
 
+    replays: bool
+    """Whether a step of decoding can be recorded on a GPU, and replayed: nothing in it waits for the device."""
+
     def split_problem(self, config: Any, ranks: int) -> str | None:
         """Why a model of ``config`` cannot be split over so many ranks, or None if it can."""
         ...

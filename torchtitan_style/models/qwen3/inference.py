@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary
 
 import torch
@@ -33,10 +33,18 @@ from .config import Qwen3Config
 from .model import MLP, Cache, DecoderLayer, Qwen3ForCausalLM, RMSNorm, loss_of_logits
 from .rotary import apply_rotary
 
+replays = True
+"""Whether a step of decoding can be recorded on a GPU, and replayed."""
+
 
 def split_problem(config: Qwen3Config, ranks: int) -> str | None:
     """Why a model of ``config`` cannot be split over so many ranks, or None if it can."""
-    for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
+    return uneven(config, ("num_key_value_heads", "intermediate_size", "vocab_size"), ranks)
+
+
+def uneven(config: Qwen3Config, names: Iterable[str], ranks: int) -> str | None:
+    """That so many ranks cannot share one of these dimensions; None if they can."""
+    for name in names:
         if getattr(config, name) % ranks:
             return f"{ranks} ranks cannot share the model's {name} of {getattr(config, name)} evenly"
     return None
@@ -73,9 +81,9 @@ def fuse(model: Qwen3ForCausalLM, *, group: dist.ProcessGroup | None = None, com
         model.model.layers[i] = _Layer(layer, group, compile)
     model.model.norm = _Norm(model.model.norm)  # type: ignore[assignment]
     model.model.dropout = nn.Identity()  # type: ignore[assignment]
-    model.lm_head = _Head(model.lm_head, group, compile)  # type: ignore[assignment]
+    model.lm_head = Head(model.lm_head, group, compile)  # type: ignore[assignment]
     if group is not None:
-        model.model.embed_tokens = _Embedding(model.model.embed_tokens, group)  # type: ignore[assignment]
+        model.model.embed_tokens = SplitEmbedding(model.model.embed_tokens, group)  # type: ignore[assignment]
 
 
 _PARTS = 4
@@ -279,7 +287,7 @@ def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return y.to(v.dtype).view(b, 1, -1)
 
 
-class _Embedding(nn.Module):
+class SplitEmbedding(nn.Module):
     """Each rank looks up the tokens it has; the sum has them all."""
 
     def __init__(self, embedding: nn.Embedding, group: dist.ProcessGroup) -> None:
@@ -295,7 +303,7 @@ class _Embedding(nn.Module):
         return x
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
     """Logits, the ranks' parts of the vocabulary joined, or, given labels, the loss."""
 
     def __init__(self, head: nn.Linear, group: dist.ProcessGroup | None, compile: bool) -> None:

@@ -77,6 +77,12 @@ def _on_disk(config: Qwen3MoeConfig) -> dict[str, tuple[OnDisk, ...]]:
     return found
 
 
+def _inference() -> Any:
+    from . import inference
+
+    return inference
+
+
 QWEN3_MOE = ModelSpec(
     name="qwen3_moe",
     config_class=Qwen3MoeConfig,
@@ -105,4 +111,5 @@ QWEN3_MOE = ModelSpec(
     from_hf=from_hf,
     to_hf=to_hf,
     on_disk=_on_disk,
+    inference=_inference,
 )
