@@ -1,7 +1,8 @@
 """Run by test_expert_gradients.py as the ranks of one layout: loss and gradients against the loop over experts.
 
 Arguments: dp_replicate dp_shard tp ep output.json combination…. For each combination the file gets the relative
-difference of the losses, of the gradients' norm and of each parameter's gradient, and the bytes of tokens sent.
+difference of the losses, of the gradients' norm and of each parameter's gradient, the bytes of tokens sent and, where
+blocks are compiled, for how many reasons their graphs are interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
@@ -94,6 +96,7 @@ def by_definition(inputs: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torc
 
 def compare(world: World, compile: str, recompute: str) -> dict[str, float]:
     torch._dynamo.reset()
+    counters.clear()
     inputs, labels = batch(world.layout.dp)
     plain, plain_loss, plain_aux_loss = by_definition(inputs, labels)
 
@@ -132,7 +135,8 @@ def compare(world: World, compile: str, recompute: str) -> dict[str, float]:
         differences[name] = ((grad - parameter.grad).norm() / parameter.grad.norm()).item()
     right = torch.stack([p.grad.double().square().sum() for p in plain.parameters()]).sum().sqrt()
     norm = clip_grad_norm_(model.parameters(), float("inf"))
-    return differences | {"norm": ((norm - right) / right).abs().item(), "bytes": sent[0]}
+    interrupted = {"interruptions": len(counters["graph_break"])} if compile == "block" else {}
+    return differences | interrupted | {"norm": ((norm - right) / right).abs().item(), "bytes": sent[0]}
 
 
 def count_bytes() -> list[int]:

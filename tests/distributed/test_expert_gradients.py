@@ -57,6 +57,9 @@ def differences(request, run_ranks, tmp_path_factory):
 def test_losses_and_gradients_equal_those_of_the_loop(differences, layout: str, combination: str) -> None:
     found = dict(differences(layout)[combination])
     del found["bytes"]
+    # By FSDP's hooks where experts are sharded by themselves, and by the exchange of tokens: docs/moe.md.
+    expected = {"1 process": 0, "dp2": 0, "tp2": 1}.get(layout, 2)
+    assert found.pop("interruptions", expected) == expected
     # Sums of up to a few hundred fp32 terms in another order: 1e-7 each. A dropped or doubled term is above 1e-2.
     assert found.pop("loss") < 1e-6
     assert found.pop("aux loss") < 1e-6
