@@ -48,6 +48,7 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     results = [found(case) for case in cases]
     (Path(sys.argv[2]) / f"{os.environ['RANK']}.json").write_text(json.dumps(results), encoding="utf-8")
+    dist.barrier()  # rank 0 has the store, which others may still need
     dist.destroy_process_group()
 
 

@@ -54,7 +54,8 @@ class Sent(TorchDispatchMode):
 
 
 def address(tensor: torch.Tensor) -> int:
-    return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
+    """Of the storage, and not of its memory, which FSDP frees and others take."""
+    return int(getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata)
 
 
 def kept_by_forward(model: Any, batch: Microbatch) -> int:
