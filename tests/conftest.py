@@ -31,6 +31,7 @@ ENVIRONMENT = os.environ | {
 LONGEST = (
     "distributed/test_gradients.py",
     "distributed/test_expert_gradients.py",
+    "hosts/test_hosts.py",  # mostly waits
     "test_runs.py",
     "distributed/test_context_gradients.py",
     "models/test_causal_attention.py",

@@ -69,6 +69,7 @@ def test_kills_at_random_do_not_change_the_run(
     assert not [name for name in left if name.startswith(("tmp-", "set-aside"))]
 
 
+@pytest.mark.nightly
 def test_the_same_with_interpreters_of_their_own(runs: Runs, tmp_path: Path) -> None:
     """Nothing forked here: a killed rank, then a signal to stop, as after ./run_train.sh."""
     folder, log = runs.folder("run"), tmp_path / "log"

@@ -120,22 +120,34 @@ def end_and_compare(run: Run) -> None:
 
 
 def test_a_run_shrinks_and_grows_with_its_hosts(three: Cluster) -> None:
-    """Two hosts, one without power, another one joins, which leaves again: the curve is that of one host."""
+    """Two hosts, one without power, and another one joins: the curve is that of one host."""
     first, second, third = three.hosts
-    run = Run(three, nnodes="1:3")
+    run = Run(three, nnodes="1:3", options=("--comm.host_timeout_seconds", "3"))
     run.start(first)
     run.start(second)
     run.wait_for_output(first, "dp 2")
     run.wait_for_steps(12)
     with run.expecting(
-        "no heartbeat for 6 s from 1 of 2 hosts (left: h0)", "training continues with 1 host (2 before)"
+        "no heartbeat for 3 s from 1 of 2 hosts (left: h0)", "training continues with 1 host (2 before)"
     ):
         second.kill()
     with run.expecting("training continues with 2 hosts (1 before)"):
-        joins = run.start(third)
-    with run.expecting("training continues with 1 host (2 before)"):
-        third.stop(joins)
-        assert joins.wait(100) == 0
+        run.start(third)
+    end_and_compare(run)
+
+
+@pytest.mark.nightly
+def test_a_host_that_is_told_to_stop_leaves(three: Cluster) -> None:
+    first, second, third = three.hosts
+    run = Run(three, nnodes="1:3")
+    run.start(first)
+    run.start(second)
+    leaves = run.start(third)
+    run.wait_for_output(first, "dp 3")
+    run.wait_for_steps(12)
+    with run.expecting("training continues with 2 hosts (3 before)"):
+        third.stop(leaves)
+        assert leaves.wait(100) == 0
     end_and_compare(run)
 
 
