@@ -46,6 +46,13 @@ class Run:
             NNODES=self.nnodes, NPROC="1", NODE_RANK=str(host.number), RDZV_ENDPOINT="h0:29500", **environment,
         )  # fmt: skip
 
+    def begin(self, count: int) -> list[subprocess.Popen[str]]:
+        """Start the first ``count`` hosts, and wait until all of them train."""
+        started = [self.start(host) for host in self.cluster.hosts[:count]]
+        self.wait_for_output(self.cluster.hosts[0], f"on {count} × CPU")
+        self.wait_for_steps(12)
+        return started
+
     def output(self, host: Host) -> str:
         return (self.cluster.folder / f"{host.name}.log").read_text(encoding="utf-8")
 
@@ -121,12 +128,9 @@ def end_and_compare(run: Run) -> None:
 
 def test_a_run_shrinks_and_grows_with_its_hosts(three: Cluster) -> None:
     """Two hosts, one without power, and another one joins: the curve is that of one host."""
-    first, second, third = three.hosts
+    _, second, third = three.hosts
     run = Run(three, nnodes="1:3", options=("--comm.host_timeout_seconds", "3"))
-    run.start(first)
-    run.start(second)
-    run.wait_for_output(first, "dp 2")
-    run.wait_for_steps(12)
+    run.begin(2)
     with run.expecting(
         "no heartbeat for 3 s from 1 of 2 hosts (left: h0)", "training continues with 1 host (2 before)"
     ):
@@ -138,13 +142,9 @@ def test_a_run_shrinks_and_grows_with_its_hosts(three: Cluster) -> None:
 
 @pytest.mark.nightly
 def test_a_host_that_is_told_to_stop_leaves(three: Cluster) -> None:
-    first, second, third = three.hosts
+    _, _, third = three.hosts
     run = Run(three, nnodes="1:3")
-    run.start(first)
-    run.start(second)
-    leaves = run.start(third)
-    run.wait_for_output(first, "dp 3")
-    run.wait_for_steps(12)
+    leaves = run.begin(3)[2]
     with run.expecting("training continues with 2 hosts (3 before)"):
         third.stop(leaves)
         assert leaves.wait(100) == 0
@@ -153,11 +153,9 @@ def test_a_host_that_is_told_to_stop_leaves(three: Cluster) -> None:
 
 @pytest.mark.nightly
 def test_a_host_of_a_fixed_number_is_replaced(three: Cluster) -> None:
-    first, second, _ = three.hosts
+    _, second, _ = three.hosts
     run = Run(three, nnodes="2")
-    run.start(first)
-    run.start(second)
-    run.wait_for_steps(12)
+    run.begin(2)
     with run.expecting("dp 2"):
         second.kill()
         second.boot()
@@ -170,11 +168,7 @@ def test_the_first_host_is_replaced(three: Cluster) -> None:
     """The others meet at its address, so they wait until it is back."""
     first, second, third = three.hosts
     run = Run(three, nnodes="1:3")
-    run.start(first)
-    run.start(second)
-    run.start(third)
-    run.wait_for_output(first, "dp 3")
-    run.wait_for_steps(12)
+    run.begin(3)
     first.kill()
     for host in (second, third):
         run.wait_for_output(host, "the host at h0:29500 is lost; starting again once it is back")
@@ -188,9 +182,7 @@ def test_the_first_host_is_replaced(three: Cluster) -> None:
 def test_without_the_first_host_a_fixed_number_ends(three: Cluster) -> None:
     first, second, _ = three.hosts
     run = Run(three, nnodes="2")
-    run.start(first)
-    ends = run.start(second)
-    run.wait_for_steps(12)
+    ends = run.begin(2)[1]
     first.kill()
     assert ends.wait(120) == 1
     assert "error: the first host, h0:29500, has not answered for 6 s" in run.output(second)
@@ -205,10 +197,7 @@ def test_without_the_first_host_a_fixed_number_ends(three: Cluster) -> None:
 def test_a_network_that_is_gone_for_seconds_is_waited_for(three: Cluster) -> None:
     first, second, _ = three.hosts
     run = Run(three, nnodes="1:2", options=("--comm.host_timeout_seconds", "30"))
-    run.start(first)
-    run.start(second)
-    run.wait_for_output(first, "dp 2")
-    run.wait_for_steps(12)
+    run.begin(2)
     second.cut()
     time.sleep(5)
     second.reconnect()
@@ -219,12 +208,9 @@ def test_a_network_that_is_gone_for_seconds_is_waited_for(three: Cluster) -> Non
 
 @pytest.mark.nightly
 def test_a_host_without_network_comes_back(three: Cluster) -> None:
-    first, second, _ = three.hosts
+    _, second, _ = three.hosts
     run = Run(three, nnodes="1:2")
-    run.start(first)
-    run.start(second)
-    run.wait_for_output(first, "dp 2")
-    run.wait_for_steps(12)
+    run.begin(2)
     with run.expecting("training continues with 1 host (2 before)"):
         second.cut()
     with run.expecting("training continues with 2 hosts (1 before)"):
@@ -235,11 +221,9 @@ def test_a_host_without_network_comes_back(three: Cluster) -> None:
 @pytest.mark.nightly
 def test_numbers_that_cannot_train_wait(three: Cluster) -> None:
     """Two ranks share each matrix, so three hosts wait for a fourth or the loss of one."""
-    first, second, third = three.hosts
+    first, _, third = three.hosts
     run = Run(three, nnodes="1:3", options=("--parallelism.tensor_parallel_degree", "2"))
-    run.start(first)
-    run.start(second)
-    run.wait_for_steps(12)
+    run.begin(2)
     run.start(third)
     run.wait_for_output(first, "3 hosts cannot train, and wait for a change in their number: data_parallel")
     with run.expecting("resuming after step"):
