@@ -72,7 +72,8 @@ class Training(Section):
     instructions for bfloat16 its matrices are multiplied in float32 and the results rounded, which is about as fast as
     "float32"."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
-    """Type in which gradients are summed over ranks."""
+    """Type in which gradients are summed over ranks. Tensor-parallel ranks sum those of norms in
+    mixed_precision_param."""
     max_skipped_steps: NonNegative = 3
     """How many steps in a row may have a NaN or infinite loss or gradient, on any rank, before the run stops. Such a
     step is skipped: weights, optimizer and learning-rate schedule do not change, the data advances."""
