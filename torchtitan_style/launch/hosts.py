@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta, tzinfo
+from datetime import datetime, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,7 +156,7 @@ def share_clock(folder: Path, *, say: Callable[[str], None]) -> None:
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     def now(zone: tzinfo | None = None) -> datetime:
-        return datetime.now(zone) + timedelta(seconds=offset)
+        return datetime.fromtimestamp(time.time() + offset, zone)
 
     dynamic_rendezvous.datetime = SimpleNamespace(now=now)  # type: ignore[misc,assignment]
     say(f"this host's clock is {abs(offset):.0f} s {'behind' if offset > 0 else 'ahead of'} that of {folder}")
