@@ -68,7 +68,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     disk = record([sys.executable, *RUN], folder=folder, log=log, environment=ENVIRONMENT)
     shutil.rmtree(log)
     recorded = Recorded(disk, folder)
-    assert [recorded.saved(count) for count in range(len(disk.operations) + 1)][-1] == 6
+    assert recorded.saved(len(disk.operations)) == 6
     return recorded
 
 
@@ -82,15 +82,13 @@ def _corpus(folder: Path) -> None:
 
 def test_what_was_recorded_is_what_the_run_has_left(recorded: Recorded, tmp_path: Path) -> None:
     """The model of the disk is right: after all operations it holds what the real folder holds."""
-    write_out(_last(recorded.disk.states(len(recorded.disk.operations), random=Random(0), samples=0)), tmp_path / "all")
+    states = recorded.disk.states(len(recorded.disk.operations), random=Random(0), samples=0)
+    _, everything = next(states)
+    write_out(everything, tmp_path / "all")
     for path in (recorded.folder / "run").rglob("*"):
         same = tmp_path / "all" / path.relative_to(recorded.folder)
         if path.is_file() and "tensorboard" not in path.parts:
             assert same.read_bytes() == path.read_bytes(), path
-
-
-def _last(states: Iterator[tuple[str, list[Node]]]) -> list[Node]:
-    return next(states)[1]
 
 
 def _states(recorded: Recorded, number: int, seed: int, samples: int) -> Iterator[tuple[int, str, list[Node]]]:

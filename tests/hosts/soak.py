@@ -17,13 +17,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does
 
 from tests.hosts.cluster import Host, cluster_of, why_no_hosts
-from tests.hosts.test_hosts import Run
+from tests.hosts.test_hosts import Run, end
 
 _STUCK = 600.0
 """Seconds without a step after which the run counts as stuck."""
@@ -46,12 +48,9 @@ class Soak:
     def fault(self) -> str:
         """Do something to a host. Returns what."""
         host = self.random.choice(self.run.cluster.hosts)
-        name = self.random.choice(
-            ["power", "power", "told to stop", "network for 3 s", "network until it is missed", "rank killed",
-             "rank killed", "rank stopped for 3 s", "launcher killed", "checkpoint damaged"]
-        )  # fmt: skip
+        name, happen = self.random.choice(list(FAULTS.items()))
         self.counts[name] += 1
-        getattr(self, f"_{name.split(' for ')[0].split(' until')[0].replace(' ', '_')}")(host, name)
+        happen(self, host)
         return f"{host.name}: {name}"
 
     def restart(self) -> None:
@@ -60,34 +59,34 @@ class Soak:
             if launcher is None or launcher.poll() is not None:
                 self.launchers[host] = self.run.start(host)
 
-    def _power(self, host: Host, name: str) -> None:
+    def power(self, host: Host) -> None:
         host.kill()
         time.sleep(self.random.choice([0, 20]))
         host.boot()
         self.launchers[host] = None
 
-    def _told_to_stop(self, host: Host, name: str) -> None:
+    def tell_to_stop(self, host: Host) -> None:
         if (launcher := self.launchers[host]) and launcher.poll() is None:
             host.stop(launcher)
             launcher.wait(120)
 
-    def _network(self, host: Host, name: str) -> None:
+    def network(self, host: Host, *, seconds: float) -> None:
         host.cut()
-        time.sleep(3 if "for 3 s" in name else 20)
+        time.sleep(seconds)
         host.reconnect()
 
-    def _rank_killed(self, host: Host, name: str) -> None:
+    def kill_rank(self, host: Host) -> None:
         self._signal(host, "launch.rank", signal.SIGKILL)
 
-    def _launcher_killed(self, host: Host, name: str) -> None:
-        self._signal(host, "torchtitan_style.launch --config", signal.SIGKILL)
+    def kill_launcher(self, host: Host) -> None:
+        self._signal(host, "launch --config", signal.SIGKILL)
 
-    def _rank_stopped(self, host: Host, name: str) -> None:
+    def stop_rank(self, host: Host) -> None:
         self._signal(host, "launch.rank", signal.SIGSTOP)
         time.sleep(3)
         self._signal(host, "launch.rank", signal.SIGCONT)
 
-    def _checkpoint_damaged(self, host: Host, name: str) -> None:
+    def damage_checkpoint(self, host: Host) -> None:
         """Flip a bit in a file of the newest checkpoint, and have the run resume."""
         found = sorted(self.run.folder.glob("checkpoint/step-*/*.distcp"), key=lambda path: path.stat().st_mtime)
         if len(found) > 2:
@@ -96,7 +95,7 @@ class Soak:
                 byte = file.read(1)
                 file.seek(-1, os.SEEK_CUR)
                 file.write(bytes([byte[0] ^ 1]))
-            self._rank_killed(host, name)
+            self.kill_rank(host)
 
     def _signal(self, host: Host, command: str, number: int) -> None:
         space = f"/proc/{host.pid}/ns/pid"
@@ -104,10 +103,22 @@ class Soak:
             try:
                 same = os.readlink(process / "ns/pid") == os.readlink(space)
                 text = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if same and f"-m torchtitan_style.{command.removeprefix('torchtitan_style.')}" in text:
+                if same and f"-m torchtitan_style.{command}" in text:
                     os.kill(int(process.name), number)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
+
+
+FAULTS: dict[str, Callable[[Soak, Host], None]] = {
+    "power": Soak.power,
+    "told to stop": Soak.tell_to_stop,
+    "network gone for 3 s": partial(Soak.network, seconds=3),
+    "network gone until it is missed": partial(Soak.network, seconds=20),
+    "rank killed": Soak.kill_rank,
+    "rank stopped for 3 s": Soak.stop_rank,
+    "launcher killed": Soak.kill_launcher,
+    "checkpoint damaged": Soak.damage_checkpoint,
+}
 
 
 def main() -> int:
@@ -135,20 +146,7 @@ def main() -> int:
 
 def _compare(run: Run, soak: Soak) -> int:
     """End the run, take as many steps on one host, and compare."""
-    for host, launcher in soak.launchers.items():
-        if launcher and launcher.poll() is None:
-            host.stop(launcher)
-    for launcher in soak.launchers.values():
-        if launcher:
-            launcher.wait(200)
-    found, host = run.curve(), run.cluster.hosts[0]
-    alone = Run(run.cluster, nnodes="1", options=(*OPTIONS, "--job.dump_folder", "alone"))
-    alone.folder = run.cluster.folder / "alone"
-    process = alone.start(host)
-    alone.wait_for_steps(max(found), seconds=86400)
-    host.stop(process)
-    process.wait(200)
-    expected = alone.curve()
+    found, expected = end(run, seconds=86400)
     missing = set(range(1, max(found) + 1)) - found.keys()
     hashes = [step for step in found if found[step][0] != expected[step][0]]
     furthest = max(abs(found[step][1] - expected[step][1]) / expected[step][1] for step in found)

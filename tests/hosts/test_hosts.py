@@ -87,14 +87,11 @@ class Run:
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            logs = "\n".join(
-                f"{host.name}: {self.output(host)[-3000:]}" for host in self.cluster.hosts if self._log(host)
-            )
-            assert time.monotonic() < deadline, f"{what} did not come within {seconds} s\n{logs}"
+            if time.monotonic() > deadline:
+                logs = sorted(self.cluster.folder.glob("h*.log"))
+                ends = "\n".join(f"{log.stem}: {log.read_text(encoding='utf-8')[-3000:]}" for log in logs)
+                raise AssertionError(f"{what} did not come within {seconds} s\n{ends}")
             time.sleep(0.1)
-
-    def _log(self, host: Host) -> bool:
-        return (self.cluster.folder / f"{host.name}.log").exists()
 
     def curve(self) -> dict[int, tuple[str, float]]:
         """Batch hash and loss of each step, as last written."""
@@ -107,20 +104,24 @@ def three(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def end_and_compare(run: Run) -> None:
-    """Stop the run, and compare its steps with those of the same run on one host that nothing happens to."""
-    hosts = run.cluster.hosts
-    for host in hosts:
+def end(run: Run, *, seconds: float = 120) -> tuple[dict[int, tuple[str, float]], dict[int, tuple[str, float]]]:
+    """Stop the run. Its curve, and that of as many steps on one host that nothing happens to, within ``seconds``."""
+    for host in run.cluster.hosts:
         host.stop_all()
     found = run.curve()
-    assert sorted(found) == list(range(1, len(found) + 1))
     alone = Run(run.cluster, nnodes="1")
     alone.arguments = [*run.arguments, "--job.dump_folder", "alone", "--parallelism.tensor_parallel_degree", "1"]
     alone.folder = run.cluster.folder / "alone"
-    alone.start(hosts[0])
-    alone.wait_for_steps(len(found))
-    hosts[0].stop_all()
-    expected = alone.curve()
+    alone.start(run.cluster.hosts[0])
+    alone.wait_for_steps(max(found), seconds=seconds)
+    run.cluster.hosts[0].stop_all()
+    return found, alone.curve()
+
+
+def end_and_compare(run: Run) -> None:
+    """Stop the run, and compare its steps with those of the same run on one host that nothing happens to."""
+    found, expected = end(run)
+    assert sorted(found) == list(range(1, len(found) + 1))
     for step, (batch, loss) in found.items():
         assert batch == expected[step][0], step
         assert loss == pytest.approx(expected[step][1], rel=1e-5), step

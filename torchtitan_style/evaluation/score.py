@@ -14,8 +14,7 @@ from .windows import IGNORE, Window, stack
 
 Source = TypeVar("Source")
 
-_LOGITS_AT_ONCE = {"cpu": 2**21}
-_OTHERWISE = 2**25
+_LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
 """8 MiB in fp32, which stay in a CPU's cache (a sixth faster, benchmarks/evaluate.py); 128 MiB on a GPU."""
 _POSITIONS_AT_ONCE = 256
 """At least, however large the vocabulary: a matrix product of few rows is slow."""
@@ -55,7 +54,7 @@ def sums_of_hidden(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, 
     wanted = labels != IGNORE
     row_of = wanted.nonzero()[:, 0]  # [N]
     hidden, labels = hidden[wanted], labels[wanted]  # [N, C], [N]
-    size = max(_POSITIONS_AT_ONCE, _LOGITS_AT_ONCE.get(hidden.device.type, _OTHERWISE) // model.config.vocab_size)
+    size = max(_POSITIONS_AT_ONCE, _LOGITS_AT_ONCE[hidden.device.type] // model.config.vocab_size)
     losses = torch.zeros(rows, dtype=torch.float64, device=hidden.device)
     right = torch.zeros(rows, dtype=torch.long, device=hidden.device)
     for begin in range(0, len(labels), size):

@@ -103,16 +103,16 @@ def read_environment(*, gpus: int, default_nproc: int) -> Hosts:
     node_rank = os.environ.get("NODE_RANK", "0")
     if not _is_number(node_rank) or int(node_rank) >= nnodes:
         raise UserError(f'NODE_RANK: must be a whole number from 0 to {nnodes - 1}, not "{node_rank}"')
-    endpoint = os.environ.get("RDZV_ENDPOINT", "")
+    endpoint = environment_endpoint()
     port = re.fullmatch(r"[^\s\0]+:([0-9]{1,5})", endpoint)
     if nnodes > 1 and not (port and int(port[1]) < 2**16):
         raise UserError("RDZV_ENDPOINT: several hosts need the first one's address, as RDZV_ENDPOINT=node0:29500")
-    return Hosts(gpus, nproc, nnodes, int(node_rank), endpoint if nnodes > 1 else "", least)
+    return Hosts(gpus, nproc, nnodes, int(node_rank), endpoint, least)
 
 
 def environment_endpoint() -> str:
     """host:port where the hosts of this run meet; empty for a run on one host."""
-    return os.environ.get("RDZV_ENDPOINT", "") if os.environ.get("NNODES", "1") not in ("", "1") else ""
+    return os.environ.get("RDZV_ENDPOINT", "") if _read_nnodes()[1] > 1 else ""
 
 
 def _read_nnodes() -> tuple[int, int]:

@@ -108,12 +108,10 @@ def lost_hosts(rendezvous: Any, count: int) -> str:
     torchrun itself notices only that a rank has failed, and a connection to a host without power does not.
     """
     state = getattr(getattr(rendezvous, "_state_holder", None), "state", None)
-    if state is None or not state.complete:
+    if state is None or not state.complete or len(state.participants) >= count:
         return ""
-    present = {node.addr for node in state.participants}
-    if len(state.participants) >= count:
-        return ""
-    return f"{count - len(state.participants)} of {count} hosts (left: {', '.join(sorted(present))})"
+    left = sorted(node.addr for node in state.participants)
+    return f"{count - len(left)} of {count} hosts (left: {', '.join(left)})"
 
 
 def watch_first_host(membership: Membership, lost: Callable[[], object]) -> None:

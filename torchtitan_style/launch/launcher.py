@@ -43,7 +43,7 @@ usage: {program} [--config FILE] [--section.key VALUE ...]
 Environment
   NPROC, NGPU           processes on this host; {nproc} if left out
   NNODES, NODE_RANK     number of hosts, and the number of this one from 0; run the command on each.
-                        NNODES=2:4: hosts may come and go, as long as there are two (docs/faults.md)
+                        NNODES=2:4: hosts may come and go, as long as there are two (docs/hosts.md)
   RDZV_ENDPOINT         host:port of the first host; needed for several hosts
   MAX_RESTARTS          as --max-restarts
 """

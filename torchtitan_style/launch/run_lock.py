@@ -105,10 +105,11 @@ def _take(file: int, folder: Path, *, run: str, write: bool = True) -> None:
     me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     if run:
         me["run"] = run
-    age = max(0.0, time.time() + clock_offset(folder) - os.fstat(file).st_mtime)
-    if holder and holder.get("host") != me["host"] and age < _STALE and not _is_same_run(holder, run):
-        hint = f"; if it is gone, wait {_STALE - age:.0f} s"
-        raise _in_use(folder, holder, f", whose last heartbeat was {age:.0f} s ago{hint}")
+    if holder and holder.get("host") != me["host"] and not _is_same_run(holder, run):
+        age = max(0.0, time.time() + clock_offset(folder) - os.fstat(file).st_mtime)
+        if age < _STALE:
+            hint = f"; if it is gone, wait {_STALE - age:.0f} s"
+            raise _in_use(folder, holder, f", whose last heartbeat was {age:.0f} s ago{hint}")
     if write:
         os.truncate(file, 0)
         os.pwrite(file, json.dumps(me).encode(), 0)
