@@ -10,7 +10,7 @@ import pytest
 from tests.faults.runs import Runs, records
 from tests.report.browser import CHROMIUM, opened
 from torchtitan_style.__main__ import main
-from torchtitan_style.report.run import read_run
+from torchtitan_style.report.run import Run
 
 
 def test_what_happened_is_marked(runs: Runs, tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_what_happened_is_marked(runs: Runs, tmp_path: Path) -> None:
     folder = runs("run", *options, "--training.steps", 4, faults=[fault]).folder
     runs(folder, *options, "--training.steps", 6)
     runs(folder, *options, "--training.steps", 8, nproc=2)
-    run = read_run(folder, "run")
+    run = Run(folder, "run")
     found = [(kind, step) for kind, step, _ in run.marks]
     assert sorted(found) == sorted(
         [

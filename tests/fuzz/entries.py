@@ -408,9 +408,9 @@ def _write_run(folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    from torchtitan_style.report.run import read_run
+    from torchtitan_style.report.run import Run
 
-    read_run(folder, "run")
+    Run(folder, "run")
 
 
 def _written(name: str, text: str) -> Callable[[Path], None]:

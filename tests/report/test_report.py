@@ -16,7 +16,7 @@ from tests.report.browser import CHROMIUM, Page, opened
 from torchtitan_style.__main__ import main
 from torchtitan_style.metrics.events import add_event
 from torchtitan_style.report.page import MOST_POINTS, smooth, thin
-from torchtitan_style.report.run import read_run
+from torchtitan_style.report.run import Run
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
@@ -81,12 +81,23 @@ def in_browser(page: Path, profile: Path, look: Callable[[Page], Any], *, width:
 
 
 def test_events_are_marked_and_time_is_that_of_training(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path / "run"), "run")
+    run = Run(make_run(tmp_path / "run"), "run")
     assert [(kind, step) for kind, step, _ in run.marks] == MARKS
     assert [text for kind, _, text in run.marks if kind == "layout changed"] == ["dp 1 × tp 1 → dp 2 × tp 1"]
     assert run.hours == pytest.approx(run.steps * 0.01, abs=0.001)  # without the day
     assert run.curves["val_loss"][0].tolist() == [0, 50, 100]
     assert len(run.curves["loss"][0]) == 100
+
+
+def test_steps_that_were_logged_together_are_spread_evenly(tmp_path: Path) -> None:
+    times = {1: 1010.0, 2: 1040.0, 3: 1040.0, 4: 1040.0, 5: None, 6: 1500.0}  # the fifth line has lost it
+    lines = [{"step": step, "loss": 1.0} | ({"time": time} if time else {}) for step, time in times.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    starts = [{"event": "start", "step": step, "time": time} for step, time in ((0, 1000.0), (5, 1490.0))]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert Run(tmp_path, "run").hours * 3600 == pytest.approx([10, 20, 30, 40, 45, 50])
+    (tmp_path / "events.jsonl").unlink()  # as in a run of version 0.1: when it started is not known
+    assert Run(tmp_path, "run").hours[-1] * 3600 == pytest.approx(490)
 
 
 def test_a_damaged_file_is_read_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +107,7 @@ def test_a_damaged_file_is_read_as_far_as_it_goes(tmp_path: Path, capsys: pytest
     again = [{"step": step, "loss": 20.0 - step} for step in (3, 4, 5)]
     text = "".join(json.dumps(line) + "\n" for line in lines + again)
     (folder / "metrics.jsonl").write_text(text + '[1]\n{"step": 6, "loss": null}\n{"step": 7, "lo')
-    run = read_run(folder, "run")
+    run = Run(folder, "run")
     assert run.curves["loss"][0].tolist() == [1, 2, 3, 4, 5, 6]
     assert run.curves["loss"][1][:5].tolist() == [9.0, 8.0, 17.0, 16.0, 15.0]  # the later ones of steps done twice
     assert run.unreadable == 2

@@ -24,11 +24,10 @@ from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.common.hub import similar_folder
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config import Config
-from torchtitan_style.config.files import read_toml
+from torchtitan_style.config.files import flat, read_toml
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.models.registry import model_names, spec_of
 from torchtitan_style.models.trained import adapter_shapes
-from torchtitan_style.train.identity import flat
 
 from .cli import Arguments
 

@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--output {output}: must be a file in a folder that exists")
 
         from torchtitan_style.report.page import page
-        from torchtitan_style.report.run import read_run
+        from torchtitan_style.report.run import Run
 
-        text = page([read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
+        text = page([Run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
         output.write_text(text, encoding="utf-8")
         print(f"the report is {output}")
 

@@ -51,6 +51,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {_explain(str(error), text)}") from None
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: {"optimizer": {"lr": 0.1}} becomes {"optimizer.lr": 0.1}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def _nearest_file(path: Path) -> str:
     names = [
         str(p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,10 @@ def page(runs: Sequence[Run]) -> str:
     except ImportError:
         raise UserError('the plotly package is missing; pip install plotly (the "report" extra) installs it') from None
 
-    panels = [panel for panel in (_panel(runs, *figures) for figures in _panels(runs)) if panel["curves"]]
     differing, same = _settings(runs)
     data = {
         "runs": [{"name": run.name, "axes": _axes(run)} for run in runs],
-        "panels": panels,
+        "panels": list(_panels(runs)),
         "marks": [_mark(number, run, *mark) for number, run in enumerate(runs) for mark in run.marks],
     }
     fields = {
@@ -63,27 +62,23 @@ def page(runs: Sequence[Run]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 
 
-def _panels(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    names = {name for run in runs for name in run.curves} - _AXES
-    rest = sorted(name for name in names if not any(re.fullmatch(figures, name) for _, figures, _ in _PANELS))
-    return [*_PANELS, *((name, re.escape(name), "linear") for name in rest)]
+def _panels(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    names = sorted({name for run in runs for name in run.curves} - _AXES)
+    others = [name for name in names if not any(re.fullmatch(figures, name) for _, figures, _ in _PANELS)]
+    for title, figures, scale in [*_PANELS, *((name, re.escape(name), "linear") for name in others)]:
+        shown = [name for name in names if re.fullmatch(figures, name)]
+        curves = [curve for number, run in enumerate(runs) for name in shown for curve in _curves(number, run, name)]
+        if curves:
+            yield {"title": title, "scale": scale, "curves": curves}
 
 
-def _panel(runs: Sequence[Run], title: str, figures: str, scale: str) -> dict[str, Any]:
-    curves = []
-    for number, run in enumerate(runs):
-        for name, (steps, values) in sorted(run.curves.items()):
-            if not re.fullmatch(figures, name):
-                continue
-            curves.append(_curve(number, name, steps, values, raw=name == "loss"))
-            if name == "loss":
-                curves.append(_curve(number, "loss, smoothed", steps, smooth(values)))
-    return {"title": title, "scale": scale, "curves": curves}
-
-
-def _curve(run: int, name: str, steps: NDArray[Any], values: NDArray[Any], *, raw: bool = False) -> dict[str, Any]:
-    kept = thin(values)
-    return {"run": run, "name": name, "raw": raw, "x": steps[kept].tolist(), "y": _numbers(values[kept])}
+def _curves(number: int, run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """What is drawn of a figure, if the run has it; the training loss is drawn as it is and smoothed."""
+    if name in run.curves:
+        steps, values = run.curves[name]
+        for title, y in {name: values, **({"loss, smoothed": smooth(values)} if name == "loss" else {})}.items():
+            kept = thin(y)
+            yield {"run": number, "name": title, "x": steps[kept].tolist(), "y": _numbers(y[kept])}
 
 
 def thin(values: NDArray[Any], most: int = MOST_POINTS) -> NDArray[np.int64]:

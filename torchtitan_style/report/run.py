@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reading import json_lines
 from torchtitan_style.common.typed import Content, Count, Seconds
-from torchtitan_style.config.files import read_toml
+from torchtitan_style.config.files import flat, read_toml
 from torchtitan_style.metrics.events import EVENTS
 
 
@@ -36,53 +36,48 @@ Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 class Run:
-    """steps: those with figures, in order. curves: by name, the steps and the values. marks: kind, step and a text."""
+    """steps: those with figures, in order. curves: by name, the steps and the values. marks: kind, step and a text.
+
+    Raises UserError if there is no run in ``folder``, or it has not got to its first step.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        path = folder / "config.toml"
-        self.settings = _flat(read_toml(path)) if path.is_file() else {}
-        figures, self.unreadable = _figures(folder / "metrics.jsonl")
-        if not any("loss" in record for record in figures.values()):
+        self.name = name
+        config, metrics = folder / "config.toml", folder / "metrics.jsonl"
+        if not config.is_file() and not metrics.is_file():
+            raise UserError(f"{folder}: is not the folder of a run: it has neither config.toml nor metrics.jsonl")
+        settings = flat(read_toml(config)) if config.is_file() else {}
+        self.settings = {key: json.dumps(value, default=str) for key, value in settings.items()}
+        figures, damaged_figures = _figures(metrics)
+        events, damaged_events = _records(folder / EVENTS)
+        self.unreadable = damaged_figures + damaged_events
+        trained = {step: record for step, record in figures.items() if "loss" in record}
+        if not trained:
             raise UserError(f"{folder}: no step is recorded yet; metrics.jsonl gets a line for each step of training")
-        events, damaged = _records(folder / EVENTS)
-        self.unreadable += damaged
-        self.steps = np.array([step for step, record in figures.items() if "loss" in record])
-        trained = [figures[step] for step in self.steps.tolist()]
-        self.tokens = np.array([record.get("tokens_seen", math.nan) for record in trained], dtype=float)
-        self.hours = _hours(self.steps, [record.get("time", math.nan) for record in trained], events)
+        self.steps = np.array(list(trained))
+        self.tokens = _column(trained, "tokens_seen")
+        self.hours = _hours(self.steps, _column(trained, "time"), events)
         self.curves = _curves(figures)
-        self.marks = [*_marks(events), *(("skipped", s, "skipped") for s, r in figures.items() if r.get("skipped"))]
+        self.marks = [*_marks(events), *(("skipped", s, "skipped") for s, r in trained.items() if r.get("skipped"))]
         self.samples = [event for event in events if {"prompt", "text"} <= event.keys()]
-
-
-def read_run(folder: Path, name: str) -> Run:
-    """Raises UserError if there is no run in ``folder``, or it has not got to its first step."""
-    if not (folder / "config.toml").is_file() and not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: is not the folder of a run: it has neither config.toml nor metrics.jsonl")
-    return Run(folder, name)
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines of a file of JSON objects with a step, and how many others there are, as cut by a full disk."""
-    found: list[dict[str, Any]] = []
-    damaged = 0
     try:
-        for _, record in json_lines(path) if path.is_file() else ():
-            good = isinstance(record, dict) and _is_record(record)
-            found += [record] if good else []
-            damaged += not good
+        values = [value for _, value in json_lines(path)] if path.is_file() else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return found, damaged
+    found = [value for value in values if _is_record(value)]
+    return found, len(values) - len(found)
 
 
-def _is_record(record: dict[str, Any]) -> bool:
+def _is_record(value: Any) -> bool:
     try:
-        _Record.model_validate(record)
+        _Record.model_validate(value)
     except ValueError:
         return False
-    return all(not isinstance(value, int) or abs(value) < 2**63 for value in record.values())
+    return all(not isinstance(number, int) or abs(number) < 2**63 for number in value.values())
 
 
 def _figures(path: Path) -> tuple[dict[int, dict[str, Any]], int]:
@@ -107,22 +102,21 @@ def _curves(figures: dict[int, dict[str, Any]]) -> dict[str, Curve]:
     return {name: (np.array(steps), np.array(values, dtype=float)) for name, (steps, values) in points.items()}
 
 
-def _hours(steps: NDArray[np.int64], times: list[float], events: list[dict[str, Any]]) -> NDArray[np.float64]:
+def _column(records: dict[int, dict[str, Any]], name: str) -> NDArray[np.float64]:
+    return np.array([record.get(name, math.nan) for record in records.values()], dtype=float)
+
+
+def _hours(steps: NDArray[Any], times: NDArray[Any], events: list[dict[str, Any]]) -> NDArray[np.float64]:
     """Hours of training up to each step, without those in which the run was down.
 
     Steps that were logged together have one time, that of the last of them; the others are spread evenly before it.
     """
-    elapsed, total, last = [], 0.0, math.nan
-    starts = [event["time"] for event in events if event.get("event") == "start" and "time" in event]
-    for time in times:
-        began = max((start for start in starts if start <= time), default=math.nan)
-        since = began if math.isnan(last) or began > last else last
-        total += max(time - since, 0.0) if time == time and since == since else 0.0
-        last = time if time == time else last
-        elapsed.append(total / 3600)
-    hours = np.array(elapsed)
-    ends = np.append(hours[1:] != hours[:-1], True)
-    return np.interp(steps, np.append(0, steps[ends]), np.append(0.0, hours[ends]))
+    at, times = steps[np.isfinite(times)], times[np.isfinite(times)]
+    starts = np.array([math.nan, *sorted(e["time"] for e in events if e.get("event") == "start" and "time" in e)])
+    since = np.fmax(starts[np.searchsorted(starts[1:], times, side="right")], np.append(math.nan, times)[:-1])
+    hours = np.cumsum(np.fmax(times - since, 0)) / 3600
+    ends = np.diff(hours, append=math.inf) > 0
+    return np.interp(steps, np.append(0, at[ends]), np.append(0, hours[ends]))
 
 
 def _marks(events: list[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
@@ -140,11 +134,3 @@ def _marks(events: list[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
         if kind == "checkpoint":
             yield "checkpoint", step, "checkpoint"
         before = kind or ""
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Keys as on the command line, values as JSON."""
-    found: dict[str, str] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
-    return found

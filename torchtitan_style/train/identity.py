@@ -13,6 +13,7 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reading import toml_of
 from torchtitan_style.common.typed import typed
 from torchtitan_style.config import Config
+from torchtitan_style.config.files import flat
 from torchtitan_style.config.layout import plan_batch, plan_streams
 from torchtitan_style.models.registry import model_config
 
@@ -123,11 +124,3 @@ def changed_settings(checkpoint: Path, config: Config) -> list[str]:
         for key in keys
         if before.get(key) != now.get(key)
     ]
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level: {"optimizer": {"lr": 0.1}} becomes {"optimizer.lr": 0.1}."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
