@@ -11,6 +11,7 @@ import pytest
 from torchtitan_style.checkpoint.manifest import read_manifest
 
 CP, TP = "--parallelism.context_parallel_degree", "--parallelism.tensor_parallel_degree"
+PP = "--parallelism.pipeline_parallel_degree"
 DEBUG = [
     *("--model.flavor", "debug", "--training.seq_len", 64, "--training.mixed_precision_param", "float32"),
     *("--training.global_batch_size", 4, "--training.local_batch_size", -1, "--lr_scheduler.total_steps", 30),
@@ -47,7 +48,7 @@ def test_a_run_goes_on_with_and_without_shared_rows(launch, python, corpus: Path
         return tmp_path / name
 
     whole = train("whole", 18, nproc=1)
-    train("run", 6, CP, 2, nproc=2)
+    train("run", 6, CP, 2, PP, 2, "--training.local_batch_size", 2, nproc=4)
     train("run", 12, CP, 2, TP, 2, nproc=4)
     run = train("run", 18, nproc=2)
     for key in ("batch_hash", "lr", "tokens_seen", "padding_share"):

@@ -160,6 +160,49 @@ def test_every_layout_has_the_same_curve_and_batches(launch, config, one_process
             assert record["val_loss"] == pytest.approx(by_step[record["step"]], rel=1e-5)
 
 
+PP, CP, TP = (f"--parallelism.{kind}_parallel_degree" for kind in ("pipeline", "context", "tensor"))
+STAGES = [PP, 2, "--training.local_batch_size", 2]
+DEFAULT_LAYOUTS = {
+    "1": (1, []),
+    "dp2": (2, []),
+    "tp2": (2, [TP, 2]),
+    "pp2": (2, STAGES),
+    "pp2 × dp2": (4, STAGES),
+    "pp2 × tp2": (4, [*STAGES, TP, 2]),
+    "cp2": (2, [CP, 2]),
+    "cp2 × tp2": (4, [CP, 2, TP, 2]),
+    "cp2 × dp2": (4, [CP, 2]),
+    "pp2 × cp2": (4, [*STAGES, CP, 2]),
+}
+
+
+@pytest.fixture(scope="module")
+def default_run(launch, tmp_path_factory):
+    """default_run(layout): 30 steps of ./run_train.sh in fp32."""
+    folder = tmp_path_factory.mktemp("default runs")
+    shorter = ["--training.steps", 30, "--lr_scheduler.total_steps", 450, "--generation.enable", "false"]
+    shorter += ["--checkpoint.enable", "false", "--data.prepared_folder", folder / "prepared"]
+
+    def run(layout: str) -> dict[int, dict]:
+        nproc, options = DEFAULT_LAYOUTS[layout]
+        if not (folder / layout).exists():
+            succeed(launch("--job.dump_folder", folder / layout, *FP32, *shorter, *options, nproc=nproc))
+        return steps(folder / layout)
+
+    return run
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", [name for name in DEFAULT_LAYOUTS if name != "1"])
+def test_the_default_run_has_the_same_curve_on_every_layout(default_run, layout: str) -> None:
+    expected, found = default_run("1"), default_run(layout)
+    assert sorted(found) == list(range(1, 31))
+    assert [found[step]["batch_hash"] for step in found] == [expected[step]["batch_hash"] for step in found]
+    differences = [abs(found[step]["loss"] / expected[step]["loss"] - 1) for step in found]
+    print(f"{layout}: losses differ by up to {max(differences):.1e}")
+    assert max(differences) < 1e-5
+
+
 def test_bf16_means_the_same_on_one_process_and_on_several(launch, config, tmp_path) -> None:
     options = ["--training.steps", 15, "--validation.enable", "false", "--generation.enable", "false"]
     for nproc in (1, 2):

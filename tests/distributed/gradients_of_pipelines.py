@@ -1,7 +1,7 @@
 """Run by test_pipeline.py as the ranks of one layout: loss and gradients of pipelines against the plain model.
 
-Arguments: pp dp_replicate dp_shard tp output.json case ... For every case, as in 1F1B/tied/eager/documents/2, the file
-gets the relative difference of the loss and of each parameter's gradient, and more that is wrong if it is not 0.
+Arguments: pp dp_replicate dp_shard cp tp output.json case ... For every case, as in 1F1B/tied/eager/documents/2, the
+file gets the relative difference of the loss and of each parameter's gradient, and more that is wrong if it is not 0.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def config_of(case: str, layout: Layout) -> Config:
             "--parallelism.pipeline_parallel_degree", str(layout.pp),
             "--parallelism.pipeline_parallel_schedule", schedule,
             "--parallelism.data_parallel_replicate_degree", str(layout.dp_replicate),
+            "--parallelism.context_parallel_degree", str(layout.cp),
             "--parallelism.tensor_parallel_degree", str(layout.tp),
             *more,
         ],
@@ -81,7 +82,7 @@ def compare(world: World, case: str) -> dict[str, float]:
     share = plan.global_batch_size // world.layout.dp
     mine = slice(world.dp_rank * share, (world.dp_rank + 1) * share)
     rows = [[None] * plan.accumulation_steps if x is None else x[mine].split(plan.local_batch_size) for x in batch]
-    microbatches = [Microbatch(*parts) for parts in zip(*rows, strict=True)]
+    microbatches = [Microbatch(*parts).of_part(world.part) for parts in zip(*rows, strict=True)]
     found = {}
     with evaluating(model):
         validated = torch.stack([torch.stack([x.double() for x in model(*part)]) for part in microbatches]).sum(0)
@@ -161,9 +162,10 @@ def with_experts(world: World, case: str) -> World:
 
 
 def main() -> None:
-    pp, dp_replicate, dp_shard, tp = map(int, sys.argv[1:5])
-    output, *cases = sys.argv[5:]
-    world = init_world(Layout(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp), timeout_seconds=300)
+    pp, dp_replicate, dp_shard, cp, tp = map(int, sys.argv[1:6])
+    output, *cases = sys.argv[6:]
+    layout = Layout(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, tp=tp)
+    world = init_world(layout, timeout_seconds=300)
     results = {case: compare(with_experts(world, case), case) for case in cases}
     if world.is_main:
         Path(output).write_text(json.dumps(results), encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ EXPERTS = (
 EP = "--parallelism.expert_parallel_degree/2"
 
 LAYOUTS = {
-    "pp2": (2, 1, 1, 1),
-    "pp2 × dp2": (2, 1, 2, 1),
-    "pp2 × tp2": (2, 1, 1, 2),
-    "pp2 × dp_replicate2": (2, 2, 1, 1),
-    "pp4": (4, 1, 1, 1),
+    "pp2": (2, 1, 1, 1, 1),
+    "pp2 × dp2": (2, 1, 2, 1, 1),
+    "pp2 × cp2": (2, 1, 1, 2, 1),
+    "pp2 × tp2": (2, 1, 1, 1, 2),
+    "pp2 × dp_replicate2": (2, 2, 1, 1, 1),
+    "pp4": (4, 1, 1, 1, 1),
 }
-"""(pp, dp_replicate, dp_shard, tp)."""
+"""(pp, dp_replicate, dp_shard, cp, tp)."""
 
 EACH_DAY = {
     "pp2": [
@@ -53,6 +55,7 @@ EACH_DAY = {
         f"1F1B/untied/eager/documents/3/{EXPERTS}/{EP}",
         f"Interleaved1F1B/tied/eager/none/5/{EXPERTS}/--activation_checkpoint.mode/full/{EP}",
     ],
+    "pp2 × cp2": ["1F1B/tied/eager/documents/5", "Interleaved1F1B/untied/eager/none/5"],
     "pp2 × tp2": [
         "1F1B/tied/eager/documents/5",
         "ZBVZeroBubble/untied/eager/none/5",
@@ -75,7 +78,7 @@ EACH_NIGHT = {
             )
             if case[::2] != ("ZBVZeroBubble", "compiled")
         ]
-        for layout in ("pp2", "pp2 × dp2", "pp2 × tp2")
+        for layout in ("pp2", "pp2 × dp2", "pp2 × cp2", "pp2 × tp2")
     },
     "pp2 × dp_replicate2": ["1F1B/tied/eager/documents/5", "ZBVZeroBubble/tied/eager/none/5"],
     "pp4": ["1F1B/untied/eager/none/7", "ZBVZeroBubble/tied/eager/none/7"],
@@ -115,11 +118,11 @@ def differences(request, run_ranks, tmp_path_factory) -> Any:
 
     def get(layout: str) -> dict[str, dict[str, float]]:
         if layout not in cache:
-            pp, dp_replicate, dp_shard, tp = degrees = LAYOUTS[layout]
+            degrees = LAYOUTS[layout]
             output = tmp_path_factory.mktemp("pipelines") / "differences.json"
             names = [name for where, name in chosen if where == layout]
             script = Path(__file__).parent / "gradients_of_pipelines.py"
-            run_ranks(script, pp * dp_replicate * dp_shard * tp, *degrees, output, *names)
+            run_ranks(script, math.prod(degrees), *degrees, output, *names)
             cache[layout] = json.loads(output.read_text())
         return cache[layout]
 
