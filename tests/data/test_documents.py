@@ -197,7 +197,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b'{"text": "b"', "not JSON"),
     "deeper than Python goes": (b'{"text": ' + b"[" * 200_000, "not JSON"),
     "no such key": (b'{"txt": "b", "id": 1}', 'no text under "text"; it has txt, id; data.text_key names'),
-    "a number": (b'{"text": 3}', 'no text under "text"'),
+    "a number": (b'{"text": 3}', 'no text under "text", but 3'),
     "null": (b'{"text": null}', "empty"),
     "a list": (b'["text"]', "not a JSON object"),
     "half a surrogate pair": (b'{"text": "\\ud83d"}', "not Unicode text"),

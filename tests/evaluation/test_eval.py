@@ -257,6 +257,7 @@ def test_the_table_is_for_people(folder: Path, corpus: Path, capsys: pytest.Capt
         (["--data", "{}/lines.jsonl", "--seq-len", "16", "--stride", "17"], "--stride: 17 is more than"),
         (["--data", "{}/lines.jsonl", "--stride", "0"], "--stride: must be at least 1"),
         (["--data", "{}/lines.jsonl", "--per-document", "/nowhere/x.jsonl"], "--per-document /nowhere/x.jsonl"),
+        (["--data", "{}/lines.jsonl", "--per-document", "{}"], "must be a file in a folder that exists"),
         (["--data", "{}/empty.txt"], "--data: there is no text in"),
         (["--data", "{}/broken.jsonl.gz"], "broken.jsonl.gz: the file is damaged or cut short"),
     ],
@@ -286,4 +287,7 @@ def test_single_bad_documents_are_left_out_and_counted(
     printed = capsys.readouterr()
     total = json.loads(printed.out)["total"]
     assert (total["documents"], total["unreadable"]) == (2, 1)
-    assert 'some.jsonl: line 2 is left out: no text under "text"; it has body; --text-key names' in printed.err
+    assert (
+        'some.jsonl: the document at line 2 is left out: no text under "text"; it has body; --text-key names'
+        in printed.err
+    )

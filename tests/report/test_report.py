@@ -123,14 +123,18 @@ def test_a_damaged_file_is_read_as_far_as_it_goes(tmp_path: Path, capsys: pytest
         ({}, "is not the folder of a run: it has neither config.toml nor metrics.jsonl"),
         ({"config.toml": "[training]\nsteps = 3\n"}, "no step is recorded yet"),
         ({"metrics.jsonl": '{"step": 0, "val_loss": 9.0}\n'}, "no step is recorded yet"),
-        (None, "there is no such folder"),
+        ("a file", "is a file; name the folder of the run"),
+        (None, "there is no such folder; did you mean "),
     ],
 )
 def test_what_is_no_run(
-    files: dict[str, str] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: dict[str, str] | str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    if files is not None:
+    folder = tmp_path / "runs"
+    (tmp_path / "run2").mkdir()
+    if isinstance(files, str):
+        folder.write_text(files)
+    elif files is not None:
         folder.mkdir()
         for name, text in files.items():
             (folder / name).write_text(text)
@@ -151,6 +155,14 @@ def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
     assert {123_456, 777_777} <= set(kept.tolist())
     assert (np.diff(kept) > 0).all()
     assert thin(values[:MOST_POINTS]).tolist() == list(range(MOST_POINTS))
+
+
+def test_losses_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"step": step, "loss": None, "mfu": None} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [panel] = data_of(report(capsys, tmp_path, output=tmp_path / "page.html"))["panels"]
+    assert panel["title"] == "Loss"
+    assert panel["curves"][0] == {"run": 0, "name": "loss", "x": [1, 2], "y": [None, None]}
 
 
 def test_smoothing() -> None:

@@ -120,8 +120,8 @@ def _parse(arguments: list[str], ranks: int) -> argparse.Namespace:
         raise UserError("--device: does not apply under torchrun, where each process has a device of its own")
     if ranks % options.tensor_parallel:
         raise UserError(f"--tensor-parallel {options.tensor_parallel}: does not divide the {ranks} processes")
-    if options.per_document and not options.per_document.absolute().parent.is_dir():
-        raise UserError(f"--per-document {options.per_document}: there is no folder {options.per_document.parent}")
+    if (file := options.per_document) and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UserError(f"--per-document {file}: must be a file in a folder that exists")
     return options
 
 
@@ -290,7 +290,8 @@ def _report(
         options.per_document.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     if not total.tokens:
         where = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-        why = f"; {total.unreadable:,} documents cannot be read, see the warnings" if total.unreadable else ""
+        count = "1 document" if total.unreadable == 1 else f"{total.unreadable:,} documents"
+        why = f"; {count} cannot be read, see the warnings" if total.unreadable else ""
         raise UserError(f"--data: there is no text in {where}{why}")
     if options.json:
         rows = [{"file": name} | each.figures() for name, each in zip(names, sums, strict=True)]

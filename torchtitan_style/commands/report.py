@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.hub import similar_folder
 from torchtitan_style.common.reporting import reported_errors
 
 from .cli import Arguments
@@ -32,8 +33,11 @@ def main(arguments: list[str]) -> None:
         options = parser.parse(arguments)
         folders = list(dict.fromkeys(Path(os.path.expanduser(run)) for run in options.runs))
         for folder in folders:
+            if folder.is_file():
+                raise UserError(f"{folder}: is a file; name the folder of the run")
             if not folder.is_dir():
-                raise UserError(f"{folder}: there is no such folder")
+                near = similar_folder(folder)
+                raise UserError(f"{folder}: there is no such folder" + (f"; did you mean {near}?" if near else ""))
         output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
         if output.is_dir() or not output.absolute().parent.is_dir():
             raise UserError(f"--output {output}: must be a file in a folder that exists")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from torchtitan_style.common.errors import cut, some
+from torchtitan_style.common.errors import cut, shown, some
 from torchtitan_style.common.reading import open_regular
 
 from .chat.conversations import MESSAGE_LISTS, Conversations, NoConversation
@@ -147,7 +147,7 @@ def text_of(record: Any, text_key: Fields, max_bytes: int) -> tuple[str, str]:
     if record[text_key] is None:
         return "", EMPTY
     if not isinstance(record[text_key], str):
-        return "", f'no text under "{text_key}", but a {type(record[text_key]).__name__}'
+        return "", f'no text under "{text_key}", but {shown(record[text_key])}'
     return checked(record[text_key], max_bytes)
 
 

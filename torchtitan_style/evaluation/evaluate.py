@@ -61,7 +61,7 @@ def evaluate(
                         raise UserError(f"{file.url}: {record.problem}")
                     sums[number].unreadable += 1
                     if (count := sum(each.unreadable for each in sums)) <= _WARNINGS:
-                        warn(f"{file.url}: {_place(file, record)} is left out: {record.problem}")
+                        warn(f"{file.url}: the document at {_place(file, record)} is left out: {record.problem}")
                         if count == _WARNINGS:
                             warn("further documents that cannot be read are only counted")
                 elif record.text:

@@ -122,8 +122,7 @@ def _mark(number: int, run: Run, kind: str, step: int, text: str) -> dict[str, A
 
 
 def _lowest(run: Run, name: str) -> str:
-    values = run.curves.get(name, (None, np.array([math.nan])))[1]
-    return "-" if np.isnan(values).all() else f"{np.nanmin(values):.4f}"
+    return f"{np.nanmin(run.curves[name][1]):.4f}" if name in run.curves else "-"
 
 
 def _summary(runs: Sequence[Run]) -> list[list[str]]:

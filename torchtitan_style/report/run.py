@@ -95,11 +95,12 @@ def _curves(figures: dict[int, dict[str, Any]]) -> dict[str, Curve]:
     points: dict[str, tuple[list[int], list[float]]] = {}
     for step, record in figures.items():
         for name, value in record.items():
-            if type(value) in (int, float) or (value is None and name in points):  # null is NaN or infinity
+            if type(value) in (int, float, type(None)):  # null is NaN or infinity
                 steps, values = points.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(math.nan if value is None else value)
-    return {name: (np.array(steps), np.array(values, dtype=float)) for name, (steps, values) in points.items()}
+    curves = {name: (np.array(steps), np.array(values, dtype=float)) for name, (steps, values) in points.items()}
+    return {name: curve for name, curve in curves.items() if name == "loss" or np.isfinite(curve[1]).any()}
 
 
 def _column(records: dict[int, dict[str, Any]], name: str) -> NDArray[np.float64]:
