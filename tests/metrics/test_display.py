@@ -59,6 +59,23 @@ def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> 
     assert (lines[0] == WHOLE) == (width >= len(WHOLE))
     assert ["best so far" in line for line in lines] == [False, True, False, False, True]
     assert all("loss" in line for line in (lines[1], *lines[3:]))
+    for field in ("perplexity", "accuracy"):
+        assert lines[3].find(field) == lines[4].find(field)  # one below the other, or neither
+
+
+def test_samples_are_indented(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " loss(x):\n    return the [bold]mean[/] of all"
+    for options, lines in {
+        "pipe": ["    def loss(x):", "        return the [bold]mean[/] of all"],
+        "terminal": ["    def loss(x):", "        return the", "    [bold]mean[/] of", "    all"],
+    }.items():
+        file = io.StringIO()
+        display = Display(is_main=True)
+        console = Console(file=file, highlight=False, soft_wrap=True, width=20, force_terminal=options == "terminal")
+        monkeypatch.setattr(display, "_console", console)
+        display.sample("def", text)
+        text_only = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+        assert [line.rstrip() for line in text_only.splitlines()] == lines
 
 
 @pytest.mark.parametrize("width", [120, 60, 40])

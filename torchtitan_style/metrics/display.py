@@ -22,10 +22,6 @@ class Display:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
-    @property
-    def _is_narrow(self) -> bool:
-        return self._console.is_terminal and self._console.width < 100
-
     def say(self, text: str, *, style: str = "") -> None:
         """A line of text, as it is."""
         with _forgiving():
@@ -76,18 +72,17 @@ class Display:
             "memory": f"{record['peak_memory_gib']:.2f} GiB",
             "left": left,
         }
-        self.say(self._fitting(fields, less=("memory", "lr", "mfu", "grad_norm", "tokens", "left"), between="  "))
+        self.say(*self._fitting([fields], less=("memory", "lr", "mfu", "grad_norm", "tokens", "left"), between="  "))
 
-    def _fitting(self, fields: dict[str, str], *, less: Sequence[str], between: str) -> str:
-        """``fields`` in a line. A terminal that is too narrow goes without some of ``less``, the first one first:
-        metrics.jsonl has all."""
-        line = between.join(filter(None, fields.values()))
-        for name in less:
-            if not self._console.is_terminal or cell_len(line) <= self._console.width:
+    def _fitting(self, rows: list[dict[str, str]], *, less: Sequence[str], between: str) -> list[str]:
+        """Each of ``rows`` as a line. A terminal that is too narrow for one of them goes without some of the fields
+        ``less``, the first one first: metrics.jsonl has all."""
+        for left_out in range(len(less) + 1):
+            kept = [[text for name, text in row.items() if text and name not in less[:left_out]] for row in rows]
+            lines = [between.join(texts) for texts in kept]
+            if not self._console.is_terminal or max(map(cell_len, lines)) <= self._console.width:
                 break
-            fields = fields | {name: ""}
-            line = between.join(filter(None, fields.values()))
-        return line
+        return lines
 
     def validation(self, step: int, figures: dict[str, float], *, best: str = "") -> None:
         """The figures by their names in metrics.jsonl, a line for the corpus and one for each further set. best: which
@@ -99,26 +94,32 @@ class Display:
         width = 0 if alone else max(6, *(len(name) - 1 for name in names))
         perplexities = {name: f"{figures[f'val_perplexity{name}']:,.2f}" for name in names}
         longest = max(map(len, perplexities.values()), default=0)
+        rows = []
         for name in names:
             bits = figures.get(f"val_bits_per_byte{name}")
             accuracy = f"{figures[f'val_accuracy{name}']:.1%}"
             begin = f"validation at step {step}: " if alone else f"  {name[1:] or 'corpus':<{width}}  "
-            note = " (best so far)" if f"val_loss{name}" == best else ""
-            fields = {
-                "loss": f"{begin}loss {figures[f'val_loss{name}']:.4f}{note if self._is_narrow else ''}",
-                "perplexity": f"perplexity {perplexities[name]:>{longest}}",
-                "accuracy": f"accuracy {accuracy if alone else f'{accuracy:>5}'}",
-                "bits": "" if bits is None else f"{bits:.4f} bits/byte",
-            }
-            line = self._fitting(fields, less=("accuracy", "perplexity", "bits"), between=", ")
-            self.say(line + ("" if self._is_narrow else note), style="bold")
+            rows.append(
+                {
+                    "loss": f"{begin}loss {figures[f'val_loss{name}']:.4f}",
+                    "perplexity": f", perplexity {perplexities[name]:>{longest}}",
+                    "accuracy": f", accuracy {accuracy if alone else f'{accuracy:>5}'}",
+                    "bits": "" if bits is None else f", {bits:.4f} bits/byte",
+                    "note": " (best so far)" if f"val_loss{name}" == best else "",
+                }
+            )
+        for line in self._fitting(rows, less=("accuracy", "perplexity", "bits"), between=""):
+            self.say(line, style="bold")
 
     def sample(self, prompt: str, continuation: str) -> None:
         """Generated text, the prompt set apart."""
         text = Text(prompt, style="bold") + Text(continuation, style="cyan")
+        console = self._console
+        # On a terminal, the parts of a long line are indented, too.
+        lines = text.wrap(console, max(console.width - 4, 1)) if console.is_terminal else text.split("\n")
         with _forgiving():
-            for line in text.split("\n"):
-                self._console.print(Text("    ") + line)
+            for line in lines:
+                console.print(Text("    ") + line)
 
 
 @contextlib.contextmanager
