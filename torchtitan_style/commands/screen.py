@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-_STEERING = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+from torchtitan_style.common.terminal import without_control
 
 
 class Screen:
@@ -18,11 +18,11 @@ class Screen:
         self._about = Console(highlight=False, soft_wrap=True, stderr=True)
 
     def write(self, text: str, style: str = "") -> None:
-        """Write text unchanged and flush; on a terminal without control characters, as a model may write any."""
+        """Write text unchanged and flush; on a terminal without control characters."""
         if not text:
             return
         if self._out.is_terminal:
-            self._out.print(Text(text.translate(_STEERING), style=style), end="")
+            self._out.print(Text(without_control(text), style=style), end="")
         else:
             sys.stdout.write(text)
         sys.stdout.flush()

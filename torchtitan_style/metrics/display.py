@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from torchtitan_style.common.terminal import without_control
+
 __all__ = ["Display"]
 
 
@@ -113,8 +115,10 @@ class Display:
 
     def sample(self, prompt: str, continuation: str) -> None:
         """Generated text, the prompt set apart."""
-        text = Text(prompt, style="bold") + Text(continuation, style="cyan")
         console = self._console
+        if console.is_terminal:
+            prompt, continuation = without_control(prompt), without_control(continuation)
+        text = Text(prompt, style="bold") + Text(continuation, style="cyan")
         # On a terminal, the parts of a long line are indented, too.
         lines = text.wrap(console, max(console.width - 4, 1)) if console.is_terminal else text.split("\n")
         with _forgiving():
