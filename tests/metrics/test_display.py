@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from typing import Any
@@ -84,6 +85,26 @@ def test_the_bar_has_loss_and_time_left(monkeypatch: pytest.MonkeyPatch, width: 
     bars = [line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)) if "0/2000 " in line]
     assert re.search(r" 0/2000 (0:00:0\d )?loss 3\.1416 1:06:40 left", bars[-1])
     assert len(bars[-1].rstrip()) <= width
+
+
+def test_the_bar_says_that_the_run_validates(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    display = Display(is_main=True)
+    monkeypatch.setattr(display, "_console", Console(file=file, highlight=False, force_terminal=True, width=60))
+    with display.doing("validating"):  # without a bar it says nothing
+        pass
+    display.start(0, 2000)
+    display.step(STEP, steps=2000, seconds_left=4000.0)
+    bars = []
+    for context in (display.doing("validating"), contextlib.nullcontext()):
+        with context:
+            file.truncate(0)
+            display._progress.refresh()
+            bars.append(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()))
+    display.stop()
+    assert "validating" in bars[0]
+    assert "left" not in bars[0]
+    assert "1:06:40 left" in bars[1]
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,18 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
 
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Meanwhile, the bar says what the run does between two steps, in the place of the time left."""
+        if self._progress is None:
+            yield
+            return
+        [task] = self._progress.tasks
+        left = task.fields["left"]
+        self._progress.update(task.id, left=what)
+        yield
+        self._progress.update(task.id, left=left)
+
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -219,7 +219,8 @@ class Trainer:
     def _validate(self) -> bool:
         """Loss on the held-out rows. Whether it is the lowest so far and its checkpoint is to be kept as the best."""
         state = self.state
-        figures = self.validator.run(state.step, stop=self._stop_requested)
+        with self.display.doing("validating"):
+            figures = self.validator.run(state.step, stop=self._stop_requested)
         if figures is None:
             return False
         metric = self.config.checkpoint.best_metric
