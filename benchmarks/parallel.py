@@ -107,7 +107,7 @@ def wrap_always() -> None:
 
     def wrap(model: Any, dtype: torch.dtype) -> None:
         mesh = dist.device_mesh.init_device_mesh(
-            "cuda" if torch.cuda.is_available() else "cpu", (1, 1), mesh_dim_names=("dp_replicate", "dp_shard")
+            "cuda" if torch.cuda.is_available() else "cpu", (1, 1), mesh_dim_names=("dp_replicate", "fsdp")
         )
         shard(
             model,
