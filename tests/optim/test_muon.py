@@ -144,11 +144,11 @@ def test_the_schedules_go_on_with_each_step_that_is_taken() -> None:
 
 def test_heads_by_themselves() -> None:
     matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(3))
-    whole = orthogonalize(matrix, rounds=5, head_dim=4)
+    whole = orthogonalize(matrix.view(3, 4, 20), rounds=5).flatten(0, 1)
     apart = torch.cat([orthogonalize(head, rounds=5) for head in matrix.split(4)])
     torch.testing.assert_close(whole, apart)
     assert not torch.allclose(whole, orthogonalize(matrix, rounds=5), atol=0.05)
-    tall = orthogonalize(matrix.T.contiguous(), rounds=5, head_dim=10)
+    tall = orthogonalize(matrix.T.contiguous().view(2, 10, 12), rounds=5).flatten(0, 1)
     torch.testing.assert_close(tall[:10], orthogonalize(matrix.T[:10], rounds=5))
 
     model, optimizers = build(muon=Muon(per_head=True))
@@ -202,3 +202,19 @@ def test_stacked_experts_are_orthogonalised_one_by_one() -> None:
     for matrix, right in zip(found, single, strict=True):
         # The same products, batched: fp32 rounding, which the iteration amplifies.
         torch.testing.assert_close(matrix, right, rtol=1e-4, atol=1e-5)
+
+
+def test_how_many_are_multiplied_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for at_most in (10**9, 2_000, 1):
+        monkeypatch.setattr("torchtitan_style.optim.muon.OWNED_ELEMENTS", at_most)
+        torch.manual_seed(0)
+        model, optimizers = build(muon=Muon(per_head=True))
+        assert optimizers.muon is not None
+        results.append((len(optimizers.muon.alone), model))
+        give_gradients(list(model.parameters()), seed=5)
+        optimizers.step_if(SOUND)
+    (few, together), (more, _), (most, alone) = results
+    assert few < more <= most == len(optimizers.muon.matrices)
+    for expected, parameter in zip(alone.parameters(), together.parameters(), strict=True):
+        assert torch.equal(parameter, expected)

@@ -6,7 +6,8 @@ matrix is orthogonalised whole, by one rank (``exchange.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan_style.config.schema import Muon as MuonConfig
 from torchtitan_style.distributed.local import local_tensor
 
-from .exchange import Exchange, Transfer
+from .exchange import OWNED_ELEMENTS, Exchange, Transfer
 from .orthogonalize import orthogonalize, step_scale
 
 
@@ -48,13 +49,14 @@ class Muon(torch.optim.Optimizer):
         for matrix in self.matrices:
             self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
         self.exchange: Exchange | None = None
-        self.alone = list(range(len(self.matrices)))
-        """Those that no rank needs more of than it has: all, or stacks that are cut between matrices."""
+        alone = list(range(len(self.matrices)))
         if _ranks(group) > 1:
-            self.alone = [i for i in self.alone if _is_cut_between_matrices(self.matrices[i])]
-            self.shared = [i for i in range(len(self.matrices)) if i not in self.alone]
-            """The others; the exchange numbers them from 0."""
+            alone = [i for i in alone if _is_cut_between_matrices(self.matrices[i])]
+            self.shared = [i for i in range(len(self.matrices)) if i not in alone]
+            """Those that are made whole to be made orthogonal; the exchange numbers them from 0."""
             self.exchange = Exchange([self.matrices[i] for i in self.shared], dtype=dtype, group=group)
+        self.alone = self._batches(alone)
+        """Those that no rank needs more of than it has: all, or stacks that are cut between matrices."""
 
     @torch.no_grad()
     def step_if(self, sound: Tensor) -> None:
@@ -62,9 +64,10 @@ class Muon(torch.optim.Optimizer):
 
         sound: a 0-dim bool on the device, which nobody waits for; the same on all ranks.
         """
-        for i in self.alone:
-            if local_tensor(self.matrices[i]).numel():
-                self._apply(i, self._orthogonal(i, self._direction(i, sound)), sound)
+        for batch in self.alone:
+            directions = {i: self._direction(i, sound) for i in batch}
+            for i, update in self._orthogonal(directions).items():
+                self._apply(i, update, sound)
         if self.exchange is None:
             return
         # While a round is computed, the next one is on its way in and the last one on its way out.
@@ -76,7 +79,8 @@ class Muon(torch.optim.Optimizer):
             incoming = self._collect(following, sound) if following else None
             assert arriving is not None
             whole = self.exchange.assemble(this, arriving)
-            results = {i: self._orthogonal(self.shared[i], direction) for i, direction in whole.items()}
+            orthogonal = self._orthogonal({self.shared[i]: direction for i, direction in whole.items()})
+            results = {i: orthogonal[self.shared[i]] for i in whole}
             if outgoing:
                 self._apply_round(*outgoing, sound)
             outgoing = this, self.exchange.distribute(this, results)
@@ -101,10 +105,39 @@ class Muon(torch.optim.Optimizer):
         direction = gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
         return direction.to(self.dtype)
 
-    def _orthogonal(self, index: int, direction: Tensor) -> Tensor:
-        rows = direction.flatten(0, -2)  # [M, N] or, of a stack, [S·M, N]
-        orthogonal = orthogonalize(rows, rounds=self.config.ns_steps, head_dim=self.block_rows[index])
-        return orthogonal.view(direction.shape)
+    def _orthogonal(self, directions: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Whole matrices made orthogonal, by index. Those of one shape are multiplied together: several small
+        products at once keep all threads, or a GPU, busy."""
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i in directions:
+            alike[self._block_shape(i)].append(i)
+        orthogonal = {}
+        for shape, indices in alike.items():
+            stacks = [directions[i].reshape(-1, *shape) for i in indices]
+            results = orthogonalize(torch.cat(stacks), rounds=self.config.ns_steps)
+            for i, result in zip(indices, results.split([len(stack) for stack in stacks]), strict=True):
+                orthogonal[i] = result.reshape(directions[i].shape)
+        return orthogonal
+
+    def _batches(self, matrices: Sequence[int]) -> list[list[int]]:
+        """Those of ``matrices`` that this rank has something of, by shape, and not more together than it owns of a
+        round of an exchange."""
+        batches: list[list[int]] = []
+        shape, room = None, 0
+        for i in sorted(matrices, key=self._block_shape):
+            size = local_tensor(self.matrices[i]).numel()
+            if size and (self._block_shape(i) != shape or size > room):
+                batches.append([])
+                shape, room = self._block_shape(i), max(OWNED_ELEMENTS, size)
+            if size:
+                batches[-1].append(i)
+                room -= size
+        return batches
+
+    def _block_shape(self, index: int) -> tuple[int, int]:
+        """[M, N] of what is made orthogonal by itself: the matrix, each of a stack, or a head."""
+        *_, rows, columns = self.matrices[index].shape
+        return self.block_rows[index] or rows, columns
 
     def _apply(self, index: int, orthogonal: Tensor, sound: Tensor) -> None:
         """Decay and update this rank's part of a matrix."""
@@ -115,8 +148,7 @@ class Muon(torch.optim.Optimizer):
         weight.sub_(orthogonal.to(weight.dtype) * (lr * self._scale(index)))
 
     def _scale(self, index: int) -> float:
-        *_, rows, columns = self.matrices[index].shape
-        return step_scale(self.block_rows[index] or rows, columns, self.config.adjust_lr)
+        return step_scale(*self._block_shape(index), self.config.adjust_lr)
 
 
 def _is_cut_between_matrices(matrix: Tensor) -> bool:

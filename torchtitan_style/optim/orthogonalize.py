@@ -10,24 +10,23 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 singular value from 0.001 on to somewhere in 0.7 … 1.2, and need not take it to 1 (Jordan 2024)."""
 
 
-def orthogonalize(matrix: Tensor, *, rounds: int, head_dim: int | None = None, eps: float = 1e-7) -> Tensor:
-    """U·Vᵀ of ``matrix`` = U·S·Vᵀ, about, by Newton–Schulz iteration in the type of ``matrix``.
+def orthogonalize(matrices: Tensor, *, rounds: int, eps: float = 1e-7) -> Tensor:
+    """U·Vᵀ of each matrix U·S·Vᵀ, about, by Newton–Schulz iteration in the type of ``matrices``.
 
-    [M, N] → [M, N]. X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ maps every singular value by the quintic and
-    leaves the singular vectors alone. 2·rounds·(2·m²·n + m³) multiply-adds for m = min(M, N), n = max(M, N).
-    head_dim: take every so many rows as a matrix of their own.
+    [..., M, N] → [..., M, N], each by itself. X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ maps every singular value by the
+    quintic and leaves the singular vectors alone. rounds·(2·m²·n + m³) multiply-adds a matrix, m = min(M, N),
+    n = max(M, N).
     """
     a, b, c = COEFFICIENTS
-    x = matrix if head_dim is None else matrix.unflatten(0, (-1, head_dim))  # [M, N] or [H, D, N]
+    x = matrices.reshape(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # A is the smaller of the two squares
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)  # no singular value above 1
-    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(rounds):
         gram = x @ x.mT
-        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
-        x = add_product(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).reshape(matrix.shape)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 def step_scale(rows: int, columns: int, adjust_lr: str) -> float:
