@@ -13,39 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from curves import curve, plot, records, train
 
 SHARE = 0.7
 SWEEPS = {"adamw": [1e-3, 2e-3, 4e-3], "muon": [1e-3, 2e-3, 4e-3]}
-QUIET = [
-    *("--validation.freq", "45", "--generation.enable", "false", "--checkpoint.keep_best", "false"),
-    *("--checkpoint.interval", "100000", "--metrics.enable_tensorboard", "false"),
-]
 
 
 def run(optimizer: str, lr: float, seed: int, *, steps: int, output: Path, adamw_lr: float, more: list[str]) -> Path:
     """Train, if that has not been done, and return the run's folder. Muon's other parameters use ``adamw_lr``."""
     folder = output / f"{optimizer}-{lr:g}-{steps}-seed{seed}"
-    if not (folder / f"checkpoint/step-{steps}").exists():
-        rates = ["--optimizer.lr", f"{lr:g}"]
-        if optimizer == "muon":
-            rates = ["--optimizer.lr", f"{adamw_lr:g}", "--optimizer.muon.lr", f"{lr:g}"]
-        command = [sys.executable, "-m", "torchtitan_style", "train", "--optimizer.name", optimizer, *rates]
-        command += ["--training.steps", str(steps), "--training.seed", str(seed), *QUIET, *more]
-        done = subprocess.run([*command, "--job.dump_folder", str(folder)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stdout + done.stderr)
+    rates = ["--optimizer.lr", f"{lr:g}"]
+    if optimizer == "muon":
+        rates = ["--optimizer.lr", f"{adamw_lr:g}", "--optimizer.muon.lr", f"{lr:g}"]
+    train(folder, "--optimizer.name", optimizer, *rates, *more, steps=steps, seed=seed)
     return folder
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(folder: Path) -> list[tuple[int, float]]:
-    return [(record["step"], record["val_loss"]) for record in records(folder) if "val_loss" in record]
 
 
 def seconds_per_step(folder: Path) -> float:
@@ -53,24 +36,6 @@ def seconds_per_step(folder: Path) -> float:
     steps = [record for record in records(folder) if "loss" in record][10:]
     tokens = steps[1]["tokens_seen"] - steps[0]["tokens_seen"]
     return tokens / statistics.median(record["tokens_per_second"] for record in steps)
-
-
-def plot(curves: dict[str, list[list[tuple[int, float]]]], target: float, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4))
-    for color, (label, runs) in zip(("tab:blue", "tab:orange"), curves.items(), strict=True):
-        for i, run_curve in enumerate(runs):
-            steps, losses = zip(*run_curve[1:], strict=True)  # without the untrained model
-            axes.plot(steps, losses, color=color, marker=".", label=label if i == 0 else None)
-    axes.axhline(target, color="gray", linewidth=0.8, linestyle="--", label="AdamW at the end")
-    axes.set(xlabel="step", ylabel="validation loss")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -132,7 +97,11 @@ def main() -> None:
     )
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     labels = {"adamw": f"AdamW, lr {best['adamw']:g}", "muon": f"Muon, lr {best['muon']:g}"}
-    plot({labels[o]: runs for o, runs in curves.items()}, means["adamw"], options.plot or options.output / "curves.png")
+    plot(
+        {labels[o]: runs for o, runs in curves.items()},
+        options.plot or options.output / "curves.png",
+        target=("AdamW at the end", means["adamw"]),
+    )
     raise SystemExit(0 if reached else 1)
 
 
