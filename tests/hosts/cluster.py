@@ -47,12 +47,16 @@ class Host:
         # The holder is the first process of the host: when it is killed, the kernel kills all others.
         self._holder = _holder([*_NAMESPACES, f"hostname {self.name}; {binds}; echo up; exec sleep 100000"])
         self.pid = _child(self._holder)
-        port, switch, inside = f"p{self.number}", self.cluster.switch, ["nsenter", "-t", str(self.pid), "-n"]
+        port, switch = f"p{self.number}", self.cluster.switch
         _run(*switch, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         _run(*switch, "ip", "link", "set", port, "master", "br0", "up")
-        _run(*inside, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
-        _run(*inside, "ip", "link", "set", "eth0", "up")
-        _run(*inside, "ip", "link", "set", "lo", "up")
+        self.run("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+        self.run("ip", "link", "set", "eth0", "up")
+        self.run("ip", "link", "set", "lo", "up")
+
+    def run(self, *command: str) -> None:
+        """Run a command on this host and wait for its end."""
+        _run("nsenter", "-t", str(self.pid), "-n", "-m", *command)
 
     def start(self, *arguments: str | Path, log: str, **environment: str) -> subprocess.Popen[str]:
         """Run Python with ``arguments`` on this host, in the cluster's folder; its output goes to the file ``log``."""
@@ -98,6 +102,24 @@ class Host:
     def reconnect(self) -> None:
         """Put the network cable back."""
         _run(*self.cluster.switch, "ip", "link", "set", f"p{self.number}", "up")
+
+    def lose_packets(self, share: float) -> None:
+        """Drop that share of all packets that reach this host."""
+        self.run(
+            "iptables", "-A", "INPUT", "-m", "statistic", "--mode", "random", "--probability", f"{share}", "-j", "DROP"
+        )
+
+    def slow_down(self, rate: str) -> None:
+        """Send no faster than ``rate``, as "2mbit"."""
+        self.run(
+            "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"
+        )
+
+    def fill_disk(self, folder: Path) -> None:
+        """Have nothing more fit into ``folder``, as this host sees it."""
+        folder.mkdir()
+        self.run("mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder))
+        self.run("sh", "-c", f"yes > {folder}/rest 2> /dev/null || true")
 
 
 class Cluster:

@@ -208,6 +208,34 @@ def test_a_network_that_is_gone_for_seconds_is_waited_for(three: Cluster) -> Non
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("link", ["lossy", "slow"])
+def test_a_bad_link_only_costs_time(three: Cluster, link: str) -> None:
+    first, second, _ = three.hosts
+    run = Run(three, nnodes="1:2", options=("--comm.host_timeout_seconds", "30"))
+    run.begin(2)
+    if link == "lossy":
+        second.lose_packets(0.1)
+    else:
+        second.slow_down("20mbit")
+    run.wait_for_steps(30)
+    assert "restarting" not in run.output(first)
+    end_and_compare(run)
+
+
+@pytest.mark.nightly
+def test_a_host_whose_own_disk_is_full_trains(three: Cluster) -> None:
+    """Nothing that matters is kept in a host's folder for temporary files."""
+    first, second, _ = three.hosts
+    second.fill_disk(three.folder / "full")
+    run = Run(three, nnodes="1:2")
+    run.start(first)
+    run.start(second, TMPDIR=str(three.folder / "full"))
+    run.wait_for_output(first, "on 2 × CPU")
+    run.wait_for_steps(12)
+    end_and_compare(run)
+
+
+@pytest.mark.nightly
 def test_a_host_without_network_comes_back(three: Cluster) -> None:
     _, second, _ = three.hosts
     run = Run(three, nnodes="1:2")
