@@ -218,28 +218,3 @@ def test_how_many_are_multiplied_at_once_changes_nothing(monkeypatch: pytest.Mon
     assert few < more <= most == len(optimizers.muon.matrices)
     for expected, parameter in zip(alone.parameters(), together.parameters(), strict=True):
         assert torch.equal(parameter, expected)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_embedding_has_its_own_rate(name: Any) -> None:
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(FLAVORS["debug"])
-    config = Optimizer(name=name, lr=1e-3, embedding_lr=8e-3, weight_decay=0.0)
-    optimizers = Optimizers(
-        model,
-        config,
-        LRScheduler(warmup_steps=1),
-        total_steps=10,
-        dtype=torch.float32,
-        spec=QWEN3,
-        head_dim=16,
-    )
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    give_gradients(list(model.parameters()), seed=1)
-    optimizers.step_if(SOUND)
-    moved = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters()}
-    rates = optimizers.learning_rates(1)
-    assert rates["lr_embedding"] == pytest.approx(8 * rates["lr"])
-    # The first step of Adam changes an element by the learning rate.
-    assert moved["model.embed_tokens.weight"] == pytest.approx(rates["lr_embedding"], rel=1e-3)
-    assert moved["model.norm.weight"] == pytest.approx(rates["lr"], rel=1e-3)

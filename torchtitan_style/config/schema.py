@@ -178,9 +178,6 @@ class Optimizer(Section):
     AdamW for embedding, head, norms and biases; see optimizer.muon. Or one of your own (docs/extending.md)."""
     lr: float = Field(3e-4, gt=0, allow_inf_nan=False)
     """Learning rate after warm-up."""
-    embedding_lr: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Learning rate of the embedding, and of a head tied to it; left out: lr. For "adamw" and "muon". A small model
-    learns faster when it is several times lr (docs/optimizers.md)."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the gradient's running mean."""
     beta2: float = Field(0.95, ge=0, lt=1)

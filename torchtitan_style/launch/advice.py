@@ -16,7 +16,6 @@ from torchtitan_style.models.registry import model_config, spec_of
 
 _OF_THE_MODEL = (
     "optimizer.lr",
-    "optimizer.embedding_lr",
     "data.dataset",
     "training.seq_len",
     "training.steps",

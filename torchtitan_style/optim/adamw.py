@@ -1,8 +1,7 @@
-"""AdamW with a group of parameters for each learning rate, decayed and not."""
+"""AdamW with two groups of parameters, decayed and not."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -13,20 +12,17 @@ from torchtitan_style.config.schema import Optimizer
 
 
 def adamw(parameters: Mapping[str, Tensor], config: Optimizer) -> torch.optim.AdamW:
-    """AdamW over ``parameters``, by name (Loshchilov & Hutter 2019), one fused kernel per group. The "rate" of a group
-    is the name of its learning rate.
+    """AdamW over ``parameters``, by name (Loshchilov & Hutter 2019), one fused kernel per group.
 
     Its state is made here and not at the first step, so that a checkpoint can be read into it.
     """
-    groups: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
-    for name, parameter in parameters.items():
-        groups[rate_of(name, config), is_decayed(name, parameter, config)].append(parameter)
+    decayed = {n: p for n, p in parameters.items() if is_decayed(n, p, config)}
+    others = {n: p for n, p in parameters.items() if n not in decayed}
     optimizer = torch.optim.AdamW(
         [
-            {"params": params, "rate": rate, "weight_decay": config.weight_decay if decayed else 0.0}
-            for (rate, decayed), params in groups.items()
-        ]
-        or [{"params": []}],
+            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+            {"params": list(others.values()), "weight_decay": 0.0},
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -39,11 +35,6 @@ def adamw(parameters: Mapping[str, Tensor], config: Optimizer) -> torch.optim.Ad
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
-
-
-def rate_of(name: str, config: Optimizer) -> str:
-    """Under which name the metrics have the learning rate of a parameter of AdamW's."""
-    return "lr_embedding" if config.embedding_lr and name == "model.embed_tokens.weight" else "lr"
 
 
 def is_decayed(name: str, parameter: Tensor, config: Optimizer) -> bool:

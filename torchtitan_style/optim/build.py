@@ -68,8 +68,6 @@ class Optimizers:
                     ],
                     group=group,
                 )
-            if config.embedding_lr:
-                self.peaks["lr_embedding"], self.schedulers["lr_embedding"] = config.embedding_lr, scheduler
             if config.name == "muon":  # also where this rank's stage of a pipeline trains no matrices
                 self.peaks["lr_muon"], self.schedulers["lr_muon"] = config.muon_lr, config.muon.schedule(scheduler)
         device = next(iter(model.parameters())).device
@@ -107,7 +105,7 @@ class Optimizers:
         rates = {name: torch.take(table, self.updates - self._first_rate) for name, table in self._rates.items()}
         if self.adamw:
             for group in self.adamw.param_groups:
-                group["lr"] = rates[group["rate"]]
+                group["lr"] = rates["lr"]
             step_if(self.adamw, sound)
         if self.muon:
             self.muon.param_groups[0]["lr"] = rates["lr_muon"]

@@ -140,7 +140,7 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
         for gradient in gradients.values():
             gradient.mul_(factor)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
+            group["lr"] = _lr(config, step)
         optimizer.step()
         for name, matrix in hidden.items():
             per_head = config.optimizer.muon.per_head and spec.has_heads(name)
@@ -272,14 +272,14 @@ def _max_norm(config: Config, step: int) -> float:
     return config.training.max_norm if step > 1 else float("inf")
 
 
+def _lr(config: Config, step: int) -> float:
+    return config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
+
+
 def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.AdamW:
     optimizer = config.optimizer
     groups = [
-        {
-            "params": [p],
-            "peak": optimizer.embedding_lr or optimizer.lr if "embed_tokens" in name else optimizer.lr,
-            "weight_decay": optimizer.weight_decay if is_decayed(name, p, optimizer) else 0.0,
-        }
+        {"params": [p], "weight_decay": optimizer.weight_decay if is_decayed(name, p, optimizer) else 0.0}
         for name, p in parameters.items()
     ]
     return torch.optim.AdamW(
