@@ -218,3 +218,25 @@ def test_how_many_are_multiplied_at_once_changes_nothing(monkeypatch: pytest.Mon
     assert few < more <= most == len(optimizers.muon.matrices)
     for expected, parameter in zip(alone.parameters(), together.parameters(), strict=True):
         assert torch.equal(parameter, expected)
+
+
+def test_what_muon_does_not_take_may_have_a_rate_of_its_own() -> None:
+    config = {"lr": 1e-3, "weight_decay": 0.0}
+    assert Optimizer(name="adamw", muon=Muon(adamw_lr=8e-3), **config).adamw_lr == 1e-3
+    model = Qwen3ForCausalLM(FLAVORS["debug"])
+    optimizers = Optimizers(
+        model,
+        Optimizer(name="muon", muon=Muon(adamw_lr=8e-3), **config),
+        LRScheduler(warmup_steps=1),
+        total_steps=10,
+        dtype=torch.float32,
+        spec=QWEN3,
+        head_dim=16,
+    )
+    before = model.model.embed_tokens.weight.detach().clone()
+    give_gradients(list(model.parameters()), seed=1)
+    optimizers.step_if(SOUND)
+    rates = optimizers.learning_rates(1)
+    assert rates["lr"] == pytest.approx(8 * rates["lr_muon"])
+    moved = (model.model.embed_tokens.weight - before).abs().max().item()
+    assert moved == pytest.approx(rates["lr"], rel=1e-3)  # as much as the first step of Adam changes an element

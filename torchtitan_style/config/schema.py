@@ -142,6 +142,8 @@ class Muon(Section):
 
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Learning rate after warm-up; left out: optimizer.lr, which fits "match_rms_adamw"."""
+    adamw_lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """AdamW's learning rate for the other parameters: embedding, head, norms, biases. Left out: optimizer.lr."""
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Left out: optimizer.weight_decay."""
     momentum: float = Field(0.95, ge=0, lt=1)
@@ -195,6 +197,11 @@ class Optimizer(Section):
     def muon_lr(self) -> float:
         """Muon's learning rate after warm-up."""
         return self.lr if self.muon.lr is None else self.muon.lr
+
+    @property
+    def adamw_lr(self) -> float:
+        """AdamW's learning rate after warm-up."""
+        return self.muon.adamw_lr if self.name == "muon" and self.muon.adamw_lr else self.lr
 
     @property
     def muon_weight_decay(self) -> float:

@@ -23,7 +23,7 @@ def adamw(parameters: Mapping[str, Tensor], config: Optimizer) -> torch.optim.Ad
             {"params": list(decayed.values()), "weight_decay": config.weight_decay},
             {"params": list(others.values()), "weight_decay": 0.0},
         ],
-        lr=config.lr,
+        lr=config.adamw_lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,

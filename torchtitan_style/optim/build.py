@@ -47,7 +47,7 @@ class Optimizers:
         self.adamw: torch.optim.AdamW | None = None
         self.muon: Muon | None = None
         self.custom: CustomOptimizer | None = None
-        self.peaks, self.schedulers = {"lr": config.lr}, {"lr": scheduler}
+        self.peaks, self.schedulers = {"lr": config.adamw_lr}, {"lr": scheduler}
         if OPTIMIZERS.added(config.name):
             self.custom = CustomOptimizer(OPTIMIZERS.get(config.name)(named, config), list(named.values()))
         else:

@@ -273,7 +273,7 @@ def _max_norm(config: Config, step: int) -> float:
 
 
 def _lr(config: Config, step: int) -> float:
-    return config.optimizer.lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
+    return config.optimizer.adamw_lr * lr_factor(step, config.lr_scheduler, total_steps=config.training.steps)
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.AdamW:
@@ -284,7 +284,7 @@ def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.A
     ]
     return torch.optim.AdamW(
         groups or [{"params": []}],
-        lr=optimizer.lr,
+        lr=optimizer.adamw_lr,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
         foreach=False,
