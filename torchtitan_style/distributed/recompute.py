@@ -22,6 +22,8 @@ _SAVED = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+    torch.ops.higher_order.inductor_compiled_code,  # FlexAttention in a block that is not compiled as a whole
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 """Operations whose outputs "selective" keeps: dear to compute for the memory they take. Under

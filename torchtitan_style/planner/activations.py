@@ -168,6 +168,8 @@ def _operations(work: Workload, sparse: bool) -> int:
     """The input, and the outputs of matrix multiplications and attention."""
     n, c = work.tokens, work.c
     kept = n * c * (2 * work.queries + 2 * work.keys + work.hidden) + 4 * n * work.heads
+    if work.on_gpu and work.config.data.document_mask and not work.compiled:
+        kept += n * c * (work.queries + 2 * work.keys)  # FlexAttention by itself: all that its gradient needs
     if sparse:  # the router's logits, and the two products of each row
         kept += work.scattered_tokens * c * work.model.num_experts
         kept += work.rows * c * (2 * work.model.moe_intermediate_size + work.hidden)

@@ -142,8 +142,8 @@ def ends_causally(t: int, s: int, device: torch.device) -> Tensor:
 @functools.cache
 def _compiled(function: Any) -> Any:
     """FlexAttention is a kernel only when compiled, also where all else is to run uncompiled, as in evaluation: by
-    itself it would hold all scores."""
-    compiled = torch.compile(function)
+    itself it would hold all scores. Wrapped, it is one operation for selective recomputation to see and keep."""
+    compiled = torch.compile(function, options={"wrap_inductor_compiled_regions": True})
 
     def call(*args: Any, **named: Any) -> Any:
         with torch.compiler.set_stance("default"):
