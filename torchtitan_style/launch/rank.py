@@ -25,6 +25,9 @@ from .dry_run import planned_figures
 from .preflight import check_initial_weights, check_torch, preflight
 from .torchrun import count_gpus
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+"""torch's settings of the memory of GPUs. It reads those of the older names first."""
+
 
 def main(arguments: list[str], *, usage: str = "") -> None:
     """Train as one rank, or as the only process, and end the process.
@@ -40,6 +43,7 @@ def main(arguments: list[str], *, usage: str = "") -> None:
             named.path, named.overrides, world_size=world_size, is_elastic=bool(os.environ.get(ELASTIC))
         )
         check_torch()
+        use_expandable_segments()
         folder = Path(config.job.dump_folder)
         checks = VERDICT not in os.environ and os.environ.get("RANK", "0") == "0"  # else the launcher has done it
         if checks:
@@ -65,6 +69,13 @@ def main(arguments: list[str], *, usage: str = "") -> None:
             plan = planned_figures(config, world_size=world_size, ranks_here=here, on_gpus=count_gpus() > 0)
             train(config, world_size=world_size, plan=plan)
             ignore_stops()
+
+
+def use_expandable_segments() -> None:
+    """Have torch, not yet imported, grow blocks of GPU memory where it would leave gaps that nothing fits into, unless
+    the user has settings of their own. No effect on CPU."""
+    if not {ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        os.environ[ALLOCATOR] = "expandable_segments:True"
 
 
 if __name__ == "__main__":
