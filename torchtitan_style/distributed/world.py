@@ -94,7 +94,8 @@ def init_world(layout: Layout, *, timeout_seconds: int) -> World:
     device = current_device()
     keep_tensors_apart(device)
     timeout = timedelta(seconds=timeout_seconds + _SLACK)
-    if device.type == "cpu":  # have gloo remember the last collectives for the watchdog, as NCCL does by itself
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name of the same
+        # Of the last 2,000 collectives, which torch remembers by default, the watchdog needs one.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "16")
     if not dist.is_initialized():
         if "RANK" in os.environ:

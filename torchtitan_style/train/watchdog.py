@@ -100,7 +100,8 @@ class Watchdog:
 
     def _sign_of_life(self) -> dict[str, Any]:
         stalled = time.monotonic() - self._since
-        number, name = _last_collective() if stalled > 2 * _TICK else (0, "")
+        # Nobody asks for it before, and it takes a while where the user has torch remember many.
+        number, name = _last_collective() if stalled > self.limit / 2 else (0, "")
         return {
             "stalled": stalled,
             "step": self._step,
