@@ -34,6 +34,15 @@ def test_reads_what_dcp_writes(tmp_path) -> None:
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def test_what_cannot_be_read_into_its_place_is_read_beside_it_at_once(tmp_path, monkeypatch) -> None:
+    """As what is on a GPU."""
+    dcp.save({"a": torch.arange(6.0).view(2, 3)}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    found = {"a": torch.zeros(3, 2).T}
+    monkeypatch.setattr(SafeReader, "_read_part", lambda *_: pytest.fail("read one after the other"))
+    dcp.load(found, storage_reader=SafeReader(tmp_path), no_dist=True)
+    assert found["a"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
 class Pickler311(pickle.Pickler):
     """Gives members of enumerations as Python 3.11.2 does."""
 

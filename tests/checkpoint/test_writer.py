@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan_style.checkpoint import staging as staging_module
 from torchtitan_style.checkpoint.staging import Staging
 from torchtitan_style.checkpoint.writer import HashingWriter, StagedPlanner
 
@@ -86,3 +88,49 @@ def test_copies_do_not_change_with_the_tensors(tmp_path: Path) -> None:
     again = staging.copy(values)
     assert all(again[name].data_ptr() == copies[name].data_ptr() for name in copies)
     assert all((again[name] == 9).all() for name in again)
+
+
+def test_copies_lie_in_one_buffer_without_large_gaps() -> None:
+    values = tensors()
+    staging = Staging()
+    copies = staging.copy(values)
+    sizes = [value.nbytes for value in values.values()]
+    start, end = staging._buffer.data_ptr(), staging._buffer.data_ptr() + staging._buffer.nbytes
+    assert sum(sizes) <= staging._buffer.nbytes < sum(sizes) + 64 * len(sizes)
+    spans = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies.values() if copy.nbytes)
+    assert start <= spans[0][0]
+    assert spans[-1][1] <= end
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    for name, copy in copies.items():
+        assert (copy.shape, copy.dtype) == (values[name].shape, values[name].dtype)
+        assert copy.nbytes == copy.untyped_storage().nbytes()  # else it would be copied again when it is written
+        assert copy.data_ptr() % 64 == 0
+
+
+def test_other_tensors_get_another_buffer() -> None:
+    staging = Staging()
+    staging.copy({"a": torch.ones(3)})
+    copies = staging.copy({"a": torch.ones(5), "b": torch.zeros(2)})
+    assert copies["a"].tolist() == [1.0] * 5
+    assert copies["b"].tolist() == [0.0] * 2
+
+
+def test_what_gpus_copy_into_is_registered_once_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            calls.append(("register", size))
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            calls.append(("release", address))
+
+    monkeypatch.setattr("torch.cuda.cudart", Runtime)
+    monkeypatch.setattr("torch.cuda.check_error", lambda status: calls.append(("status", status)))
+    buffer = torch.empty(300, dtype=torch.uint8)
+    address = buffer.data_ptr()
+    staging_module._pin(buffer)
+    assert calls == [("register", 300), ("status", 0)]
+    del buffer
+    assert calls[2:] == [("release", address)]

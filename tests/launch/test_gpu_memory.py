@@ -34,7 +34,6 @@ def test_segments_are_expandable_unless_the_user_says_otherwise(tmp_path: Path, 
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     expected = own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     for environment in (ENVIRONMENT, ENVIRONMENT | rank):  # a process by itself, and one that torchrun has started
-        result = subprocess.run(
-            [sys.executable, "-c", TRAIN], env=environment | own, cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
+        options = {"env": environment | own, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+        result = subprocess.run([sys.executable, "-c", TRAIN], **options)
         assert result.stdout.splitlines()[-1:] == [str(expected)], result

@@ -214,8 +214,7 @@ def _muon_rounds(work: Workload) -> int:
 
 
 def _host_copy(work: Workload) -> int:
-    """Pinned memory comes in powers of two, which is a third more on average."""
     checkpoint = work.config.checkpoint
     if not checkpoint.enable or checkpoint.async_mode == "disabled":
         return 0
-    return int(saved_of(work.kinds, work.layout) * (4 / 3 if work.on_gpu else 1))
+    return saved_of(work.kinds, work.layout)
