@@ -1,6 +1,6 @@
 """Run by test_collectives.py as the ranks of one layout: the collectives of a training step, counted.
 
-Arguments: dp_shard cp tp output.json. Left there: {"counts": by kind, "bytes": of the gathers and sums along cp}.
+Arguments: dp_shard cp tp tied output.json. Left there: {"counts": by kind, "bytes": of the gathers and sums along cp}.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main() -> None:
     dp, cp, tp = map(int, sys.argv[1:4])
     flags = {
         "model.flavor": "debug",
+        "model.tie_word_embeddings": sys.argv[4].lower(),
         "parallelism.context_parallel_degree": cp,
         "parallelism.tensor_parallel_degree": tp,
         "training.seq_len": 16,
@@ -80,7 +81,7 @@ def main() -> None:
         train_step(model, optimizer, Batch([part, part], hash=0), step=1, config=config, world=world, guard=guard)
     if world.is_main:
         found = {"counts": collectives.counts, "bytes": collectives.bytes}
-        Path(sys.argv[4]).write_text(json.dumps(found), encoding="utf-8")
+        Path(sys.argv[5]).write_text(json.dumps(found), encoding="utf-8")
     destroy_world()
 
 

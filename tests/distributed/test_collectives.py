@@ -31,18 +31,30 @@ COUNTS = {
     # The norms' are summed when FSDP sums, which is after each microbatch.
     "dp2 × tp2": Counter(FSDP) + Counter(TP) + Counter(STEP) + Counter({"all-reduce": (MICROBATCHES - 1) * NORMS}),
 }
+# An embedding and a head of their own are gathered and reduced by themselves, as is the norm between them.
+OWN = {"all-gather": MICROBATCHES * 2, "reduce-scatter": MICROBATCHES * 2}
 COUNTS |= {
+    "dp2, untied": COUNTS["dp2"] + Counter(OWN),
     "cp2": Counter(FSDP) + Counter(CP) + Counter(STEP),
     "cp2 × tp2": COUNTS["dp2 × tp2"] + Counter(CP),
 }
-DEGREES = {"dp2": (2, 1, 1), "tp2": (1, 1, 2), "dp2 × tp2": (2, 1, 2), "cp2": (1, 2, 1), "cp2 × tp2": (1, 2, 2)}
+DEGREES = {
+    "dp2": (2, 1, 1),
+    "dp2, untied": (2, 1, 1),
+    "tp2": (1, 1, 2),
+    "dp2 × tp2": (2, 1, 2),
+    "cp2": (1, 2, 1),
+    "cp2 × tp2": (1, 2, 2),
+}
 
 
 @pytest.mark.parametrize("layout", COUNTS)
 def test_a_step_has_no_more_collectives_than_it_needs(run_ranks, tmp_path: Path, layout: str) -> None:
     dp, cp, tp = DEGREES[layout]
     output = tmp_path / "collectives.json"
-    run_ranks(Path(__file__).parent / "collectives_of_layouts.py", dp * cp * tp, dp, cp, tp, output)
+    run_ranks(
+        Path(__file__).parent / "collectives_of_layouts.py", dp * cp * tp, dp, cp, tp, "untied" not in layout, output
+    )
     found = json.loads(output.read_text())
     assert found["counts"] == COUNTS[layout]
     if layout == "cp2":

@@ -24,6 +24,7 @@ EXPERTS = ("--model.name", "qwen3_moe", "--model.num_experts", "16")
 EP = (*EXPERTS, "--parallelism.expert_parallel_degree", "2")
 CASES: dict[str, tuple[dict[str, int], int, tuple[str, ...]]] = {
     "dp": ({"dp_shard": 2}, 2, ()),
+    "dp, untied": ({"dp_shard": 2}, 1, ("--model.tie_word_embeddings", "false")),
     "dp, kept": ({"dp_shard": 2}, 1, ("--parallelism.fsdp_reshard_after_forward", "never")),
     "replicated": ({"dp_replicate": 2}, 1, ("--parallelism.data_parallel_replicate_degree", "2")),
     "tp": ({"tp": 2}, 1, TP),

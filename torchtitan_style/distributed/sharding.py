@@ -26,13 +26,17 @@ def shard(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    embedding: nn.Module | None = None,
+    head: nn.Module | None = None,
     placement: Callable[[nn.Parameter], Shard | None] | None = None,
     apart: Mapping[nn.Module, DeviceMesh] | None = None,
 ) -> None:
     """Shard ``blocks`` one by one, and what is left of ``model`` as a last group, in place.
 
-    mesh: axes (dp_replicate, fsdp). placement: which dimension of a parameter to cut; None: the first. apart: modules
-    in the blocks whose parameters are sharded over a mesh of their own.
+    mesh: axes (dp_replicate, fsdp). embedding, head: where these have a matrix each, to be gathered one by one: the
+    first block does not wait for the head's, and the sum of its gradient runs beside the blocks. placement: which
+    dimension of a parameter to cut; None: the first. apart: modules in the blocks whose parameters are sharded over a
+    mesh of their own.
 
     Gradients are summed in ``reduce_dtype`` and kept in fp32. They are plain sums over the ranks: the loss is divided
     by the global number of tokens beforehand, so FSDP must not average.
@@ -43,13 +47,15 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
         "shard_placement_fn": placement,
     }
-    for module, its_mesh in (apart or {}).items():
+    parts = {module: fsdp_mesh for module in (*blocks, embedding) if module is not None}
+    for module, its_mesh in {**(apart or {}), **parts}.items():
         fully_shard(module, mesh=its_mesh, reshard_after_forward=reshard_after_forward, **options)
-    for block in blocks:
-        fully_shard(block, mesh=fsdp_mesh, reshard_after_forward=reshard_after_forward, **options)
-    # The root's parameters (embedding, final norm, head) are needed first and last: freeing them
-    # in between would gather them twice.
-    fully_shard(model, mesh=fsdp_mesh, reshard_after_forward=False, **options)
+    if isinstance(embedding, FSDPModule):
+        embedding.set_unshard_in_backward(False)  # its gradient does not depend on its values
+    # The rest is needed last, and at once in the backward pass; an embedding that is also the head, first and last:
+    # freeing it in between would gather it twice.
+    for module in [model] if head is None else [head, model]:
+        fully_shard(module, mesh=fsdp_mesh, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A factor of 1 needs no pre-multiplied reduction, which gloo does not have.

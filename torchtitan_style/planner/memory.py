@@ -89,6 +89,12 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
     accumulated = _accumulated(work)
     head = work.vocabulary * work.hidden * work.trains_head
     head_gradient = 0 if accumulated > work.state.gradients else head * (work.c if work.is_sharded else FP32)
+    after_head, outer, reduction = gathered, work.trained_outer_numbers, _reduction(work)
+    if work.own_groups and work.is_sharded and not work.stages:  # the head is done with before the blocks
+        after_head -= work.vocabulary * work.hidden * work.c
+        head_gradient = 0 if accumulated else head * FP32 // work.layout.fsdp
+        outer -= head
+        reduction = max(reduction, head * work.r)
     moments = {
         "at the loss": {
             "gradients": accumulated,
@@ -104,15 +110,13 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
         },
         "backward, the last block": {
             "gradients": accumulated + head_gradient,
-            "copies": gathered + _in_flight(work, block),
+            "copies": after_head + _in_flight(work, block),
             "activations": kept + outside + inside,
-            "buffers": _reduction(work),
+            "buffers": reduction,
         },
         "backward, the first block": {
-            "gradients": max(
-                accumulated, work.state.gradients + (work.trained_outer_numbers * work.c if work.is_sharded else 0)
-            ),
-            "copies": gathered + _in_flight(work, block),
+            "gradients": max(accumulated, work.state.gradients + (outer * work.c if work.is_sharded else 0)),
+            "copies": after_head + _in_flight(work, block),
             "activations": last_block(work),
             "buffers": _reduction(work),
         },
@@ -148,8 +152,9 @@ def _gathered(work: Workload) -> tuple[int, int]:
     if not work.is_sharded:  # copies of all, if the type is another
         return work.copied_numbers * work.c, 0
     block = work.block_numbers * work.c
-    outer = work.outer_numbers * work.c
-    return (outer + work.blocks_numbers * work.c, 0) if work.keeps_gathered else (outer, block)
+    if work.keeps_gathered:
+        return (work.outer_numbers + work.blocks_numbers) * work.c, 0
+    return (work.outer_numbers - work.embedding_numbers) * work.c, block
 
 
 def _passed_on(work: Workload) -> int:

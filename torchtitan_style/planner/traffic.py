@@ -79,12 +79,12 @@ def _sharded(
 ) -> list[Traffic]:
     """Of so many numbers that are sharded over ``ranks``. blocks: of all layers together; outer: of what is gathered
     once; trained: of both."""
-    found, groups = [], layers + (outer > 0)
+    found, groups = [], layers + (work.outer_groups if outer else 0)
     if ranks > 1:
         # A pipeline that does not free parameters gathers them once a step.
         when = "reduce" if work.stages and work.keeps_gathered else "forward"
         found.append(Traffic(axis, "all-gather", when, (blocks + outer) * work.c, groups, True))
-        if not work.keeps_gathered:  # the outer parameters stay
+        if not work.keeps_gathered:  # the outer parameters stay, or are not needed again
             found.append(Traffic(axis, "all-gather", "backward", blocks * work.c, layers, True))
             if work.counting_passes:
                 found.append(Traffic(axis, "all-gather", "counting", blocks * work.c, layers, True))

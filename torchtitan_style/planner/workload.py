@@ -247,6 +247,24 @@ class Workload:
         return self._gathered(in_block=False)
 
     @property
+    def own_groups(self) -> bool:
+        """Whether FSDP gathers embedding and head each by itself: not where they are one matrix."""
+        return bool(self.stages) or not self.model.tie_word_embeddings
+
+    @property
+    def outer_groups(self) -> int:
+        """What FSDP gathers outside of blocks on this rank: embedding, head and norm, or all at once."""
+        if not self.own_groups:
+            return 1
+        return (not self.stages or self.stages[0].is_first) + 2 * self.has_head
+
+    @property
+    def embedding_numbers(self) -> int:
+        """Those of an embedding that is gathered by itself."""
+        own = [k for k in self.kinds if k.name == "model.embed_tokens.weight" and self.own_groups]
+        return sum(kind.gathered(self.layout) for kind in own)
+
+    @property
     def copied_numbers(self) -> int:
         """Those of them that a process by itself keeps in another type than it computes in."""
         return sum(k.count * k.gathered(self.layout) for k in self.kinds if k.number_bytes > self.c)

@@ -86,10 +86,14 @@ def parallelize_qwen3(
     if alone and activation_checkpoint.mode in ("none", "memory_budget"):
         compute_in(model, param_dtype)
         return
+    embedding, head = model.model.embed_tokens, model.lm_head
+    tied = embedding is not None and head is not None and head.weight is embedding.weight
     shard(
         model,
         layers,
         mesh["dp_replicate", "fsdp"],
+        embedding=None if tied else embedding,
+        head=None if tied else head,
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
         reshard_after_forward=reshard_after_forward,
