@@ -158,9 +158,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on the device: on CPU, in the machine and in this process's control group."""
+    """Bytes that are free on the device: on CUDA also what torch holds in reserve, on CPU in the machine and in this
+    process's control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     room = host_memory()
     return 2**32 if room is None else room.free
 

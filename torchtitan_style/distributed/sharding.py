@@ -7,15 +7,25 @@ nothing to gather or to sum: there ``compute_in`` makes the change of type alone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils.stateless import _reparametrize_module
+
+from torchtitan_style.common.device import available_memory
+from torchtitan_style.common.program import environment_number
+
+_resharding: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
+"""Modules whose parameters are freed after each forward pass, and the type that they are gathered in."""
 
 
 def shard(
@@ -50,6 +60,8 @@ def shard(
     parts = {module: fsdp_mesh for module in (*blocks, embedding) if module is not None}
     for module, its_mesh in {**(apart or {}), **parts}.items():
         fully_shard(module, mesh=its_mesh, reshard_after_forward=reshard_after_forward, **options)
+        if reshard_after_forward:
+            _resharding[module] = param_dtype
     if isinstance(embedding, FSDPModule):
         embedding.set_unshard_in_backward(False)  # its gradient does not depend on its values
     # The rest is needed last, and at once in the backward pass; an embedding that is also the head, first and last:
@@ -61,6 +73,39 @@ def shard(
             # A factor of 1 needs no pre-multiplied reduction, which gloo does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+@contextlib.contextmanager
+def kept_gathered(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have parameters stay gathered from one forward pass to the next, if that takes no more than half of the free
+    memory on any rank. For many short passes without gradients; what has stayed is the caller's to reshard.
+
+    Called by all ranks together.
+    """
+    modules = [module for module in model.modules() if module in _resharding]
+    needed = sum(
+        _gathered_numbers(parameter) * dtype.itemsize
+        for parameter, dtype in {p: _resharding[module] for module in modules for p in module.parameters()}.items()
+    )
+    ranks = environment_number("LOCAL_WORLD_SIZE", 1) if device.type == "cpu" else 1  # that share the memory
+    fits = torch.tensor(int(needed <= available_memory(device) / ranks / 2), device=device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN)
+    kept = [module for module in modules if isinstance(module, FSDPModule)] if fits else []
+    for module in kept:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in kept:
+            module.set_reshard_after_forward(True, recurse=False)
+
+
+def _gathered_numbers(parameter: nn.Parameter) -> int:
+    """Of a sharded parameter as FSDP gathers it: tensor and expert parallelism leave each rank its part."""
+    assert isinstance(parameter, DTensor)
+    names = parameter.device_mesh.mesh_dim_names or ()
+    axes = zip(names, parameter.device_mesh.shape, parameter.placements, strict=True)
+    return parameter.numel() // math.prod(n for name, n, how in axes if name in ("tp", "ep") and how.is_shard())
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

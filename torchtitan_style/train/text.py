@@ -8,6 +8,7 @@ from typing import Any
 from torchtitan_style.config import Config
 from torchtitan_style.data.tokenizer import Tokenizer
 from torchtitan_style.distributed.pipeline import PipelinedModel
+from torchtitan_style.distributed.sharding import kept_gathered
 from torchtitan_style.distributed.world import World
 from torchtitan_style.inference.sample import sample
 from torchtitan_style.models.registry import model_config
@@ -30,7 +31,8 @@ def continue_prompt(
     """
     prompt = tokenizer.encode(config.sample_prompt) or [tokenizer.end_of_text]
     shape = model_config(config.model)
-    with evaluating(model), whole_rows(model):
+    # Every token is a pass over all weights.
+    with evaluating(model), whole_rows(model), kept_gathered(model, world.device):
         ids = sample(
             model,
             prompt,
