@@ -181,7 +181,7 @@ def default_run(launch, tmp_path_factory):
     """default_run(layout): 30 steps of ./run_train.sh in fp32."""
     folder = tmp_path_factory.mktemp("default runs")
     shorter = ["--training.steps", 30, "--lr_scheduler.total_steps", 450, "--generation.enable", "false"]
-    shorter += ["--checkpoint.enable", "false", "--data.prepared_folder", folder / "prepared"]
+    shorter += ["--checkpoint.enable", "false", "--validation.steps", 1, "--data.prepared_folder", folder / "prepared"]
 
     def run(layout: str) -> dict[int, dict]:
         nproc, options = DEFAULT_LAYOUTS[layout]
