@@ -191,6 +191,7 @@ def _in_processes(job: _Job, processes: int, progress: Callable[[int, int], None
     # Not forked: threads of this process, torch's or the tokenizer's, may hold locks at that moment.
     context = multiprocessing.get_context("spawn")
     counter = _Counter(context)
+    others = multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(
         min(processes, len(todo) + len(local)) or 1,
         mp_context=context,
@@ -211,6 +212,10 @@ def _in_processes(job: _Job, processes: int, progress: Callable[[int, int], None
             progress(counter.read, counter.made)
         return {number: digest.result() for number, digest in hashed.items() if digest.done()}
     except concurrent.futures.process.BrokenProcessPool:
+        # The pool sends the others SIGTERM, which they ignore, and from Python 3.12.1 on waits for them to end.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
         raise RunError(
             "a tokenizing process was killed, perhaps because memory ran out; run the same command to resume"
         ) from None
