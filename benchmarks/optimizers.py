@@ -18,16 +18,21 @@ from pathlib import Path
 from curves import curve, plot, records, train
 
 SHARE = 0.7
+PLAIN = (
+    *("--optimizer.beta1", "0.9", "--optimizer.muon.per_head", "false", "--lr_scheduler.warmup_steps", "50"),
+    *("--validation.steps", "16"),
+)
+"""What the default configuration has chosen otherwise since."""
 SWEEPS = {"adamw": [1e-3, 2e-3, 4e-3], "muon": [1e-3, 2e-3, 4e-3]}
 
 
 def run(optimizer: str, lr: float, seed: int, *, steps: int, output: Path, adamw_lr: float, more: list[str]) -> Path:
     """Train, if that has not been done, and return the run's folder. Muon's other parameters use ``adamw_lr``."""
     folder = output / f"{optimizer}-{lr:g}-{steps}-seed{seed}"
-    rates = ["--optimizer.lr", f"{lr:g}"]
+    settings = ["--optimizer.name", optimizer, "--optimizer.lr", f"{lr:g}", *PLAIN]
     if optimizer == "muon":
-        rates = ["--optimizer.lr", f"{adamw_lr:g}", "--optimizer.muon.lr", f"{lr:g}"]
-    train(folder, "--optimizer.name", optimizer, *rates, *more, steps=steps, seed=seed)
+        settings += ["--optimizer.muon.lr", f"{lr:g}", "--optimizer.muon.adamw_lr", f"{adamw_lr:g}"]
+    train(folder, *settings, *more, steps=steps, seed=seed)
     return folder
 
 

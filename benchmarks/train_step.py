@@ -46,6 +46,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "training.seq_len": arguments.seq_len,
         "training.global_batch_size": arguments.rows,
         "training.local_batch_size": -1,
+        "optimizer.name": "adamw",
         "optimizer.lr": LR,
         "lr_scheduler.warmup_steps": 0,
         "activation_checkpoint.mode": arguments.recompute,

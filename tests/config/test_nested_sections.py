@@ -10,7 +10,7 @@ import pytest
 from torchtitan_style.__main__ import usage
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config import to_toml
-from torchtitan_style.config.schema import Config, sections_of
+from torchtitan_style.config.schema import Config, Optimizer, sections_of
 from torchtitan_style.launch.configure import help_of, load_config
 
 
@@ -28,6 +28,14 @@ def test_from_file_and_command_line(tmp_path: Path) -> None:
     assert config.optimizer.muon.nesterov is False
     again = load(tmp_path, to_toml(config))
     assert again == config
+
+
+def test_another_optimizer_from_the_command_line_needs_no_settings_of_the_files(tmp_path: Path) -> None:
+    file = '[optimizer]\nname = "muon"\n[optimizer.muon]\nlr = 0.1'
+    assert load(tmp_path, file, "--optimizer.name", "adamw").optimizer == Optimizer(name="adamw")
+    assert load(tmp_path, file, "--optimizer.name", "muon").optimizer.muon_lr == 0.1
+    with pytest.raises(UserError, match="is only read with"):
+        load(tmp_path, file, "--optimizer.name", "adamw", "--optimizer.muon.lr", "0.2")
 
 
 def test_a_list_from_the_command_line(tmp_path: Path) -> None:

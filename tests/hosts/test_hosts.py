@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(bool(why_no_hosts()), reason=f"no namespaces her
 
 RUN = [
     "-m", "torchtitan_style.launch", "--config", ROOT / "train_configs/qwen3.toml", "--model.flavor", "debug",
-    "--training.steps", "100000", "--optimizer.lr", "0.0001",  # a larger one makes differences of rounding grow
+    "--training.steps", "100000",
+    "--optimizer.name", "adamw", "--optimizer.lr", "0.0001",  # a larger one makes differences of rounding grow
     "--data.dataset", "files", "--data.paths", "corpus.txt", "--data.validation_fraction", "0",
     "--training.seq_len", "32", "--training.global_batch_size", "12", "--training.mixed_precision_param", "float32",
     "--validation.enable", "false", "--generation.enable", "false", "--metrics.log_freq", "1",

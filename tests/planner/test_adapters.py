@@ -19,7 +19,7 @@ from torchtitan_style.models.trained import adapted_modules, flops_per_token
 from torchtitan_style.planner.memory import checkpoint_bytes, plan_memory
 from torchtitan_style.train.step import freeze
 
-BATCH = ("--training.local_batch_size", "1", "--training.global_batch_size", "-1")
+BATCH = ("--training.local_batch_size", "1", "--training.global_batch_size", "-1", "--optimizer.name", "adamw")
 
 
 def test_an_8b_run_keeps_bf16_weights_and_state_for_adapters_alone() -> None:

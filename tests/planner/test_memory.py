@@ -81,7 +81,7 @@ def test_a_run_without_room_is_refused_before_anything_is_built(
 ) -> None:
     monkeypatch.setattr(preflight, "host_memory", lambda: Room(int(total), int(free)))
     # 0.6 G parameters of 16 bytes: 9.5 GB. With all that a step adds 15.
-    config = loaded("--model.flavor", "0.6B")
+    config = loaded("--model.flavor", "0.6B", "--optimizer.name", "adamw")
     said: list[str] = []
     layout = Layout(dp_replicate=ranks, dp_shard=1, tp=1)
     if outcome == "refused":

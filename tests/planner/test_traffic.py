@@ -17,7 +17,7 @@ from torchtitan_style.planner.traffic import traffic_of
 from torchtitan_style.planner.workload import Workload
 
 SHAPE = ("--model.flavor", "debug", "--model.num_hidden_layers", "3", "--training.seq_len", "64",
-         "--training.local_batch_size", "2")  # fmt: skip
+         "--training.local_batch_size", "2", "--optimizer.name", "adamw")  # fmt: skip
 CP = ("--parallelism.context_parallel_degree", "2")
 TP = ("--parallelism.tensor_parallel_degree", "2")
 EXPERTS = ("--model.name", "qwen3_moe", "--model.num_experts", "16")

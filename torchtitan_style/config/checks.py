@@ -187,8 +187,6 @@ def _lora(config: Config) -> Iterator[Problem]:
             ("training.freeze", "lora.rank"),
             "with adapters all weights are frozen; lora.target_modules says where there are adapters",
         )
-    if config.optimizer.muon.per_head:
-        yield Problem(("optimizer.muon.per_head", "lora.rank"), "adapters have no heads: leave it out")
 
 
 def _data(data: Data, validation: Validation) -> Iterator[Problem]:

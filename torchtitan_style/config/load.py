@@ -59,6 +59,9 @@ class Draft:
         values, problems = _parse_overrides(self._overrides, sections_of(schema))
         self._arguments = {*values, *(problem.keys[0] for problem in problems)}
         self.problems += problems
+        optimizer = self.tree.get("optimizer")
+        if values.get("optimizer.name", "muon") != "muon" and isinstance(optimizer, dict):
+            optimizer.pop("muon", None)  # the file's settings of the optimizer that the command line replaces
         _apply(values, self.tree)
 
     def checked(self, schema: type[Config]) -> Config:

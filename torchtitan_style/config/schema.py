@@ -153,7 +153,7 @@ class Muon(Section):
     ns_steps: int = Field(5, ge=1, le=100)
     """Steps of the Newton-Schulz iteration."""
     per_head: bool = False
-    """Orthogonalise each head of q, k and v separately, instead of all heads together."""
+    """Orthogonalise each head of q, k and v separately, instead of all heads together. Adapters (LoRA) have none."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """How the step depends on a matrix's shape. match_rms_adamw: 0.2·sqrt(max(out, in)), an element
     changes about as much as under AdamW (Liu et al. 2025). original: sqrt(max(1, out/in)) (Jordan 2024)."""
