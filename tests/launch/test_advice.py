@@ -37,7 +37,9 @@ def advised(config: Path | None, *overrides: object) -> list[str]:
 def test_settings_of_the_default_file_are_named_when_other_weights_are_trained(weights: Path, tmp_path: Path) -> None:
     start = ["--checkpoint.initial_load_path", weights, "--job.dump_folder", tmp_path / "run"]
     [line] = advised(None, *start, "--training.seq_len", 128)
-    assert "optimizer.lr = 0.002, data.dataset" in line
+    assert "optimizer.lr = 0.003, optimizer.muon.adamw_lr = 0.032, data.dataset" in line
+    [other] = advised(None, *start, "--optimizer.name", "adamw", "--optimizer.lr", 1e-4)
+    assert "optimizer" not in other
     assert "seq_len" not in line  # the user has set it
     assert "model.flavor" not in line  # the default file has, not the user
     assert advised(DEFAULT_CONFIG, *start) == []  # chosen

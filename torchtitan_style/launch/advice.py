@@ -16,6 +16,7 @@ from torchtitan_style.models.registry import model_config, spec_of
 
 _OF_THE_MODEL = (
     "optimizer.lr",
+    "optimizer.muon.adamw_lr",
     "data.dataset",
     "training.seq_len",
     "training.steps",
@@ -47,15 +48,22 @@ def _taken_from_default(own: dict[str, Any], config: Config) -> Iterator[str]:
         return
     taken = []
     for key in _OF_THE_MODEL:
-        section, _, name = key.partition(".")
-        if name in default.get(section, {}) and name not in own.get(section, {}):
-            taken.append(f"{key} = {json.dumps(values[section][name])}")
+        value = _at(values, key)
+        if _at(default, key) is not None and _at(own, key) is None and value is not None:
+            taken.append(f"{key} = {json.dumps(value)}")
     if taken:
         yield (
             f"starting from the weights of {config.initial_weights} with settings of the default configuration, which "
             f"are meant for a model of 5 M parameters: {', '.join(taken)}. Set them, or name a configuration "
             "(--config qwen3_0.6b_finetune is one for fine-tuning)"
         )
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    """What ``settings`` have at "section.key"; None if nothing."""
+    for name in key.split("."):
+        settings = settings.get(name, {})
+    return None if settings == {} else settings
 
 
 def _flavor(own: dict[str, Any], config: Config) -> Iterator[str]:

@@ -80,7 +80,7 @@ class Display:
             "step": f"step {record['step']:>{len(str(steps))}}/{steps}",
             "loss": f"loss {record['loss']:7.4f}",
             "grad_norm": f"grad norm {record['grad_norm']:6.3f}",
-            "lr": f"lr {record['lr']:.2e}",
+            "lr": f"lr {record.get('lr_muon', record['lr']):.2e}",  # optimizer.lr is that of the matrices
             "tokens": f"{record['tokens_per_second']:>9,.0f} tokens/s",
             "mfu": "" if record["mfu"] is None else f"MFU {record['mfu']:5.1%}",
             "memory": f"{record['peak_memory_gib']:.2f} GiB",
