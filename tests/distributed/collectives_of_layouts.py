@@ -62,6 +62,7 @@ def main() -> None:
     dp, cp, tp = map(int, sys.argv[1:4])
     flags = {
         "model.flavor": "debug",
+        "optimizer.name": "adamw",  # Muon's exchange has tests of its own
         "model.tie_word_embeddings": sys.argv[4].lower(),
         "parallelism.context_parallel_degree": cp,
         "parallelism.tensor_parallel_degree": tp,

@@ -232,6 +232,11 @@ class TrainingLog:
         if self.world.is_main:
             add_event(self._folder, event, step, **fields)
 
+    def sync(self) -> None:
+        """Have the disk hold what was recorded, before a checkpoint of the step is saved."""
+        if self._recorder:
+            self._recorder.sync()
+
     def close(self) -> None:
         self.display.stop()
         if self._recorder:

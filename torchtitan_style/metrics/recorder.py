@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import write_in_one_go
+from torchtitan_style.common.files import fsync, write_in_one_go
 from torchtitan_style.common.reading import json_lines, read_text
 from torchtitan_style.config.schema import Metrics
 
@@ -86,6 +86,11 @@ class Recorder:
             self._unwritten = lines
             if not waited:
                 self._warn(f"{self._file} cannot be written: {error}; its lines are kept and written later")
+
+    def sync(self) -> None:
+        """Have the disk hold all records so far, so that no checkpoint outlives those of its steps."""
+        with contextlib.suppress(OSError):  # one that matters is met, and told, at the next write
+            fsync(self._file)
 
     def close(self) -> None:
         if self._unwritten:

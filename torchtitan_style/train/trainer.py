@@ -260,6 +260,7 @@ class Trainer:
         if state.validated_step == state.step:
             figures["val_loss"] = self.log.last_validation.get("val_loss")  # none after a rewind
         train_state = {"state": dataclasses.asdict(state), "identity": self.identity}
+        self.log.sync()  # a power cut must not leave a checkpoint without the lines of its steps
         self.checkpointer.save(state.step, train_state, figures=figures, best=best)
         self.log.event("checkpoint", state.step)
 
