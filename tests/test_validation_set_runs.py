@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.data.corpora import words, write_jsonl
+from torchtitan_style.__main__ import main
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.saved import SavedModel
 from torchtitan_style.data.tokenizer import Tokenizer
@@ -171,10 +172,22 @@ def test_a_moved_run_resumes_unless_a_set_has_changed(launch: Launch, config: Pa
     assert (moved / "checkpoint" / "best").read_text().strip() == "step-6"
 
 
-def test_sets_alone_are_validated_where_nothing_else_is_held_out(launch: Launch, config: Path, tmp_path: Path) -> None:
+def test_sets_alone_are_validated_where_nothing_else_is_held_out(
+    launch: Launch, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--data.validation_fraction", 0, "--training.steps", 1, "--data.packing", "best_fit"]
     succeed(launch("--config", config, "--job.dump_folder", tmp_path, *options, "--data.document_mask"))
     found = validations(tmp_path)[1]
     assert "val_loss" not in found
     assert all(math.isfinite(value) for value in found.values())
     assert len(found) == 12
+
+    # Conversations by themselves have the figures that `eval` gives; the set was rendered in ChatML, which stood in.
+    model = tmp_path / "hf"
+    export_hf(SavedModel(tmp_path / "checkpoint" / "step-1"), model)
+    shutil.copy2(tmp_path / "validation_sets" / "chat" / "tokenizer" / "chat_template.jinja", model)
+    data = ["--data", str(config.with_name("chat.jsonl")), "--format", "chat"]
+    main(["eval", "--checkpoint", str(model), *data, "--dtype", "float32", "--json"])
+    figures = json.loads(capsys.readouterr().out)["total"]
+    for name in ("loss", "perplexity", "bits_per_byte", "accuracy"):
+        assert figures[name] == pytest.approx(found[f"val_{name}/chat"], rel=1e-5), name

@@ -1,4 +1,4 @@
-"""``eval``: how good a model is on text of your own.
+"""``eval``: how good a model is on texts or conversations of your own.
 
 python -m torchtitan_style eval --checkpoint outputs/qwen3 --data "my/*.txt"
 """
@@ -27,6 +27,7 @@ from .text_options import load
 
 if TYPE_CHECKING:
     from torchtitan_style.data.corpus import SourceFile
+    from torchtitan_style.data.encode import ChatRecipe
     from torchtitan_style.distributed.world import World
     from torchtitan_style.evaluation.figures import Document, Sums
     from torchtitan_style.inference.generate import TextModel
@@ -43,6 +44,10 @@ does on tasks of the lm-evaluation-harness (the "eval" extra).
   --checkpoint DIR         a run (its newest verified checkpoint), one checkpoint, or a model folder
   --data FILE ...          text, JSON lines or parquet, also compressed; patterns and URLs as in data.paths
   --text-key NAME          field or column with the text; "text" if left out
+  --format FORMAT          text, or chat: each row is a conversation, as with data.format; text if left out
+  --messages-key NAME      of chat: field or column with the messages; left out: found by its name
+  --train-on TOKENS        of chat: score the tokens that training with this data.train_on would train on: those of
+                           "assistant" turns, of the "last" one, or "all"; assistant if left out
   --seq-len N              tokens in a window; left out: what the model was trained on, at most 4096 if unknown
   --stride N               tokens from one window's start to the next; left out: --seq-len, so they don't overlap
   --batch-size N           windows that are computed at once; 8 if left out
@@ -84,7 +89,9 @@ def main(arguments: list[str]) -> None:
                 "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
                 "seq_len": seq_len,
                 "stride": stride,
+                "format": options.format,
             }
+            about |= {"train_on": options.train_on} if options.format == "chat" else {}
             _report(files, sums, documents, options, about)
         if world is not None:
             from torchtitan_style.distributed.world import destroy_world
@@ -96,7 +103,10 @@ def _parse(arguments: list[str], ranks: int) -> argparse.Namespace:
     parser = Arguments(USAGE)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", nargs="+", action="extend", default=[])
-    parser.add_argument("--text-key", default="text")
+    parser.add_argument("--text-key")
+    parser.add_argument("--format", choices=("text", "chat"))
+    parser.add_argument("--messages-key")
+    parser.add_argument("--train-on", choices=("assistant", "last", "all"))
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--stride", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -116,6 +126,8 @@ def _parse(arguments: list[str], ranks: int) -> argparse.Namespace:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {value}")
     _check_what(options)
+    options.format, options.text_key = options.format or "text", options.text_key or "text"
+    options.messages_key, options.train_on = options.messages_key or "", options.train_on or "assistant"
     if ranks > 1 and options.device:
         raise UserError("--device: does not apply under torchrun, where each process has a device of its own")
     if ranks % options.tensor_parallel:
@@ -131,10 +143,17 @@ def _check_what(options: argparse.Namespace) -> None:
         raise UserError("--data: name the files to evaluate on, as in --data held_out.txt, or --tasks")
     if options.data and options.tasks:
         raise UserError("--data and --tasks: give one of them")
-    others = ("stride", "per_document") if options.tasks else ("include_path", "num_fewshot", "limit", "chat_template")
-    for name in others:
+    of_chat = ("messages_key", "train_on")
+    of_data = ("stride", "per_document", "text_key", "format", *of_chat)
+    of_tasks = ("include_path", "num_fewshot", "limit", "chat_template")
+    refused = dict.fromkeys(of_data, "--data") if options.tasks else dict.fromkeys(of_tasks, "--tasks")
+    if options.data and options.format == "chat":
+        refused["text_key"] = "--format text"
+    elif options.data:
+        refused |= dict.fromkeys(of_chat, "--format chat")
+    for name, goes_with in refused.items():
         if getattr(options, name) not in (None, False):
-            raise UserError(f"--{name.replace('_', '-')}: goes with {'--data' if options.tasks else '--tasks'} only")
+            raise UserError(f"--{name.replace('_', '-')}: goes with {goes_with} only")
     if options.include_path and not Path(options.include_path).is_dir():
         raise UserError(f"--include-path {options.include_path}: there is no such folder")
     if options.num_fewshot is not None and options.num_fewshot < 0:
@@ -161,8 +180,8 @@ def _own_names() -> Any:
 
 
 def _in_options(message: str) -> str:
-    message = message.replace('data.format = "chat" reads them', "eval reads texts; validation in a run reads these")
-    return message.replace("data.paths", "--data").replace("data.text_key", "--text-key")
+    message = message.replace('data.format = "chat"', "--format chat").replace("data.paths", "--data")
+    return message.replace("data.text_key", "--text-key").replace("data.messages_key", "--messages-key")
 
 
 def _join(options: argparse.Namespace, ranks: int) -> World:
@@ -239,6 +258,23 @@ def _trained_length(model: TextModel) -> int | None:
     return read_toml(config)["training"]["seq_len"] if config.is_file() else None
 
 
+def _chat(options: argparse.Namespace, model: TextModel) -> ChatRecipe | None:
+    """How conversations are read, None if texts are. Raises UserError if the model has no usable chat template."""
+    from torchtitan_style.data.chat.template import TEMPLATE_FILE, ChatTemplate
+    from torchtitan_style.data.encode import ChatRecipe
+
+    if options.format == "text":
+        return None
+    template = ChatTemplate.find(model.assets)
+    if template is None:
+        raise UserError(
+            f"--format chat: {model.assets} has no chat template; save the one that the model is used with as "
+            f"{TEMPLATE_FILE} in it"
+        )
+    template.check()
+    return ChatRecipe(options.messages_key, options.train_on, longest=0)
+
+
 def _evaluate(
     model: TextModel,
     files: list[SourceFile],
@@ -261,6 +297,7 @@ def _evaluate(
             model,
             files,
             text_key=options.text_key,
+            chat=_chat(options, model),
             seq_len=seq_len,
             stride=stride,
             batch_size=options.batch_size,
@@ -292,12 +329,14 @@ def _report(
         where = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
         count = "1 document" if total.unreadable == 1 else f"{total.unreadable:,} documents"
         why = f"; {count} cannot be read, see the warnings" if total.unreadable else ""
-        raise UserError(f"--data: there is no text in {where}{why}")
+        what = "conversation" if options.format == "chat" else "text"
+        raise UserError(f"--data: there is no {what} in {where}{why}")
     if options.json:
         rows = [{"file": name} | each.figures() for name, each in zip(names, sums, strict=True)]
         print(json.dumps(about | {"files": rows, "total": total.figures()}, ensure_ascii=False))
         return
-    print("{checkpoint} in {dtype}, windows of {seq_len:,} tokens, stride {stride:,}".format(**about))
+    chat = f", --format chat --train-on {options.train_on}" if options.format == "chat" else ""
+    print("{checkpoint} in {dtype}, windows of {seq_len:,} tokens, stride {stride:,}".format(**about) + chat)
     print("\n".join(table([*zip(names, sums, strict=True), ("total", total)])))
 
 

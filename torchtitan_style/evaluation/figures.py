@@ -19,14 +19,20 @@ class Document:
     place: str
     """Where it is in the file, for a person: "line 17"."""
     tokens: int
+    """Those that are scored."""
     bytes: int
-    """Of its text in UTF-8."""
+    """Of its text in UTF-8; of a conversation, of its scored tokens."""
     loss: float = 0.0
     """Sum over its tokens, in nats."""
     right: int = 0
     """Tokens that the model finds the likeliest."""
     windows: int = 0
     """Those that are still to be scored."""
+    bytes_per_window: float = 0.0
+    """Of what was read, for progress."""
+
+    def figures(self) -> dict[str, float | None]:
+        return _figures(self)
 
 
 @dataclass
@@ -76,11 +82,15 @@ class Sums:
         if not self.tokens:
             names = ("loss", "loss_standard_error", "perplexity", "bits_per_byte", "accuracy")
             return counts | dict.fromkeys(names)
-        loss = self.loss / self.tokens
-        return counts | {
-            "loss": loss,
-            "loss_standard_error": self.standard_error(),
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.loss / math.log(2) / self.bytes,
-            "accuracy": self.right / self.tokens,
-        }
+        return counts | _figures(self) | {"loss_standard_error": self.standard_error()}
+
+
+def _figures(sums: Document | Sums) -> dict[str, float | None]:
+    """Per token and per byte. An answer of special tokens only has no bytes."""
+    loss = sums.loss / sums.tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": sums.loss / math.log(2) / sums.bytes if sums.bytes else None,
+        "accuracy": sums.right / sums.tokens,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,15 +44,11 @@ def _cells(name: str, sums: Sums) -> tuple[str, ...]:
 
 def document_line(file: str, document: Document) -> dict[str, Any]:
     """A document as --per-document writes it."""
-    loss = document.loss / document.tokens
     return {
         "file": file,
         "document": document.index,
         "place": document.place,
         "tokens": document.tokens,
         "bytes": document.bytes,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": document.loss / math.log(2) / document.bytes,
-        "accuracy": document.right / document.tokens,
+        **document.figures(),
     }

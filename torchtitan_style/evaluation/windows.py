@@ -1,8 +1,9 @@
 """Documents as windows of tokens, and windows as batches.
 
-A document t₀ … tₙ₋₁ is predicted from the inputs ⟨end of text⟩ t₀ … tₙ₋₂, so that each of its tokens is scored once.
-If it is longer than a window, window k takes the inputs from k · stride on and scores those labels that no window
-before it has scored: in all but the first they have ``seq_len - stride`` tokens of context at least.
+A text t₀ … tₙ₋₁ is predicted from the inputs ⟨end of text⟩ t₀ … tₙ₋₂, so that each of its tokens is scored once. The
+inputs of a conversation are its own t₀ … tₙ₋₂, and only those labels are scored that training trains on. If a document
+is longer than a window, window k takes the inputs from k · stride on and scores those labels that no window before it
+has scored: in all but the first they have ``seq_len - stride`` tokens of context at least.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Window(Generic[Source]):
 
     inputs: Sequence[int]
     labels: Sequence[int]
-    """What follows each input."""
+    """What follows each input; IGNORE where that is not scored."""
     context: int
     """The first labels, which are not scored."""
     source: Source = field(compare=False)
@@ -36,14 +37,14 @@ class Window(Generic[Source]):
 
 
 def split_document(
-    ids: Sequence[int], *, before: int, seq_len: int, stride: int, source: Source
+    inputs: Sequence[int], labels: Sequence[int], *, seq_len: int, stride: int, source: Source
 ) -> Iterator[Window[Source]]:
-    """Windows that score each of ``ids`` once. before: the token that the first one is predicted from."""
-    inputs = [before, *ids[:-1]]
+    """Windows that score each of ``labels`` once; none where all would be ignored."""
     begin = scored = 0
-    while scored < len(ids):
-        end = min(begin + seq_len, len(ids))
-        yield Window(inputs[begin:end], ids[begin:end], scored - begin, source)
+    while scored < len(labels):
+        end = min(begin + seq_len, len(labels))
+        if any(label != IGNORE for label in labels[scored:end]):
+            yield Window(inputs[begin:end], labels[begin:end], scored - begin, source)
         begin, scored = begin + stride, end
 
 
