@@ -14,7 +14,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn.attention import flex_attention
 
 from torchtitan_style.config.schema import ActivationCheckpoint
-from torchtitan_style.distributed.recompute import apply_activation_checkpoint
+from torchtitan_style.distributed.recompute import apply_activation_checkpoint, set_memory_budget
 from torchtitan_style.models.qwen3 import attention
 
 OPERATIONS = ActivationCheckpoint(mode="selective", selective_ac_option="op")
@@ -44,6 +44,7 @@ def test_flex_attention_is_not_run_again_in_a_compiled_block(monkeypatch: pytest
         partition_fn=min_cut_rematerialization_partition,
     )
     block = Block()
+    set_memory_budget(OPERATIONS, device_type="cpu", collectives=False)  # as a run does: another test's may be set
     apply_activation_checkpoint([block], OPERATIONS)
     mask = attention.attention_mask(
         torch.zeros(1, 128, dtype=torch.int), 128, None, flex=True, device=torch.device("cpu")
