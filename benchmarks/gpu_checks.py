@@ -266,7 +266,7 @@ def nccl(run: Run) -> tuple[str, Figures]:
 
     def start(folder: Path) -> None:
         module = "torchtitan_style.commands.verify_rank"
-        start_ranks(["--standalone"], module, [str(folder)], nproc=2, on_gpus=on_gpu)
+        start_ranks(module, [str(folder)], nproc=2, on_gpus=on_gpu)
 
     found: dict[str, str] = {}
     for name, settings in LAYOUTS.items():
