@@ -46,11 +46,7 @@ def main() -> None:
     print(f"means: dense {means['dense']:.4f}, experts {means['experts']:.4f}")
     print(f"every run with experts ends {'below' if lower else 'NOT below'} every dense one")
     (options.output / "results.json").write_text(json.dumps({"losses": losses, "means": means}, indent=2) + "\n")
-    plot(
-        {LABELS[name]: runs for name, runs in curves.items()},
-        options.plot or options.output / "curves.png",
-        target=None,
-    )
+    plot({LABELS[name]: runs for name, runs in curves.items()}, options.plot or options.output / "curves.png")
     raise SystemExit(0 if lower else 1)
 
 

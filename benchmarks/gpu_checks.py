@@ -162,7 +162,7 @@ def text(run: Run) -> tuple[str, Figures]:
 
 
 def verify(run: Run) -> tuple[str, Figures]:
-    """``verify`` on one process: plain, with all that a GPU takes other kernels for, Muon, experts."""
+    """``verify`` on one process: plain (with Muon), with all that a GPU takes other kernels for, AdamW, experts."""
     kernels = [
         "--compile.enable", "true", "--data.document_mask", "true", "--data.packing", "best_fit",
         "--activation_checkpoint.mode", "selective",
@@ -170,7 +170,7 @@ def verify(run: Run) -> tuple[str, Figures]:
     kinds = {
         "plain": [],
         "compiled, documents, selective": kernels,
-        "muon": ["--optimizer.name", "muon"],
+        "adamw": ["--optimizer.name", "adamw"],
         "experts": ["--model.name", "qwen3_moe"],
         "experts, compiled": ["--model.name", "qwen3_moe", *kernels],
     }
@@ -230,7 +230,7 @@ LAYOUTS: dict[str, list[str]] = {
     "pp2, ZBV": ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2",
                  "--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble"],
     "experts, ep2": ["--model.name", "qwen3_moe", "--parallelism.expert_parallel_degree", "2"],
-    "muon, dp2": ["--optimizer.name", "muon"],
+    "adamw, dp2": ["--optimizer.name", "adamw"],
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from curves import curve
 from race import machine, table
 from train_step import hf_model
 
@@ -175,9 +176,7 @@ def ours(output: Path, settings: list[str], *, cold: bool) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [record["val_loss"] for record in records if "val_loss" in record]
-    return {"loss": losses[-1], "seconds": seconds}
+    return {"loss": curve(run)[-1][1], "seconds": seconds}
 
 
 def report(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]], rate: float) -> None:
