@@ -38,7 +38,7 @@ Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 class Run:
     """steps: those with figures, in order. curves: by name, the steps and the values. marks: kind, step and a text.
 
-    Raises UserError if there is no run in ``folder``, or it has not got to its first step.
+    Raises UserError if there is no run in ``folder``, or it has not taken a step yet.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
