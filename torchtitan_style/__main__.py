@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import textwrap
 from typing import Any
@@ -99,6 +100,8 @@ def main(arguments: list[str]) -> None:
 def console() -> None:
     """The ``torchtitan-style`` program that pip installs."""
     arguments = sys.argv[1:]
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        _imported(".commands.completion").complete_command(COMMANDS, run=main)
     if arguments[:1] == ["train"]:
         begin_run(arguments)
     else:

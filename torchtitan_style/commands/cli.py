@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from typing import NoReturn
 
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
@@ -12,6 +13,8 @@ from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.common.hub import fetch
 from torchtitan_style.launch.configure import help_of
 from torchtitan_style.models.hf_folder import HFFolder
+
+from .completion import COMPLETING, add_keys, complete
 
 
 class Arguments(argparse.ArgumentParser):
@@ -26,6 +29,8 @@ class Arguments(argparse.ArgumentParser):
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         """All of ``arguments``; ``--help`` prints help and exits."""
+        if COMPLETING in os.environ:
+            complete(self)
         if {"--help", "-h"} & set(arguments):
             print(self.usage)
             raise SystemExit(0)
@@ -50,6 +55,9 @@ class Arguments(argparse.ArgumentParser):
 
     def parse_known(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """As ``parse``; also returns the arguments that are not the command's own: overrides of the configuration."""
+        if COMPLETING in os.environ:
+            add_keys(self)
+            complete(self)
         if "--help" in arguments and (section := arguments[arguments.index("--help") + 1 :]):
             print(help_of(section[0]))
             raise SystemExit(0)

@@ -144,7 +144,7 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
         given = [text] if equals else []
         while not equals and rest and not rest[0].startswith("--"):
             given.append(rest.pop(0))
-            if not _accepts(annotation, list):
+            if not accepts(annotation, list):
                 break
         if section not in sections:
             problems.append(Problem((key,), f"unknown section{hint(nearest_section, section)}"))
@@ -152,7 +152,7 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
             problems.append(Problem((key,), f"unknown key{hint(did_you_mean, key)}"))
         elif text_problem := _text_problem(given):
             problems.append(Problem((key,), text_problem))
-        elif not given and _accepts(annotation, bool):
+        elif not given and accepts(annotation, bool):
             values[key] = True
         elif not given:
             problems.append(Problem((key,), "needs a value"))
@@ -164,9 +164,9 @@ def _parse_overrides(arguments: Sequence[str], sections: Sections) -> tuple[dict
 def _parse_value(given: list[str], annotation: Any) -> Any:
     """Command-line text to a TOML value of the type that the field wants, where it is one."""
     text = given[0]
-    if _accepts(annotation, list) and not (len(given) == 1 and text.startswith("[")):
+    if accepts(annotation, list) and not (len(given) == 1 and text.startswith("[")):
         return [int(entry) if entry.isdecimal() else entry for entry in given] if _has_numbers(annotation) else given
-    if _accepts(annotation, str):
+    if accepts(annotation, str):
         return text
     if text in ("True", "False"):
         text = text.lower()
@@ -176,7 +176,7 @@ def _parse_value(given: list[str], annotation: Any) -> Any:
             return value
     except ValueError:  # no TOML, or a number of thousands of digits
         pass
-    if _accepts(annotation, list):
+    if accepts(annotation, list):
         return given  # one text that begins like a list, as the pattern [ab]*.txt
     try:
         return float(text)  # Python writes 1e-3 and TOML too, but only Python writes 1.e-3 or .1
@@ -201,20 +201,22 @@ def _annotation(section: str, name: str, sections: Sections) -> Any:
     return field.annotation if field else None
 
 
-def _accepts(annotation: Any, kind: type) -> bool:
+def accepts(annotation: Any, kind: type) -> bool:
+    """Whether a key of this type may have a value of ``kind``."""
     origin = typing.get_origin(annotation)
     if origin in (types.UnionType, typing.Union):
-        return any(_accepts(option, kind) for option in typing.get_args(annotation))
+        return any(accepts(option, kind) for option in typing.get_args(annotation))
     if origin is typing.Literal:
         return any(type(option) is kind for option in typing.get_args(annotation))
     return (origin or annotation) is kind
 
 
-def _options(annotation: Any) -> list[str]:
-    """What a key that takes one of several values takes."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return [option for part in typing.get_args(annotation) for option in _options(part)]
-    return [str(option) for option in typing.get_args(annotation)]
+def options_of(annotation: Any) -> list[str]:
+    """The values of a key that takes one of several; of another key, none."""
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return [option for part in typing.get_args(annotation) for option in options_of(part)]
+    return [str(option) for option in typing.get_args(annotation)] if origin is typing.Literal else []
 
 
 def _has_numbers(annotation: Any) -> bool:
@@ -267,7 +269,7 @@ def _explain(detail: ErrorDetails, sections: Sections) -> Problem:
         entry = f", entry {int(rest[0]) + 1}" if rest and rest[0].isdecimal() else ""
         return Problem((key,), f"must be {_TYPES[kind]}{entry}, not {given}")
     if kind == "literal_error":
-        options = _options(_annotation(section, location[depth], sections))
+        options = options_of(_annotation(section, location[depth], sections))
         close = difflib.get_close_matches(given.strip('"'), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return Problem((key,), f"must be one of {', '.join(options)}, not {given}{hint}")
