@@ -72,7 +72,7 @@ def write_conversations(path: Path, count: int) -> None:
 
 def make_tokenizer(folder: Path, corpus: Path) -> None:
     from torchtitan_style.data.chat.template import ensure_template
-    from torchtitan_style.data.tokenizer import train
+    from torchtitan_style.data.tokenizer.tokenizer import train
 
     with corpus.open(encoding="utf-8") as file:
         texts = [message["content"] for line in file for message in json.loads(line)["messages"]]

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _IMPORTED = [
-    "torchtitan_style.data.store",
+    "torchtitan_style.data.prepare.store",
     "torchtitan_style.launch.launcher",
     "torchtitan_style.launch.rank",
     "torchtitan_style.launch.run",

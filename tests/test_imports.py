@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -80,7 +81,7 @@ def test_every_module_and_every_layer_is_looked_at() -> None:
     assert "common.errors" in imports_of_ours("config.load")  # by its full name
     assert "config.schema" in imports_of_ours("config.load")  # by a relative one
     assert "common.device" in imports_of_ours("train.step")  # a module out of its package
-    assert "data.store" in imports_of_ours("launch.launcher")  # inside of a function
+    assert "data.prepare.store" in imports_of_ours("launch.launcher")  # inside of a function
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -96,6 +97,20 @@ def test_no_rooms_import_each_other_in_a_circle() -> None:
     for each, others in arrows.items():
         others.discard(each)
     list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
+
+
+def test_folders_of_data_import_in_the_order_that_its_docstring_gives() -> None:
+    docstring = ast.get_docstring(ast.parse(FILES["data"].read_text(encoding="utf-8"))) or ""
+    order = re.findall(r"^    (\S+) ", docstring, re.MULTILINE)
+    modules = {name for name in FILES if room(name) == "data"}
+
+    def place(name: str) -> int:
+        folder = FILES[name].parent.name
+        return order.index("*.py" if folder == "data" else f"{folder}/")
+
+    assert {place(name) for name in modules} == {*range(len(order))}
+    for name in modules:
+        assert not {other for other in imports_of_ours(name) & modules if place(other) > place(name)}, name
 
 
 def test_files_are_short_and_in_rooms() -> None:
@@ -130,7 +145,7 @@ def test_the_model_needs_torch_and_its_configuration_alone() -> None:
         (f"{PACKAGE}.launch", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.launch.launcher", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
         (f"{PACKAGE}.launch.configure", {"torch", "transformers", "huggingface_hub", "pyarrow", "numpy"}),
-        (f"{PACKAGE}.data.store", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),
+        (f"{PACKAGE}.data.prepare.store", {"torch", "transformers", "pyarrow", "datasets", "fsspec"}),
         (f"{PACKAGE}.inference.settings", {"torch", "transformers", "numpy"}),
         (f"{PACKAGE}.inference.load", {"transformers", "jinja2"}),
     ],

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.data.corpora import words, write_jsonl
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.launch.preflight import preflight
 

@@ -24,7 +24,7 @@ from torchtitan_style.checkpoint.hf_import import import_hf
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
 from torchtitan_style.checkpoint.weights import load_weights, stored_dtypes
 from torchtitan_style.data.rows import row_order
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.models.hf_folder import HFFolder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]

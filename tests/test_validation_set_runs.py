@@ -19,7 +19,7 @@ from tests.data.corpora import words, write_jsonl
 from torchtitan_style.__main__ import main
 from torchtitan_style.checkpoint.hf_export import export_hf
 from torchtitan_style.checkpoint.saved import SavedModel
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 SEQ_LEN = 64

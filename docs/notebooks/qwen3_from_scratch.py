@@ -45,8 +45,8 @@ def same(found, expected, tolerance=1e-5):
 
 # %%
 from torchtitan_style.config.schema import Corpus
-from torchtitan_style.data.corpus import source_files
-from torchtitan_style.data.tokenizer import Tokenizer, train
+from torchtitan_style.data.sources.corpus import source_files
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer, train
 
 files = [file for file in source_files(Corpus(dataset="stdlib")) if file.size < 60_000][:150]
 texts = [Path(file.url).read_text(encoding="utf-8", errors="replace") for file in files]

@@ -30,7 +30,7 @@ from torchtitan_style.checkpoint.manifest import problem_of
 from torchtitan_style.checkpoint.saved import SavedModel, open_model
 from torchtitan_style.commands import export_hf as export_command
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.models.hf_folder import TOKENIZER_FILES, HFFolder
 
 SINGLE, INDEX, HEAD = "model.safetensors", "model.safetensors.index.json", "lm_head.weight"

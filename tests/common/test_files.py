@@ -9,7 +9,7 @@ import pytest
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import new_folder
 from torchtitan_style.config.schema import Data
-from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.launch.run_lock import run_lock
 
 

@@ -12,8 +12,8 @@ from torchtitan_style.commands.checkpoint import main as checkpoint_command
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.hub import fetch
 from torchtitan_style.config.schema import Corpus
-from torchtitan_style.data.corpus import _dataset_files
-from torchtitan_style.data.tokenizer import copy_pretrained
+from torchtitan_style.data.sources.corpus import _dataset_files
+from torchtitan_style.data.tokenizer.tokenizer import copy_pretrained
 from torchtitan_style.launch.configure import load_config
 
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import tomli_w
 
 from torchtitan_style.config.schema import Data
-from torchtitan_style.data.prepared import Prepared
-from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.prepare.prepared import Prepared
+from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.data.streams import StreamedCorpus
 
 _WORDS = (

@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from tests.data.corpora import texts
-from torchtitan_style.data.bulk import _GPT2, BulkEncoder, bulk_encoder
-from torchtitan_style.data.tokenizer import _PIECES, SPECIAL_TOKENS, Tokenizer, train
+from torchtitan_style.data.tokenizer.bulk import _GPT2, BulkEncoder, bulk_encoder
+from torchtitan_style.data.tokenizer.tokenizer import _PIECES, SPECIAL_TOKENS, Tokenizer, train
 
 CHARACTERS = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x14000), *range(0x1D400, 0x20000))]
 

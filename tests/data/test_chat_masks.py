@@ -31,9 +31,9 @@ from tests.tiny_hf import write_tokenizer
 from torchtitan_style.data.chat.conversations import Conversations
 from torchtitan_style.data.chat.samples import BEGINS, TRAINED, Sampler, Unusable
 from torchtitan_style.data.chat.template import ChatTemplate
-from torchtitan_style.data.show import as_json, first_rows
-from torchtitan_style.data.store import CorpusStore
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.prepare.show import as_json, first_rows
+from torchtitan_style.data.prepare.store import CorpusStore
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
 
 QWEN3 = Path(__file__).parents[3] / "shared/qwen3-tokenizer"

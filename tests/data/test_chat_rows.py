@@ -16,11 +16,11 @@ from tests.tiny_hf import write_tokenizer
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data.chat.conversations import Conversations, NoConversation, contents_of
-from torchtitan_style.data.prepared import Prepared
+from torchtitan_style.data.prepare.prepared import Prepared
+from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.data.rows import NO_LABEL, PADDING, Rows
-from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.data.streams import Stream
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
 
 TALK = [user("2+2?"), assistant("4")]

@@ -15,9 +15,9 @@ import pytest
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus
-from torchtitan_style.data.corpus import source_files
-from torchtitan_style.data.documents import read_records
-from torchtitan_style.data.paths import expand
+from torchtitan_style.data.sources.corpus import source_files
+from torchtitan_style.data.sources.documents import read_records
+from torchtitan_style.data.sources.wildcards import expand
 
 
 @pytest.fixture(autouse=True)

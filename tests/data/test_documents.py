@@ -21,9 +21,10 @@ import pytest
 
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.config.schema import Corpus
-from torchtitan_style.data import documents, network
-from torchtitan_style.data.corpus import SourceFile, source_files
-from torchtitan_style.data.documents import EMPTY, Record, read_records
+from torchtitan_style.data.sources import documents, network, parquet
+from torchtitan_style.data.sources.corpus import SourceFile, source_files
+from torchtitan_style.data.sources.documents import read_records
+from torchtitan_style.data.sources.records import EMPTY, Record
 
 LIMIT = 5_000_000
 
@@ -183,7 +184,7 @@ def test_spans_of_a_large_jsonl_file_and_of_a_parquet_file() -> None:
         assert texts([r for a, b in pairwise(cuts) for r in read(file, span=(a, b))]) == expected
     pq.write_table(pa.table({"text": expected}), "a.parquet", row_group_size=300)
     file = source("a.parquet")
-    assert len(documents.parquet_groups(file)) == 7
+    assert len(parquet.parquet_groups(file)) == 7
     for cut in range(1, 7):
         parts = read(file, span=(0, cut)) + read(file, span=(cut, 7))
         assert texts(parts) == expected
@@ -282,7 +283,7 @@ def test_an_unreadable_parquet_file_is_one_problem(damage: str) -> None:
     [record] = read(file)
     assert "not a readable parquet file" in record.problem
     assert "\n" not in record.problem
-    assert documents.parquet_groups(file) == []
+    assert parquet.parquet_groups(file) == []
 
 
 def test_a_damaged_page_costs_its_row_group_only() -> None:

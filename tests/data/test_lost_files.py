@@ -20,14 +20,15 @@ import pytest
 from tests.data.corpora import prepare, streamed_corpora
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Corpus, Data
-from torchtitan_style.data import documents
-from torchtitan_style.data.corpus import SourceFile, source_files
-from torchtitan_style.data.documents import Record, lost_file, read_records
-from torchtitan_style.data.prepared import Prepared
-from torchtitan_style.data.problems import LostFiles
-from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.prepare.prepared import Prepared
+from torchtitan_style.data.prepare.store import CorpusStore
+from torchtitan_style.data.sources import documents
+from torchtitan_style.data.sources.corpus import SourceFile, source_files
+from torchtitan_style.data.sources.documents import lost_file, read_records
+from torchtitan_style.data.sources.problems import LostFiles
+from torchtitan_style.data.sources.records import Record
 from torchtitan_style.data.streams import Stream
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
 
 GOOD = [f"good document {i}" for i in range(200)]

@@ -21,11 +21,11 @@ import tomli_w
 from tests.data.corpora import prepare, streamed_corpora, texts, write_jsonl, write_parquet
 from torchtitan_style.config.layout import plan_streams
 from torchtitan_style.config.schema import Data
+from torchtitan_style.data.encode import is_held_out
 from torchtitan_style.data.loader import PreparedSteps, StreamedSteps
 from torchtitan_style.data.rows import NO_LABEL, Rows, row_order
 from torchtitan_style.data.streams import Stream
-from torchtitan_style.data.tokenize import is_held_out
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 
 PHASES = [(1, 0), (2, 2), (4, 0), (1, 1)]
 """Ranks and workers from one resume to the next. Each rank that has workers imports torch once more for them."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from torchtitan_style.data.packing import Piece, best_fit, pieces_of
-from torchtitan_style.data.prepared import Prepared
+from torchtitan_style.data.prepare.prepared import Prepared
 from torchtitan_style.data.rows import ConcatRows, Rows
 from torchtitan_style.data.shards import TokenShards
 

@@ -29,12 +29,12 @@ from tests.conftest import ENVIRONMENT
 from tests.data.corpora import prepare
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.config.schema import Data
-from torchtitan_style.data import tokenize
-from torchtitan_style.data.prepared import Prepared
+from torchtitan_style.data.prepare import tokenize
+from torchtitan_style.data.prepare.prepared import Prepared
+from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.data.rows import Rows
-from torchtitan_style.data.store import CorpusStore
 from torchtitan_style.data.streams import Stream
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

@@ -14,7 +14,7 @@ import regex
 import transformers
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.data.tokenizer import Tokenizer, train
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer, train
 
 # As in https://huggingface.co/Qwen/Qwen3-0.6B, tokenizer_config.json, from <|endoftext|> on.
 QWEN3 = [

@@ -10,9 +10,8 @@ from tokenizers import decoders, models
 
 from tests.data.corpora import texts, write_jsonl
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.data.token_bytes import token_bytes
-from torchtitan_style.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train
-from torchtitan_style.data.validation_sets import check_sets, prepare_sets
+from torchtitan_style.data.prepare.validation_sets import check_sets, prepare_sets
+from torchtitan_style.data.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer, token_bytes, train
 from torchtitan_style.launch.configure import load_config
 
 ONE = '[[validation.sets]]\nname = "one"\npaths = ["x.txt"]\n'

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.data.conversations import assistant, user
 from tests.tiny_hf import hf_model, write_tokenizer
-from torchtitan_style.data.store import CorpusStore
+from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.launch.configure import load_config
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.runs import Runs
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.data.prepared import Prepared
+from torchtitan_style.data.prepare.prepared import Prepared
 from torchtitan_style.launch import launcher as launch
 from torchtitan_style.launch.run_lock import check_free, run_lock
 
@@ -124,7 +124,7 @@ def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeyp
         return Prepared(tmp_path, {})
 
     monkeypatch.setenv("NPROC", "2")
-    monkeypatch.setattr("torchtitan_style.data.store.CorpusStore.get", get)
+    monkeypatch.setattr("torchtitan_style.data.prepare.store.CorpusStore.get", get)
     monkeypatch.setattr("torchtitan_style.launch.launcher.start_ranks", lambda *_, **__: seen.append("started"))
     launch.main(["--job.dump_folder", str(tmp_path / "run")])
     assert seen == ["prepared", "started"]

@@ -65,8 +65,8 @@ def start(folder: Path, number: signal.Signals, at: str, *options: object, nproc
             for nproc, at in (
                 (1, "pydantic"),  # the configuration is not read yet
                 (1, "torch._utils"),  # in the middle of importing torch, which an exception would abort
-                (1, "torchtitan_style.data.store"),
-                (2, "torchtitan_style.data.build"),
+                (1, "torchtitan_style.data.prepare.store"),
+                (2, "torchtitan_style.data.prepare.build"),
                 (2, "torch.distributed.run"),
             )
             for number in (signal.SIGTERM, signal.SIGINT)

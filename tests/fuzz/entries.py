@@ -155,7 +155,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _tokenizer_json(folder: Path) -> None:
-    from torchtitan_style.data.tokenizer import Tokenizer
+    from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode("The naïve fox (1234)\n 漢字")
@@ -165,7 +165,7 @@ def _tokenizer_json(folder: Path) -> None:
 
 def _tokenizer_settings(folder: Path) -> None:
     from torchtitan_style.data.chat.template import ChatTemplate
-    from torchtitan_style.data.tokenizer import Tokenizer
+    from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
     from torchtitan_style.inference.load import _generation_settings
 
     tokenizer = Tokenizer(folder)
@@ -306,7 +306,7 @@ def _write_prepared(folder: Path) -> None:
 
 def _store(folder: Path) -> Any:
     from torchtitan_style.config.schema import Data
-    from torchtitan_style.data.store import CorpusStore
+    from torchtitan_style.data.prepare.store import CorpusStore
 
     data = Data(dataset="files", paths=[str(folder / "corpus.jsonl")], tokenizer=str(folder / "hf"), packing="best_fit")
     return CorpusStore(data, folder / "run", vocab_size=300, seq_len=32)
@@ -319,14 +319,14 @@ def _rows(prepared: Any) -> Any:
 
 def _prepared(folder: Path) -> None:
     """Whatever has changed, the rows are those that they were."""
-    from torchtitan_style.data.prepared import read_prepared
+    from torchtitan_style.data.prepare.prepared import read_prepared
 
     if (prepared := read_prepared(folder / "run/data")) is not None and prepared.problem() is None:
         assert np.array_equal(_rows(prepared), np.load(folder / "rows.npy")), "other rows"
 
 
 def _forged_prepared(folder: Path) -> None:
-    from torchtitan_style.data.prepared import _hash_of, read_prepared
+    from torchtitan_style.data.prepare.prepared import _hash_of, read_prepared
 
     path = folder / "run/data/manifest.json"
     with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
@@ -363,9 +363,9 @@ def _write_corpora(folder: Path) -> None:
 def _corpus(folder: Path) -> None:
     from torchtitan_style.config.schema import Corpus
     from torchtitan_style.data.chat.conversations import Conversations
-    from torchtitan_style.data.corpus import source_files
-    from torchtitan_style.data.documents import lost_file, read_records
-    from torchtitan_style.data.problems import problem_of
+    from torchtitan_style.data.sources.corpus import source_files
+    from torchtitan_style.data.sources.documents import lost_file, read_records
+    from torchtitan_style.data.sources.problems import problem_of
 
     changed = (folder / "changed").read_text()
     for file in source_files(Corpus(dataset="files", paths=[str(folder / changed)])):
@@ -377,7 +377,7 @@ def _corpus(folder: Path) -> None:
 
 
 def _write_list(folder: Path) -> None:
-    from torchtitan_style.data.problems import BadDocuments
+    from torchtitan_style.data.sources.problems import BadDocuments
 
     problems = [{"file": "a.jsonl", "line": 3, "problem": "not JSON"}, {"file": "b.txt", "byte": 0, "problem": "empty"}]
     lost = {"file": "c.parquet", "row": 0, "problem": "gone", "lost_rows": 3, "lost_bytes": None}
@@ -385,7 +385,7 @@ def _write_list(folder: Path) -> None:
 
 
 def _list(folder: Path) -> None:
-    from torchtitan_style.data.problems import BadDocuments, describe_left_out
+    from torchtitan_style.data.sources.problems import BadDocuments, describe_left_out
 
     bad = BadDocuments(folder / "data_errors.jsonl", limit=9, allow_lost=["*"])
     describe_left_out(bad.count, bad.lost)

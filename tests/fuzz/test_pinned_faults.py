@@ -30,8 +30,8 @@ from torchtitan_style.checkpoint.reader import SafeReader
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reading import file_problem, parse_json, parse_toml, read_bytes
 from torchtitan_style.common.reporting import reported_errors
-from torchtitan_style.data.prepared import read_prepared
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.prepare.prepared import read_prepared
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.models.hf_folder import HFFolder
 
@@ -181,8 +181,8 @@ def test_only_regular_files_are_opened(made: Callable[[str], Path], fifo: Path) 
             assert kind in str(file_problem(path))
             assert kind in refusal(lambda path=path: load_config(path))
     from torchtitan_style.config.schema import Corpus
-    from torchtitan_style.data.corpus import source_files
-    from torchtitan_style.data.documents import read_records
+    from torchtitan_style.data.sources.corpus import source_files
+    from torchtitan_style.data.sources.documents import read_records
 
     assert "a named pipe" in refusal(lambda: source_files(Corpus(dataset="files", paths=[str(fifo)])))
     if Path("/proc/kmsg").exists():
@@ -274,7 +274,7 @@ def test_a_tokenizer_that_panics_is_named(made: Callable[[str], Path], name: str
 
 def test_a_tokenizer_that_aborts_does_not_take_the_run_along(made: Callable[[str], Path], monkeypatch: Any) -> None:
     """Which files do that depends on the library's version: here another process does."""
-    from torchtitan_style.data import tokenizer_file
+    from torchtitan_style.data.tokenizer import file as tokenizer_file
 
     path = made("tokenizer") / "tokenizer.json"
     monkeypatch.setattr(tokenizer_file, "_TRY", "import os; os.abort()")
@@ -350,7 +350,7 @@ def test_tokenizer_settings_of_another_type_are_named(made: Callable[[str], Path
 
 
 def test_lines_that_are_no_bad_documents_are_passed_over(made: Callable[[str], Path]) -> None:
-    from torchtitan_style.data.problems import BadDocuments
+    from torchtitan_style.data.sources.problems import BadDocuments
 
     path = made("list of bad documents") / "data_errors.jsonl"
     path.write_text("5\n{}\n[]\n" + "[" * 5000 + "\n" + path.read_text())
@@ -431,8 +431,8 @@ def test_a_header_of_much_padding_is_refused(made: Callable[[str], Path]) -> Non
 @pytest.mark.parametrize("kind", ["zst", "gz"])
 def test_a_compressed_file_without_its_last_byte_gives_what_it_has(made: Callable[[str], Path], kind: str) -> None:
     from torchtitan_style.config.schema import Corpus
-    from torchtitan_style.data.corpus import source_files
-    from torchtitan_style.data.documents import read_records
+    from torchtitan_style.data.sources.corpus import source_files
+    from torchtitan_style.data.sources.documents import read_records
 
     path = made("corpus a.jsonl") / f"a.jsonl.{kind}"
     if kind == "zst":  # as programs write it that do not know the end before they come to it
@@ -448,8 +448,8 @@ def test_a_compressed_file_without_its_last_byte_gives_what_it_has(made: Callabl
 
 def test_columns_without_utf8_names_are_no_readable_parquet(made: Callable[[str], Path]) -> None:
     from torchtitan_style.config.schema import Corpus
-    from torchtitan_style.data.corpus import source_files
-    from torchtitan_style.data.documents import lost_file, read_records
+    from torchtitan_style.data.sources.corpus import source_files
+    from torchtitan_style.data.sources.documents import lost_file, read_records
 
     path = made("corpus a.parquet") / "a.parquet"
     write(path, path.read_bytes().replace(b"text", b"te\xff\xfe"))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from torchtitan_style.data.tokenizer import Tokenizer, train
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer, train
 from torchtitan_style.inference.text import TextStream, overlap
 
 TEXT = "naïve 学习 is 🙂👩‍👩‍👧 and Ελληνικά, ‘quotes’ … end"

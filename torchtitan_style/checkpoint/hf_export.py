@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import new_folder
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.models.hf_folder import HFFolder, copy_assets, disk_shapes
 
 from .saved import SavedModel

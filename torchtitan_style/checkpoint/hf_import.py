@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import new_folder
-from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 
 from .manifest import seal

@@ -26,8 +26,8 @@ from .cli import Arguments
 from .text_options import load
 
 if TYPE_CHECKING:
-    from torchtitan_style.data.corpus import SourceFile
     from torchtitan_style.data.encode import ChatRecipe
+    from torchtitan_style.data.sources.corpus import SourceFile
     from torchtitan_style.distributed.world import World
     from torchtitan_style.evaluation.figures import Document, Sums
     from torchtitan_style.inference.generate import TextModel
@@ -164,7 +164,7 @@ def _check_what(options: argparse.Namespace) -> None:
 
 def _files(options: argparse.Namespace) -> list[SourceFile]:
     from torchtitan_style.config.schema import Corpus
-    from torchtitan_style.data.corpus import source_files
+    from torchtitan_style.data.sources.corpus import source_files
 
     with _own_names():
         return source_files(Corpus(dataset="files", paths=options.data))

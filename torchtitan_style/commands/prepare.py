@@ -25,8 +25,8 @@ from .progress import tokenizing_bar
 
 if TYPE_CHECKING:
     from torchtitan_style.config import Config
-    from torchtitan_style.data.prepared import Prepared
-    from torchtitan_style.data.store import CorpusStore
+    from torchtitan_style.data.prepare.prepared import Prepared
+    from torchtitan_style.data.prepare.store import CorpusStore
 
 USAGE = """\
 usage: python -m torchtitan_style prepare [--config FILE] [--processes N] [--show N [--json]] [--section.key VALUE ...]
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> None:
         if config.data.streaming and not options.show:
             raise UserError("data.streaming: a streamed corpus is not prepared; with --data.streaming false it is")
 
-        from torchtitan_style.data.store import CorpusStore
-        from torchtitan_style.data.validation_sets import prepare_sets
+        from torchtitan_style.data.prepare.store import CorpusStore
+        from torchtitan_style.data.prepare.validation_sets import prepare_sets
 
         begin = time.monotonic()
         folder = Path(config.job.dump_folder)
@@ -86,8 +86,8 @@ def main(arguments: list[str]) -> None:
 
 def _show(config: Config, store: CorpusStore, prepared: Prepared, count: int, *, json: bool) -> None:
     """Print the first rows of training."""
-    from torchtitan_style.data.show import as_json, as_text, first_rows
-    from torchtitan_style.data.tokenizer import Tokenizer
+    from torchtitan_style.data.prepare.show import as_json, as_text, first_rows
+    from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 
     from .show_rows import print_rows
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from torchtitan_style.data.tokenize import lines_of_progress
+from torchtitan_style.data.prepare.tokenize import lines_of_progress
 
 
 @contextlib.contextmanager

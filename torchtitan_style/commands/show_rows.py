@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-from torchtitan_style.data.show import ShownDocument, ShownRow
+from torchtitan_style.data.prepare.show import ShownDocument, ShownRow
 
 _END_OF_LINE = "⏎"
 """In front of a line's end that is part of the text."""

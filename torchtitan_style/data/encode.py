@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import NamedTuple
 
 from torchtitan_style.common.errors import UserError
 
+from .chat.conversations import Conversations
 from .chat.samples import TRAINED, Sample, Sampler, Unusable
 from .chat.template import ChatTemplate
-from .problems import KEPT
-from .tokenizer import Tokenizer
+from .shards import ShardWriter
+from .sources.problems import KEPT
+from .sources.records import Fields
+from .tokenizer.tokenizer import Tokenizer
+
+PARTS = ("train", "validation")
+"""Of a corpus. Each document is in one of them: see ``is_held_out``."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,37 @@ class ChatRecipe:
     train_on: str
     longest: int
     """Tokens of a sample at most; 0: any number."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How documents become tokens: all that a process needs to know."""
+
+    tokenizer: str
+    """Its folder."""
+    text_key: str
+    max_document_bytes: int
+    validation_fraction: float
+    vocab_size: int
+    dtype: str
+    allow_lost_files: tuple[str, ...] = ()
+    """Names and patterns of files that may be lost."""
+    chat: ChatRecipe | None = None
+    """Of conversations; None: the documents are texts."""
+
+    @property
+    def fields(self) -> Fields:
+        """What of a row is its document."""
+        return self.text_key if self.chat is None else Conversations(self.chat.messages_key)
+
+    def encoder(self, tokenizer: Tokenizer) -> Encode:
+        """What makes samples of documents."""
+        return encoder(tokenizer, vocab_size=self.vocab_size, chat=self.chat, assets=self.tokenizer)
+
+    def writer(self, folder: Path, part: str, number: int, end_of_text: int) -> ShardWriter:
+        """What writes a shard of them."""
+        chat = self.chat is not None
+        return ShardWriter(folder, part, number, dtype=self.dtype, end_of_text=end_of_text, chat=chat)
 
 
 class Encoded(NamedTuple):
@@ -41,6 +79,12 @@ COUNTS = ("turns", "trained", "samples", "split", "added", "cut")
 more than their last sample; samples cut at a row's end."""
 
 Encode = Callable[[list[str]], list[Encoded]]
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """By the text itself: the same document is always on the same side, and so are its copies."""
+    raw = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(raw, "little") < fraction * 2**64
 
 
 def encoder(tokenizer: Tokenizer, *, vocab_size: int, chat: ChatRecipe | None, assets: str) -> Encode:

@@ -27,10 +27,10 @@ from torchtitan_style.common.typed import Content, typed
 from torchtitan_style.config.layout import BatchPlan, RowPart
 
 from .mixture import choose
-from .problems import Problem
 from .rows import Rows, RowSource, batch_hash, row_order
+from .sources.problems import Problem
 from .streams import Stream, StreamedCorpus
-from .tokenizer import Tokenizer
+from .tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Loader", "Microbatch", "PreparedSteps", "StepSource", "StreamedSteps", "validation_batches"]
 

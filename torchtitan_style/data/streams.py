@@ -18,11 +18,13 @@ import numpy as np
 from torchtitan_style.common.errors import UserError
 
 from .chat.samples import Sample
-from .corpus import SourceFile
-from .documents import Record, read_records
+from .encode import Recipe, is_held_out
 from .mixture import choose
 from .packing import Piece, best_fit, pieces_of, text_lengths
-from .problems import (
+from .rows import Rows, labelled, permute, with_a_label
+from .sources.corpus import SourceFile
+from .sources.documents import read_records
+from .sources.problems import (
     Problem,
     counted,
     describe,
@@ -33,9 +35,8 @@ from .problems import (
     lost_files,
     problem_of,
 )
-from .rows import Rows, labelled, permute, with_a_label
-from .tokenize import Recipe, is_held_out
-from .tokenizer import Tokenizer
+from .sources.records import Record
+from .tokenizer.tokenizer import Tokenizer
 
 _READ_AHEAD = 16
 """Documents tokenized at once."""

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.data.chat.conversations import Conversations
 from torchtitan_style.data.chat.samples import Sample
-from torchtitan_style.data.corpus import SourceFile
-from torchtitan_style.data.documents import EMPTY, PLACE_NAMES, Record, read_records
 from torchtitan_style.data.encode import ChatRecipe, Encoded, encoder
 from torchtitan_style.data.rows import labelled
-from torchtitan_style.data.token_bytes import token_bytes
+from torchtitan_style.data.sources.corpus import SourceFile
+from torchtitan_style.data.sources.documents import read_records
+from torchtitan_style.data.sources.records import EMPTY, PLACE_NAMES, Record
+from torchtitan_style.data.tokenizer.tokenizer import token_bytes
 from torchtitan_style.distributed.world import World, patient_group
 from torchtitan_style.inference.generate import TextModel
 

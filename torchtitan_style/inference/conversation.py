@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.data.chat.template import ChatTemplate
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 
 from .decode import Speed
 from .generate import Finish, TextModel

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torchtitan_style.common.device import available_memory
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.files import readable_bytes
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.models.spec import ModelConfig
 
 from .cache import KVCache, bytes_per_token

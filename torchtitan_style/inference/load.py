@@ -23,7 +23,7 @@ from torchtitan_style.common.extensions import import_modules
 from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.sizes import generation_bytes
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
-from torchtitan_style.data.tokenizer import Tokenizer, copy_pretrained
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer, copy_pretrained
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.hf_folder import GENERATION, HFFolder

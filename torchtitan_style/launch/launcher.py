@@ -113,8 +113,8 @@ def _leave_word_in(config: Config, hosts: Hosts) -> Path | None:
 
 def _prepare(config: Config, hosts: Hosts) -> None:
     """Prepare the data. The ranks lock the folder themselves afterwards."""
-    from torchtitan_style.data.store import CorpusStore
-    from torchtitan_style.data.validation_sets import check_sets, prepare_sets
+    from torchtitan_style.data.prepare.store import CorpusStore
+    from torchtitan_style.data.prepare.validation_sets import check_sets, prepare_sets
 
     if hosts.endpoint:
         check_address(hosts.endpoint)

@@ -11,15 +11,14 @@ import torch.distributed as dist
 
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
-from torchtitan_style.data.counts import describe_chat
 from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
 from torchtitan_style.data.mixture import choose
-from torchtitan_style.data.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
+from torchtitan_style.data.prepare.prepared import describe_chat
+from torchtitan_style.data.prepare.store import CorpusStore
+from torchtitan_style.data.prepare.validation_sets import SetStore, prepare_sets
 from torchtitan_style.data.rows import NO_LABEL, Rows, RowSource
-from torchtitan_style.data.store import CorpusStore
-from torchtitan_style.data.token_bytes import token_bytes
-from torchtitan_style.data.tokenizer import Tokenizer
-from torchtitan_style.data.validation_sets import SetStore, prepare_sets
+from torchtitan_style.data.sources.problems import FILE_NAME, BadDocuments, Problem, describe_left_out
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer, token_bytes
 from torchtitan_style.distributed.world import World, on_main
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.metrics.validation import HeldOutSet

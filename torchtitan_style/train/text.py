@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchtitan_style.config import Config
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.distributed.pipeline import PipelinedModel
 from torchtitan_style.distributed.sharding import kept_gathered
 from torchtitan_style.distributed.world import World

@@ -20,7 +20,7 @@ from torchtitan_style.common import device as devices
 from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.signals import shielding_children
 from torchtitan_style.config import Config
-from torchtitan_style.data.tokenizer import Tokenizer
+from torchtitan_style.data.tokenizer.tokenizer import Tokenizer
 from torchtitan_style.distributed.world import World, on_main, set_timeout
 from torchtitan_style.metrics.display import Display
 from torchtitan_style.metrics.planned import MakePlan

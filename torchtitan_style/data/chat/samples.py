@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tokenizer import Tokenizer
+from ..tokenizer.tokenizer import Tokenizer
 from .template import CHATML, ChatTemplate, Refused
 
 TRAINED, BEGINS = 1, 2

@@ -16,7 +16,7 @@ from torchtitan_style.common.reading import file_problem
 from torchtitan_style.config.schema import Corpus
 
 from .network import patiently
-from .paths import expand
+from .wildcards import expand
 
 # Its tests, what pip puts beside it, and generated tables: no code to learn from.
 _SKIPPED = re.compile(

@@ -11,11 +11,11 @@ import numpy as np
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
 
-from .loader import PreparedSteps, StreamedSteps
+from ..loader import PreparedSteps, StreamedSteps
+from ..rows import NO_LABEL, PADDING, Rows
+from ..tokenizer.tokenizer import Tokenizer
 from .prepared import Prepared
-from .rows import NO_LABEL, PADDING, Rows
 from .store import CorpusStore
-from .tokenizer import Tokenizer
 
 
 def first_rows(config: Config, store: CorpusStore, prepared: Prepared, count: int) -> Rows:

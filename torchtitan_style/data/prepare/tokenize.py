@@ -3,7 +3,7 @@
 The files are cut into units of about equal size, always in the same way; each unit becomes one shard, by
 itself, so that neither the number of processes nor a restart changes what comes out.
 
-    train-00007.*, validation-00007.*   the documents of unit 7, see shard_writer.py
+    train-00007.*, validation-00007.*   the documents of unit 7, see data/shards.py
     unit-00007.json                     what is in them; written last: the unit is done
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -31,16 +30,14 @@ from torchtitan_style.common.reading import open_regular, read_json_object
 from torchtitan_style.common.signals import shielding_children
 from torchtitan_style.common.typed import Content, Count, typed
 
-from .chat.conversations import Conversations
-from .corpus import SourceFile
-from .documents import Lost, Record, is_one_piece, parquet_groups, read_records
-from .encode import ChatRecipe, Encode, encoder
-from .problems import Problem, is_allowed, is_bad_document, is_lost, problem_of
-from .records import Fields
-from .shard_writer import ShardWriter
-from .tokenizer import Tokenizer
+from ..encode import PARTS, Recipe, is_held_out
+from ..sources.corpus import SourceFile
+from ..sources.documents import is_one_piece, read_records
+from ..sources.parquet import parquet_groups
+from ..sources.problems import Problem, is_allowed, is_bad_document, is_lost, problem_of
+from ..sources.records import Lost, Record
+from ..tokenizer.tokenizer import Tokenizer
 
-PARTS = ("train", "validation")
 _BATCH_BYTES = 2**19
 """Text that is tokenized at once, about."""
 _NOT_ALLOWED = 2**32
@@ -55,37 +52,6 @@ _Bad = tuple[int, int, str, str, Sequence[Any] | None]
 """A bad document: part of the unit, place, problem, place_name and lost of its record."""
 Progress = Callable[[int, int, int], None]
 """Called now and then with bytes read, bytes in all, and tokens made."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How documents become tokens: all that a process needs to know."""
-
-    tokenizer: str
-    """Its folder."""
-    text_key: str
-    max_document_bytes: int
-    validation_fraction: float
-    vocab_size: int
-    dtype: str
-    allow_lost_files: tuple[str, ...] = ()
-    """Names and patterns of files that may be lost."""
-    chat: ChatRecipe | None = None
-    """Of conversations; None: the documents are texts."""
-
-    @property
-    def fields(self) -> Fields:
-        """What of a row is its document."""
-        return self.text_key if self.chat is None else Conversations(self.chat.messages_key)
-
-    def encoder(self, tokenizer: Tokenizer) -> Encode:
-        """What makes samples of documents."""
-        return encoder(tokenizer, vocab_size=self.vocab_size, chat=self.chat, assets=self.tokenizer)
-
-    def writer(self, folder: Path, part: str, number: int, end_of_text: int) -> ShardWriter:
-        """What writes a shard of them."""
-        chat = self.chat is not None
-        return ShardWriter(folder, part, number, dtype=self.dtype, end_of_text=end_of_text, chat=chat)
 
 
 @dataclass(frozen=True)
@@ -104,12 +70,6 @@ class _Job:
     def local(self) -> list[int]:
         """Files of this machine, which are hashed."""
         return [number for number, file in enumerate(self.files) if not file.is_remote]
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """By the text itself: the same document is always on the same side, and so are its copies."""
-    raw = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(raw, "little") < fraction * 2**64
 
 
 def plan_units(files: Sequence[SourceFile]) -> list[Unit]:

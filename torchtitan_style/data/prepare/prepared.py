@@ -1,9 +1,9 @@
 """A prepared folder: what is in it, whether it is whole, and its rows.
 
     <folder>/tokenizer/              the tokenizer
-    <folder>/train-00000.bin …       token ids and lengths of the documents: see shard_writer.py
+    <folder>/train-00000.bin …       token ids and lengths of the documents: see data/shards.py
     <folder>/NAME/train-00000.bin …  the same for each corpus of a mixture
-    <folder>/best_fit-512/           for packing = "best_fit": which documents make up which row, see rows.py
+    <folder>/best_fit-512/           for packing = "best_fit": which documents make up which row, see row_tables.py
     <folder>/data_errors.jsonl       documents that could not be read, if there are any
     <folder>/manifest.json           what it was all made from, and the SHA-256 of every shard; written last
 
@@ -30,13 +30,14 @@ from torchtitan_style.common.files import digest_of, sha256, write_in_one_go
 from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.typed import Content, Count, Sha256, typed
 
-from .chat.template import ChatTemplate
-from .packing import Piece, best_fit, pieces_of
-from .rows import BestFitRows, ConcatRows, RowSource
-from .shards import TokenShards
-from .tables import tables_problem, write_tables
-from .tokenize import PARTS
-from .tokenizer import Tokenizer
+from ..chat.template import ChatTemplate
+from ..encode import PARTS
+from ..packing import Piece, best_fit, pieces_of
+from ..rows import BestFitRows, ConcatRows, RowSource
+from ..shards import TokenShards
+from ..sources.problems import counted
+from ..tokenizer.tokenizer import Tokenizer
+from .row_tables import tables_problem, write_tables
 
 FORMAT = 3
 _MOST_BYTES = 2**28
@@ -330,6 +331,18 @@ def _check(manifest: _Manifest) -> None:
             sizes = [e.size for file, e in corpus.files.items() if file.startswith(part) and file.endswith(".bin")]
             if sum(sizes) != corpus.tokens[part] * width:
                 raise ValueError(f"its files do not have the {corpus.tokens[part]:,} {part} tokens that it counts")
+
+
+def describe_chat(name: str, entry: dict[str, Any]) -> str:
+    """A corpus by its ``entry`` of the manifest, in a line; "" if it is none of conversations, or has none."""
+    counts, tokens = entry.get("counts"), sum(entry["tokens"].values())
+    if not counts:
+        return ""
+    of = f" of {name}" if name else ""
+    return (
+        f"{counted(sum(entry['documents'].values()), 'conversation')}{of}, {counted(counts['turns'], 'turn')} of the "
+        f"assistant, {counted(tokens, 'token')}, {counts['trained'] / tokens:.1%} of them trained on"
+    )
 
 
 def template_hash(folder: Path) -> str | None:

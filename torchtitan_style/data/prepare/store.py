@@ -23,14 +23,14 @@ from torchtitan_style.config.layout import plan_batch
 from torchtitan_style.config.schema import Corpus, Data
 from torchtitan_style.models.registry import model_config
 
+from ..sources.corpus import source_files
+from ..sources.problems import FILE_NAME
+from ..streams import StreamedCorpus
+from ..tokenizer.tokenizer import Tokenizer
 from .build import Build, Say, recipe_of
 from .changes import change_of
-from .corpus import source_files
 from .prepared import Prepared, read_prepared, template_hash
-from .problems import FILE_NAME
-from .streams import StreamedCorpus
 from .tokenize import Progress, lines_of_progress
-from .tokenizer import Tokenizer
 
 
 class CorpusStore:

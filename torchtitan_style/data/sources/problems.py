@@ -20,7 +20,7 @@ from torchtitan_style.common.reading import json_lines
 from torchtitan_style.common.typed import Content, Count, typed
 
 from .corpus import SourceFile
-from .documents import EMPTY, PLACE_NAMES, Record
+from .records import EMPTY, PLACE_NAMES, Record
 
 FILE_NAME = "data_errors.jsonl"
 KEPT = "kept: "

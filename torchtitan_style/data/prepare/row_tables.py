@@ -18,7 +18,7 @@ from torchtitan_style.common.files import digest_of, fsync, sha256, write_in_one
 from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.common.typed import Content, Count, Sha256, typed
 
-from .packing import Piece
+from ..packing import Piece
 
 _KINDS = ("pieces", "rows")
 

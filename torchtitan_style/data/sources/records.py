@@ -14,8 +14,9 @@ from typing import IO, Any, NamedTuple
 
 from torchtitan_style.common.errors import cut, shown, some
 from torchtitan_style.common.reading import open_regular
+from torchtitan_style.config.schema import Corpus
 
-from .chat.conversations import MESSAGE_LISTS, Conversations, NoConversation
+from ..chat.conversations import MESSAGE_LISTS, Conversations, NoConversation
 from .corpus import SourceFile
 
 EMPTY = "empty"
@@ -53,6 +54,11 @@ class Record:
     """None: one document at most."""
     place_name: str = ""
     """What ``place`` counts, where it is not what ``PLACE_NAMES`` says."""
+
+
+def fields_of(corpus: Corpus) -> Fields:
+    """The field or column with the text, or how a row is read as a conversation."""
+    return Conversations(corpus.messages_key) if corpus.format == "chat" else corpus.text_key
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from torchtitan_style.common.errors import some
 
-from .chat.conversations import Conversations, NoConversation, without_nulls
+from ..chat.conversations import Conversations, NoConversation, without_nulls
 from .corpus import SourceFile
 from .records import Fields, Lost, Record, advice, all_lost, checked, is_damage, one_line, open_file, text_of
 

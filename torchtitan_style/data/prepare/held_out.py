@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..encode import PARTS, Recipe, is_held_out
+from ..sources.corpus import SourceFile
+from ..sources.documents import texts_of
+from ..tokenizer.tokenizer import Tokenizer
 from .changes import sample_hash, source_entry
-from .corpus import SourceFile
-from .texts import texts_of
-from .tokenize import PARTS, Recipe, file_entry, is_held_out
-from .tokenizer import Tokenizer
+from .tokenize import file_entry
 
 
 def hold_out(

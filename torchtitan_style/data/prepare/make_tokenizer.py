@@ -9,11 +9,11 @@ from pathlib import Path
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.schema import Data
 
-from .chat.conversations import contents_of
-from .corpus import SourceFile
-from .fields import fields_of
-from .texts import texts_of
-from .tokenizer import Tokenizer, copy_pretrained, train
+from ..chat.conversations import contents_of
+from ..sources.corpus import SourceFile
+from ..sources.documents import texts_of
+from ..sources.records import fields_of
+from ..tokenizer.tokenizer import Tokenizer, copy_pretrained, train
 
 _TOKENIZER_TRAINING_CHARACTERS = 2**28
 """Text that a tokenizer is trained on at most: more does not change a small vocabulary much."""

@@ -10,7 +10,7 @@ import json
 import lzma
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,15 +18,14 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.extensions import SOURCES
 from torchtitan_style.common.reading import open_regular
 
-from .chat.conversations import MESSAGE_LISTS, Conversations
+from ..chat.conversations import MESSAGE_LISTS, Conversations
 from .corpus import SourceFile
 from .json_values import json_values
 from .network import is_permanent, wait_before
-from .parquet import parquet_column, parquet_groups, read_parquet
+from .parquet import parquet_column, read_parquet
 from .records import (
     EMPTY,
     PIECE,
-    PLACE_NAMES,
     Fields,
     Lost,
     Record,
@@ -38,8 +37,6 @@ from .records import (
     text_of,
 )
 from .signatures import HEAD, layout_of_json, why_not_text
-
-__all__ = ["EMPTY", "PLACE_NAMES", "Lost", "Record", "is_one_piece", "lost_file", "parquet_groups", "read_records"]
 
 _CONVERT = "one JSON object a line is wanted (jq -c '{}' FILE > FILE.jsonl makes it)"
 
@@ -87,6 +84,14 @@ def read_records(
                 raise UserError(f"data.paths: {file.url}: cannot be read: {reason}") from None
             else:
                 raise
+
+
+def texts_of(files: Sequence[SourceFile], *, fields: Fields, max_bytes: int) -> Iterator[str]:
+    """The texts of all documents that can be read."""
+    for file in files:
+        for record in read_records(file, text_key=fields, max_bytes=max_bytes):
+            if not record.problem:
+                yield record.text
 
 
 def _no_rows(file: SourceFile, fields: Fields) -> Record | None:

@@ -14,9 +14,9 @@ from torchtitan_style.common.files import sha256
 from torchtitan_style.common.reading import open_regular
 from torchtitan_style.config.schema import Corpus, Data
 
-from .corpus import SourceFile, source_files
+from ..sources.corpus import SourceFile, source_files
+from ..tokenizer.tokenizer import Tokenizer
 from .prepared import Prepared, template_hash
-from .tokenizer import Tokenizer
 
 _SAMPLE, _SAMPLES = 2**16, 16
 """Bytes and number of the pieces of a streamed file that stand for the whole of it."""

@@ -16,11 +16,11 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.schema import Data
 from torchtitan_style.models.registry import model_config
 
+from ..rows import RowSource
+from ..sources.corpus import source_files
+from ..sources.problems import counted
 from .build import Say
-from .corpus import source_files
 from .prepared import Prepared
-from .problems import counted
-from .rows import RowSource
 from .store import CorpusStore
 from .tokenize import Progress
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,11 @@ from torchtitan_style.common.files import first_missing, fsync, remove_empty, wr
 from torchtitan_style.common.reading import read_json
 from torchtitan_style.config.schema import Corpus, Data
 
-from .changes import source_entry, template_in_folder, tokenizer_in_folder
-from .chat.template import CHATML_TOKENS, ensure_template
-from .corpus import SourceFile, source_files
-from .counts import report_chat, sum_of_counts
-from .documents import lost_file
-from .encode import ChatRecipe
-from .fields import fields_of
-from .held_out import hold_out
-from .make_tokenizer import make_tokenizer
-from .prepared import FORMAT, Prepared, template_hash
-from .problems import (
+from ..chat.template import CHATML_TOKENS, ensure_template
+from ..encode import PARTS, ChatRecipe, Recipe
+from ..sources.corpus import SourceFile, source_files
+from ..sources.documents import lost_file
+from ..sources.problems import (
     FILE_NAME,
     BadDocuments,
     Problem,
@@ -43,8 +38,13 @@ from .problems import (
     lost_files,
     problem_of,
 )
-from .tokenize import PARTS, Progress, Recipe, tokenize
-from .tokenizer import Tokenizer
+from ..sources.records import fields_of
+from ..tokenizer.tokenizer import Tokenizer
+from .changes import source_entry, template_in_folder, tokenizer_in_folder
+from .held_out import hold_out
+from .make_tokenizer import make_tokenizer
+from .prepared import FORMAT, Prepared, describe_chat, template_hash
+from .tokenize import Progress, tokenize
 
 Say = Callable[[str], None]
 
@@ -161,7 +161,7 @@ class Build:
         entry: dict[str, Any] = {
             "documents": {part: sum(unit["documents"][part] for unit in units) for part in PARTS},
             "tokens": {part: sum(unit["tokens"][part] for unit in units) for part in PARTS},
-            "counts": sum_of_counts(units),
+            "counts": _sum_of_counts(units),
             "sources": [source_entry(file, digest) for file, digest in zip(files, hashes, strict=True)],
             "files": {file: content for unit in units for file, content in unit["files"].items()},
         }
@@ -184,6 +184,14 @@ def recipe_of(data: Data, corpus: Corpus, settings: dict[str, Any], tokenizer: P
         allow_lost_files=tuple(data.allow_lost_files),
         chat=ChatRecipe(corpus.messages_key, corpus.train_on, settings["longest"]) if corpus.format == "chat" else None,
     )
+
+
+def _sum_of_counts(units: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """The counts of all units: see ``COUNTS``."""
+    total: Counter[str] = Counter()
+    for unit in units:
+        total.update(unit["counts"])
+    return dict(total)
 
 
 def _dtype(vocab_size: int) -> str:
@@ -210,8 +218,24 @@ def _report(name: str, corpus: dict[str, Any], say: Callable[[str], None]) -> No
         f"{counted(tokens['train'], 'token')} to train on, "
         f"{counted(tokens['validation'] if corpus['documents']['validation'] else 0, 'token')} held out"
     )
-    for line in report_chat(name, corpus):
+    for line in _report_chat(name, corpus):
         say(line)
+
+
+def _report_chat(name: str, entry: dict[str, Any]) -> Iterator[str]:
+    """Lines about a corpus of conversations that was prepared; none if it is one of texts."""
+    if not (line := describe_chat(name, entry)):
+        return
+    yield line
+    counts, tokens, of = entry["counts"], sum(entry["tokens"].values()), f" of {name}" if name else ""
+    if counts["split"]:
+        yield (
+            f"{counted(counts['split'], 'conversation')}{of} became several samples, because the chat template renders "
+            f"earlier turns differently later on: {counts['samples']:,} samples in all, {counts['added']:,} more "
+            f"tokens (+{counts['added'] / (tokens - counts['added'] or 1):.1%})"
+        )
+    if counts["cut"]:
+        yield f"{counted(counts['cut'], 'sample')}{of} cut at the end of a row (training.seq_len)"
 
 
 def _list_problems(problems: list[Problem], staging: Path, dump_folder: Path | None, config: Data) -> None:

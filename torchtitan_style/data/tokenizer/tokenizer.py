@@ -10,8 +10,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from torchtitan_style.common.native import is_panic, panics_as
 from torchtitan_style.models.hf_folder import copy_assets, special_tokens
 
 from .bulk import bulk_encoder
-from .tokenizer_file import load_backend
+from .file import load_backend
 
 END_OF_TEXT = "<|endoftext|>"
 """The token between documents, as in Qwen's vocabulary."""
@@ -136,6 +138,36 @@ class Tokenizer:
         """Text of ``ids``, special tokens left out."""
         with self._panics():
             return self.backend.decode(ids)
+
+
+def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Bytes of UTF-8 that each id stands for, [num_ids]; 0 of special tokens.
+
+    Exact for byte-level BPE, and for SentencePiece with byte fallback. Of other tokenizers, the bytes of the token as
+    it is written in the vocabulary.
+    """
+    backend = tokenizer.backend
+    content = json.loads(backend.to_str())
+    byte_level = _has_byte_level(content.get("pre_tokenizer")) or _has_byte_level(content.get("decoder"))
+    added = backend.get_added_tokens_decoder()
+    sizes = np.zeros(tokenizer.num_ids, np.int64)
+    for text, token in backend.get_vocab(with_added_tokens=True).items():
+        if token in added:
+            sizes[token] = 0 if added[token].special else len(added[token].content.encode())
+        elif byte_level:
+            sizes[token] = len(text)  # a character of its alphabet stands for a byte
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            sizes[token] = 1
+        else:
+            sizes[token] = len(text.replace("▁", " ").encode())
+    return sizes
+
+
+def _has_byte_level(part: Any) -> bool:
+    """Whether a part of a tokenizer, or one of the parts it consists of, works on bytes."""
+    if isinstance(part, dict):
+        return part.get("type") == "ByteLevel" or any(map(_has_byte_level, part.values()))
+    return isinstance(part, list) and any(map(_has_byte_level, part))
 
 
 def train(texts: Iterable[str], folder: Path, *, vocab_size: int) -> None:
