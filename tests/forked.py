@@ -40,7 +40,6 @@ _IMPORTED = [
     "torch.distributed.pipelining.schedules",
     "torch.distributed.run",
     "torch.distributed.tensor.parallel",
-    "torch.profiler._cupti_monitor",
     "torch.utils.serialization",
     "numpy.ma",
     "tiktoken",
@@ -95,6 +94,8 @@ def prepare_to_fork(*modules: str) -> None:
         device.peak_flops(torch.device("cpu"), dtype)
     for name in (*_IMPORTED, *modules):
         importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):  # torch 2.13 has it, 2.11 and 2.14 have not
+        importlib.import_module("torch.profiler._cupti_monitor")
     from torchtitan_style.models.registry import model_names, spec_of
     from torchtitan_style.models.section import schema_of
 
