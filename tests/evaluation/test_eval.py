@@ -259,7 +259,7 @@ def test_the_table_is_for_people(folder: Path, corpus: Path, capsys: pytest.Capt
         (["--data", "{}/lines.jsonl", "--per-document", "/nowhere/x.jsonl"], "--per-document /nowhere/x.jsonl"),
         (["--data", "{}/lines.jsonl", "--per-document", "{}"], "must be a file in a folder that exists"),
         (["--data", "{}/empty.txt"], "--data: there is no text in"),
-        (["--data", "{}/broken.jsonl.gz"], "broken.jsonl.gz: the file is damaged or cut short"),
+        (["--data", "{}/broken.jsonl.gz"], "--data: {}/broken.jsonl.gz: the file is damaged or cut short"),
     ],
 )
 def test_mistakes(
@@ -275,7 +275,7 @@ def test_mistakes(
     assert exit.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert message in error
+    assert message.format(corpus) in error
 
 
 def test_single_bad_documents_are_left_out_and_counted(

@@ -181,7 +181,10 @@ def test_the_first_line_says_what_is_scored_and_bad_rows_are_left_out(
     [
         (["{corpus}/notes.txt", "--format", "chat"], "notes.txt: a file of text; with --format chat, JSON lines or"),
         (["{corpus}/texts.jsonl", "--format", "chat"], "there is no conversation in {corpus}/texts.jsonl; 1 document"),
-        (["{corpus}/talks.parquet"], 'no column "text"; it has talk; --text-key names the right one'),
+        (
+            ["{corpus}/talks.parquet"],
+            '--data: {corpus}/talks.parquet: no column "text"; it has talk; --text-key names the right one',
+        ),
         (["{corpus}/talks.parquet", "--format", "chat"], "it has talk"),
         (["{corpus}/talks.jsonl", "--format", "csv"], "--format: invalid choice"),
         (["{corpus}/talks.jsonl", "--train-on", "last"], "--train-on: goes with --format chat only"),

@@ -77,7 +77,7 @@ def evaluate(
             for record in read_records(file, text_key=fields, max_bytes=_LONGEST, share=part):
                 if record.problem and record.problem != EMPTY:
                     if record.lost is not None:  # figures of the rest would be of something else
-                        raise UserError(f"{file.url}: {record.problem}")
+                        raise UserError(f"data.paths: {file.url}: {record.problem}")
                     leave_out(number, record, record.problem)
                 elif record.text:
                     yield number, record
