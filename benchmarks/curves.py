@@ -26,6 +26,7 @@ def train(folder: Path, *settings: str, steps: int, seed: int) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

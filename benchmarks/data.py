@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from curves import records
+
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 8192
 
@@ -185,8 +187,7 @@ def loaders(work: Path, corpus: Path, tokenizer: Path, repeats: int) -> dict[str
         run(
             "train", *options(corpus, folder, "--data.tokenizer", str(tokenizer), *more, "--checkpoint.enable", "false")
         )
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        last = [line for line in lines if line.get("loss")][-1]
+        last = [record for record in records(folder) if "loss" in record][-1]
         needs.append(last["tokens_per_second"])
         waits.append(last["data_wait_fraction"])
     need = statistics.median(needs)

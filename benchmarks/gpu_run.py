@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from curves import records
 
 Figures = dict[str, Any]
 
@@ -59,7 +60,7 @@ class Run:
         """A run in the folder ``name``; returns its metrics."""
         folder = self.out / name
         self.program("train", "--job.dump_folder", folder, *self.common, *arguments)
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return records(folder)
 
 
 def losses(metrics: Iterable[Figures]) -> dict[int, float]:
