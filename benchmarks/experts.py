@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
+from race import Racer, Turns, machine, parsed, parser_of, race, serve, start, table, write
 from train_step import bare_loop, precision, step_on, tokens
 
 from torchtitan_style.config import Config
@@ -126,15 +126,16 @@ CONTENDERS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
 def main() -> None:
     parser = parser_of(__doc__, CONTENDERS, ["90M"])
     parser.set_defaults(model="90M")
-    arguments, arguments.ours = parser.parse_known_args()
+    arguments = parsed(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.serve:
         function, given = CONTENDERS[arguments.serve]
         function(arguments, Turns(device), *given)  # does not return
 
     def begin(name: str) -> Racer:
-        several = {"processes": 2, "threads": max(1, torch.get_num_threads() // 2)} if name == "ours, ep 2" else {}
-        racer = start(name, __file__, arguments, **several)
+        processes = 2 if name == "ours, ep 2" else 1
+        threads = max(1, torch.get_num_threads() // 2) if processes > 1 else None
+        racer = start(name, __file__, arguments, processes=processes, threads=threads)
         racer.warm_up(3)
         print(f"{name}: first step after {racer.first[0]:.1f} s", flush=True)
         return racer

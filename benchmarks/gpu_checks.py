@@ -59,19 +59,22 @@ def masks(run: Run) -> tuple[str, Figures]:
                 want = _by_definition(q, k, v, allowed, weights)
                 mask = attention_mask(given, t, window, flex=flex, device=device)
                 inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-                y = attend(*inputs, mask)
+                y = attend(inputs[0], inputs[1], inputs[2], mask)
                 (y.float() * weights).sum().backward()
                 got = [y.detach(), *(x.grad for x in inputs)]
                 name = f"{kind}{', flex' if flex else ''}, T = {t}"
                 figures[name] = max(_relative(a, b) for a, b in zip(got, want, strict=True))
         if device.type == "cuda":
-            inputs = [x.clone().requires_grad_() for x in (q, *(x.repeat_interleave(2, 1) for x in (k, v)))]
             allowed = attention_mask(documents, t, None, flex=False, device=device)
+            assert isinstance(allowed, torch.Tensor)
+            query, key, value = (
+                x.clone().requires_grad_() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+            )
             try:
                 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    y = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=allowed)
-                    (y.float() * weights).sum().backward()
-                finite = all(bool(x.grad.isfinite().all()) for x in inputs)
+                    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+                    gradients = torch.autograd.grad((y.float() * weights).sum(), (query, key, value))
+                finite = all(bool(x.isfinite().all()) for x in gradients)
                 figures[f"cuDNN with a mask, T = {t}"] = "finite" if finite else "gradients not finite"
             except RuntimeError as error:
                 figures[f"cuDNN with a mask, T = {t}"] = str(error).splitlines()[0][:80]

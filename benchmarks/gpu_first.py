@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gpu_checks import CHECKS
-from gpu_run import Failed, Part, Run
+from gpu_run import Failed, Figures, Part, Run
 from gpu_speed import SPEED
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,8 @@ def start(name: str, run: Run) -> bool:
 
 def work(name: str, run: Run) -> NoReturn:
     """Carry a part out in this process, and leave its verdict."""
-    good, figures = True, {}
+    good = True
+    figures: Figures = {}
     try:
         verdict, figures = (CHECKS | SPEED)[name].action(run)
     except Failed as error:

@@ -109,6 +109,7 @@ def decoding(run: Run) -> tuple[str, Figures]:
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as load_model does
     for compiled in (False, True):
+        layer: Any  # of models/qwen3/inference.py, not the trained one
         for layer in model.model.layers:
             layer.compiles = compiled and device.type == "cuda"
         step = DecodingStep(model, config, device, compile=compiled, replay=device.type == "cuda")

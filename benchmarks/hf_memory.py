@@ -36,7 +36,8 @@ def write_model(config: Qwen3Config, folder: Path) -> tuple[int, int]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(asdict(config) | {"model_type": "qwen3"}))
     weight_map: dict[str, str] = {}
-    sizes, largest = [], 0
+    sizes: list[int] = []
+    largest = 0
     part: dict[str, torch.Tensor] = {}
     names = parameter_shapes(config)
     for name, shape in names.items():

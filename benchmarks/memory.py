@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
+from race import Racer, Turns, machine, parsed, parser_of, race, serve, start, table, write
 from train_step import SHAPES, hf, make_config, our_compile, our_step
 
 from torchtitan_style.models.qwen3.config import FLAVORS
@@ -43,7 +43,7 @@ def contend(name: str, arguments: argparse.Namespace, turns: Turns) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, CONTENDERS, [*FLAVORS, *SHAPES])
-    arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
+    arguments = parsed(parser)
     arguments.recompute = "none"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.serve:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
+from race import Racer, Turns, machine, parsed, parser_of, race, serve, start, table, write
 from torch.profiler import ProfilerActivity, profile, record_function
 from train_step import SHAPES, make_config, our_compile, our_step, precision
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="to compare with one process, as cp2 dp2xtp2")
     parser.add_argument("--compile", default="eager", choices=["eager", "block", "model"])
     parser.add_argument("--communication", help=argparse.SUPPRESS)
-    arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
+    arguments = parsed(parser)
     arguments.recompute = "none"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.serve:

@@ -237,6 +237,13 @@ def parser_of(
     return parser
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line. What ``parser`` does not know is for our config: ``ours``."""
+    arguments, ours = parser.parse_known_args()
+    arguments.ours = ours
+    return arguments
+
+
 def write(arguments: argparse.Namespace, about: dict[str, str], racers: Sequence[Racer]) -> None:
     """All figures, to the file that ``--json`` names, if any."""
     if arguments.json:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from race import Racer, Turns, machine, parser_of, race, serve, start, table, write
+from race import Racer, Turns, machine, parsed, parser_of, race, serve, start, table, write
 
 from torchtitan_style.common.device import current_device, fastest_dtype
 from torchtitan_style.config import Config
@@ -130,11 +130,11 @@ def step_on(
     model = build_training_model(config, world, warn=print)
     optimizer = build_optimizer(model, config, world)
     guard = StepGuard(config.training.spike_sigma, config.training.spike_window, world.device)
-    rows = (
-        Microbatch(inputs := part[:, :-1].contiguous(), part[:, 1:].contiguous(), *(of_documents(inputs) * documents))
-        for part in ids.chunk(microbatches)
-    )
-    batch = Batch([part.of_part(world.part) for part in rows], hash=0)
+    rows = []
+    for part in ids.chunk(microbatches):
+        inputs, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+        rows.append(Microbatch(inputs, labels, *(of_documents(inputs) if documents else ())))
+    batch = Batch([microbatch.of_part(world.part) for microbatch in rows], hash=0)
     step = 0
 
     def run() -> None:
@@ -324,7 +324,7 @@ NEEDED = {"LitGPT": "litgpt", "Trainer": "accelerate"}
 def main() -> None:
     parser = parser_of(__doc__, CONTENDERS, [*FLAVORS, *SHAPES])
     parser.add_argument("--recompute", default="none", choices=["none", "full"], help="activation checkpointing")
-    arguments, arguments.ours = parser.parse_known_args()  # what is left is for our config
+    arguments = parsed(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.serve:
         function, given = CONTENDERS[arguments.serve]
