@@ -27,7 +27,7 @@ from .sources.documents import read_records
 from .sources.problems import (
     Problem,
     counted,
-    describe,
+    first_few,
     is_allowed,
     is_bad_document,
     is_harmless,
@@ -98,10 +98,11 @@ class _Documents:
                     yield (epoch, at, index), samples
                 record = 0
             if complete and not found:
-                shown = "".join(f"\n  {describe(problem)}" for problem in self.problems[:5])
                 fewer = "; with fewer (data.num_streams) each has more of them" if self.num_streams > 1 else ""
                 stream = f"stream {self.number} of {self.num_streams}"
-                raise UserError(f"data: {stream} has no training documents in its files{fewer}{shown}")
+                raise UserError(
+                    f"data: {stream} has no training documents in its files{fewer}{first_few(self.problems)}"
+                )
             epoch, place = epoch + 1, 0
 
     def _read_file(self, file: SourceFile, start: int) -> Iterator[tuple[int, list[Sample]]]:
@@ -139,10 +140,9 @@ class _Documents:
             self.problems.append(problem)
         if len(self._bad) > self.corpus.max_bad_documents:  # there may be no row, and so nobody to tell, for long
             bad = [problem for problem in self.problems if is_bad_document(problem)]
-            shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
             raise UserError(
                 f"{counted(len(self._bad), 'document')} of one stream cannot be read, and data.max_bad_documents is "
-                f"{self.corpus.max_bad_documents}:{shown}"
+                f"{self.corpus.max_bad_documents}:{first_few(bad)}"
             )
 
 

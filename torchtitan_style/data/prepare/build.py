@@ -30,8 +30,8 @@ from ..sources.problems import (
     Problem,
     TooManyBadDocuments,
     counted,
-    describe,
     describe_left_out,
+    first_few,
     is_allowed,
     is_bad_document,
     is_lost,
@@ -204,10 +204,9 @@ def _empty(name: str, problems: list[Problem], dump_folder: Path | None) -> User
     bad = [problem for problem in problems if is_bad_document(problem) or is_lost(problem)]
     if bad and dump_folder:
         BadDocuments(dump_folder / FILE_NAME, limit=len(problems), allow_lost=["*"]).add(problems)
-    shown = "".join(f"\n  {describe(problem)}" for problem in bad[:5])
     return UserError(
         f"data.paths: the corpus{f' {name}' if name else ''} is empty: "
-        + (f"none of its documents can be read:{shown}" if bad else "its files hold no text")
+        + (f"none of its documents can be read:{first_few(bad)}" if bad else "its files hold no text")
     )
 
 

@@ -44,12 +44,19 @@ def read_parquet(
                             yield Record(index, index, done, text, problem)
                         index += 1
             except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-                if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and not is_damage(error):
+                if not _is_damage(error):
                     raise
                 problem = f"rows up to {first_row - 1} are damaged: {one_line(error)}"
                 lost = Lost(first_row - index, metadata.total_byte_size * (first_row - index) // max(count, 1))
                 yield Record(index, index, consumed, problem=problem, lost=lost)
             consumed += metadata.total_byte_size
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether ``error``, raised by pyarrow, is about the file's content, not about reading it."""
+    import pyarrow as pa
+
+    return isinstance(error, pa.ArrowException | UnicodeDecodeError) or is_damage(error)
 
 
 Row = Callable[[int], tuple[str, str]]
@@ -68,7 +75,7 @@ def parquet_column(
         schema = parquet.schema_arrow
         names = schema.names
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and not is_damage(error):
+        if not _is_damage(error):
             raise
         return all_lost(file, f"not a readable parquet file: {one_line(error)}")
     rows = parquet.metadata.num_rows

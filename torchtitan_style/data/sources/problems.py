@@ -90,11 +90,10 @@ class LostFiles(TooManyBadDocuments):
 
 def lost_files(lost: Sequence[Problem], allowed: Sequence[str], listed: str = "") -> LostFiles:
     """The error about ``lost``. allowed: data.allow_lost_files. listed: a line that says where all are listed."""
-    shown = "\n".join(f"  {describe(problem)}" for problem in lost[:5])
     names = list(dict.fromkeys([*allowed, *(problem["file"] for problem in lost)]))
     more = "  …\n" if len(lost) > 5 else ""
     return LostFiles(
-        f"data: {describe_loss(lost)} cannot be read, all or from some point on:\n{shown}\n{more}{listed}"
+        f"data: {describe_loss(lost)} cannot be read, all or from some point on:{first_few(lost)}\n{more}{listed}"
         "Repair them or name other files. To train without what is lost, allow it by name:\n"
         f"  --data.allow_lost_files {' '.join(shlex.quote(name) for name in names)}\n"
         f"or in the configuration, under [data]:\n  allow_lost_files = {json.dumps(names, ensure_ascii=False)}"
@@ -153,10 +152,9 @@ class BadDocuments:
         if lost := [each for each in new if is_lost(each) and not is_allowed(each["file"], self.allow_lost)]:
             raise lost_files(lost, self.allow_lost, f"All are listed in {self.path}.\n")
         if self.count > self.limit:
-            shown = "\n".join(f"  {describe(problem)}" for problem in self._first)
             raise TooManyBadDocuments(
-                f"{counted(self.count, 'document')} cannot be read, and data.max_bad_documents is {self.limit}:\n"
-                f"{shown}\n"
+                f"{counted(self.count, 'document')} cannot be read, and data.max_bad_documents is {self.limit}:"
+                f"{first_few(self._first)}\n"
                 f"All are listed in {self.path}. Repair them, or raise data.max_bad_documents to leave them out"
             )
 
@@ -175,7 +173,12 @@ class BadDocuments:
         return True
 
 
-def describe(problem: Problem) -> str:
+def first_few(problems: Sequence[Problem]) -> str:
+    """The first five, each on a line of its own, below what an error says about all."""
+    return "".join(f"\n  {_describe(problem)}" for problem in problems[:5])
+
+
+def _describe(problem: Problem) -> str:
     """``problem`` in a line for a person."""
     return f"{problem['file']}, {_place(problem)}: {cut(problem['problem'], 300)}"
 
