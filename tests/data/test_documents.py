@@ -109,7 +109,11 @@ def test_lines_of_jsonl(ending: str, ascii: bool) -> None:
 )
 def test_rows_of_parquet(type: pa.DataType) -> None:
     expected = some_texts()  # more than are read at once
-    table = pa.table({"id": range(3000), "text": pa.array(expected).cast(type)})
+    try:
+        column = pa.array(expected).cast(type)
+    except pa.ArrowNotImplementedError as error:  # the oldest pyarrow has no cast to string_view
+        pytest.skip(str(error))
+    table = pa.table({"id": range(3000), "text": column})
     pq.write_table(table, "a.parquet", row_group_size=700, store_schema=True)
     records = read(source("a.parquet"))
     assert texts(records) == expected
