@@ -65,18 +65,24 @@ def test_cudnn_attention_is_switched_off_and_on_again() -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-def test_what_triton_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cuda = torch.device("cuda")
+def test_triton_is_needed_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
-    assert "triton package is missing" in str(devices.compiler_problem(cuda))
+    assert "triton package is missing" in str(devices.compiler_problem(torch.device("cuda")))
+
+
+@pytest.mark.parametrize(("kind", "variable", "language"), [("cuda", "CC", "C"), ("cpu", "CXX", "C++")])
+def test_what_compiling_needs(
+    kind: str, variable: str, language: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device = torch.device(kind)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
-    assert "C compiler" in str(devices.compiler_problem(cuda))
-    compiler = tmp_path / "gcc"
+    monkeypatch.setenv(variable, str(tmp_path / "no-compiler"))
+    assert f"there is no {language} compiler" in str(devices.compiler_problem(device))
+    compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv(variable, str(compiler))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "Python.h" in str(devices.compiler_problem(cuda))
+    assert "Python.h" in str(devices.compiler_problem(device))
     (tmp_path / "Python.h").touch()
-    assert devices.compiler_problem(cuda) is None
+    assert devices.compiler_problem(device) is None

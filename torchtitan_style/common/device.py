@@ -176,20 +176,14 @@ def use_deterministic_algorithms() -> None:
 def compiler_problem(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None if it can."""
     if device.type == "cuda":
-        return _triton_problem()
-    compiler = os.environ.get("CXX")
-    if not any(shutil.which(c) for c in ([compiler] if compiler else ["g++", "clang++", "c++"])):
-        return "there is no C++ compiler (g++ or clang++) on this machine"
-    return None
-
-
-def _triton_problem() -> str | None:
-    """Triton compiles a small C file against Python.h when it first runs."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is missing"
-    compiler = os.environ.get("CC")
-    if not any(shutil.which(c) for c in ([compiler] if compiler else ["gcc", "clang", "cc"])):
-        return "triton needs a C compiler (gcc or clang), and there is none on this machine"
+        if importlib.util.find_spec("triton") is None:
+            return "the triton package is missing"
+        compiler, usual, needed = os.environ.get("CC"), ["gcc", "clang", "cc"], "C compiler (gcc or clang)"
+    else:
+        compiler, usual, needed = os.environ.get("CXX"), ["g++", "clang++", "c++"], "C++ compiler (g++ or clang++)"
+    if not any(shutil.which(c) for c in ([compiler] if compiler else usual)):
+        return f"there is no {needed} on this machine"
+    # Kernels for CPUs, and Triton's loader of those for GPUs, are extensions of Python.
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "triton needs Python.h, and this Python has none (python3-dev has it)"
+        return "there is no Python.h for this Python (python3-dev has it)"
     return None
