@@ -1,7 +1,9 @@
-"""The chunked loss against the textbook form; its memory. (Split over ranks: test_gradients.py.)"""
+"""The chunked loss against the textbook form, whole and split over ranks; its memory."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,14 @@ def test_z_loss_equals_its_definition(group, compiled: bool) -> None:
     normaliser = (hidden.flatten(0, 1) @ weight.T).exp().sum(-1).log()
     extra = 0.3 * normaliser[labels.flatten() != -100].square().sum()
     torch.testing.assert_close(results[0][0], token_loss(hidden, weight, labels)[0] + extra)
+
+
+def test_ranks_that_share_out_the_vocabulary_have_the_same(run_ranks, tmp_path: Path) -> None:
+    """Compiled, too, which training does on GPUs alone."""
+    run_ranks(Path(__file__).with_name("loss_of_slices.py"), 2, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert len(found) == 8
+    assert max(found.values()) < 1e-5
 
 
 def test_bf16_gradients_are_as_near_to_fp32_as_autograds(group) -> None:

@@ -32,8 +32,7 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
     """A loss function for ``LMHead``: (hidden [B, T, C], weight [V, C], labels [B, T], z_loss) → (sum of the
     token losses in fp32, number of labels that are the likeliest token)."""
     group = tp_group if tp_group.size() > 1 else None
-    # Without collectives in it, what is done with the logits is one graph.
-    operations = _Operations(compiled=compiled and group is None)
+    operations = _Operations(compiled=compiled)
 
     def loss_function(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         if isinstance(hidden, DTensor) and isinstance(weight, DTensor):

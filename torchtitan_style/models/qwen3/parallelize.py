@@ -63,7 +63,9 @@ def parallelize_qwen3(
         # Without a gradient of its input the first block would be a graph of its own.
         model.model.embed_tokens.register_forward_hook(with_gradient)
     if model.lm_head is not None:
-        model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable)
+        # With collectives in its graph it was no faster on CPU (docs/performance.md).
+        pays = mesh["tp"].size() == 1 or mesh.device_type == "cuda"
+        model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable and pays)
     _set_attention(model, layers, context, fast_gradient=mesh.device_type == "cpu" and compile.enable)
     # 2. Recomputation and compilation. The compiler must see which operations of a block to recompute;
     # a block recomputed whole is compiled first and just run again.
