@@ -32,7 +32,11 @@ from race import Racer, Turns, machine, parsed, parser_of, race, serve, start, t
 from torch.profiler import ProfilerActivity, profile, record_function
 from train_step import SHAPES, make_config, our_compile, our_step, precision
 
+from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.models.qwen3.config import FLAVORS
+from torchtitan_style.planner.devices import Assumptions
+from torchtitan_style.planner.plan import make_plan
+from torchtitan_style.planner.this_machine import measured_cpu, this_gpu
 
 MICROBATCHES = 8
 """Of a pipeline's step."""
@@ -51,6 +55,12 @@ CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2, ZBVZeroBubble": (2, (*PP2, "--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble")),
 }
 """Name → number of processes and command line for our config. The first is what the others are compared with."""
+
+
+def microbatches_of(name: str) -> int | None:
+    """How many a step of this contender has, if not one."""
+    return MICROBATCHES if "pp2" in name or "microbatches" in name else None
+
 
 AXES = {"cp": "context", "tp": "tensor"}
 
@@ -90,7 +100,7 @@ def contend(name: str, arguments: argparse.Namespace, turns: Turns) -> None:
         *given,
         *our_compile(arguments.compile),
         world_size=processes,
-        microbatches=MICROBATCHES if "pp2" in name or "microbatches" in name else 1,
+        microbatches=microbatches_of(name) or 1,
     )
     for _ in range(WARM_UP):
         step()
@@ -222,11 +232,30 @@ def begin(name: str, arguments: argparse.Namespace) -> Racer:
         return racer
 
 
+def planned(names: list[str], arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step of each layout as ``plan`` has them, for this machine as it is now."""
+    most = max(layout(name)[0] for name in names)
+    device = this_gpu() if torch.cuda.is_available() else measured_cpu(most)
+    seconds = {}
+    for name in names:
+        processes, given = layout(name)
+        line = (*given, *our_compile(arguments.compile))
+        if microbatches := microbatches_of(name):
+            line += ("--training.local_batch_size", str(arguments.rows // microbatches))
+        config = make_config(arguments, *line, world_size=processes)
+        mesh = plan_layout(config.parallelism, processes)
+        seconds[name] = make_plan(config, mesh, device, Assumptions()).time.step_seconds
+    return seconds
+
+
 def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, str]) -> None:
     per_step = arguments.rows * arguments.seq_len
+    plans = planned([racer.name for racer in racers], arguments)
+    reference = plans[racers[0].name]
     rows = []
     for racer in racers:
         found = racer.more
+        found["planned_seconds"] = plans[racer.name]
         by_kind = ", ".join(
             f"{count} {kind.replace('_', '-')} ({found['bytes'][kind] / 2**20:,.1f} MiB)"
             for kind, count in sorted(found["collectives"].items())
@@ -236,6 +265,8 @@ def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, 
                 racer.name,
                 f"{per_step / racer.step_seconds:,.0f}",
                 f"{racer.ratio:.2f}",
+                f"{plans[racer.name] / reference:.2f}",
+                f"{plans[racer.name] / racer.step_seconds:.2f}",
                 by_kind,
                 f"{found['waiting']:.0%}",
                 f"{racer.memory / 2**20:,.0f}",
@@ -245,7 +276,16 @@ def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, 
         f"\n{arguments.model}, {arguments.rows} rows of {arguments.seq_len}, {precision()}, {arguments.compile}; "
         f"{about['device']}, torch {about['torch']}; medians of {arguments.repeats} turns of {arguments.steps} steps\n"
     )
-    heads = ("", "tokens/s", "× time of one process", "collectives of a step", "waiting", "MiB of rank 0")
+    heads = (
+        "",
+        "tokens/s",
+        "× time of one process",
+        "planned ×",
+        "planned / measured",
+        "collectives of a step",
+        "waiting",
+        "MiB of rank 0",
+    )
     print(table(heads, rows))
 
 

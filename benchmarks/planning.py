@@ -39,7 +39,7 @@ CASES = (
     ("120M", "selective", 4, 256, 1),
     ("120M", "full", 1, 2048, 2),
     ("400M", "none", 1, 256, 1),
-    ("400M", "full", 2, 2048, 1),
+    ("400M", "full", 1, 2048, 1),
 )
 """Model, activation_checkpoint.mode, local rows, tokens of a row, processes."""
 

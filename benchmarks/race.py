@@ -22,6 +22,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchtitan_style.cpu.memory import TUNABLES
+
+PEERS = ("HF", "LitGPT")
+"""What names of contenders begin with whose processes are started without what the launcher gives to ours."""
+
 
 class Turns:
     """A contender's side of the pipe. Made before the model is, as memory counts from there."""
@@ -168,6 +173,8 @@ def start(
             }
             | (environment or {})
         )
+        if not name.startswith(PEERS):
+            variables.setdefault(*TUNABLES)
         if threads:
             variables["OMP_NUM_THREADS"] = str(threads)
         if processes > 1:

@@ -14,7 +14,8 @@ from typing import Any
 
 from . import __version__
 from .common.errors import UserError
-from .common.program import begin, begin_command, begin_run, check_start, delivering_output
+from .common.program import begin, begin_command, begin_run, check_start, delivering_output, start_over_with
+from .cpu.memory import TUNABLES
 
 
 def _imported(module: str) -> Any:
@@ -103,6 +104,7 @@ def console() -> None:
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
         _imported(".commands.completion").complete_command(COMMANDS, run=main)
     if arguments[:1] == ["train"]:
+        start_over_with(*TUNABLES)
         begin_run(arguments)
     else:
         begin_command()

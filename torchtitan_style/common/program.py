@@ -159,6 +159,16 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def start_over_with(variable: str, value: str) -> None:
+    """Begin this program again with an environment variable that counts from a process's start only, unless it is set.
+
+    For the first line of a program: the process stays, and what it has done so far is done again.
+    """
+    if variable not in os.environ and sys.platform == "linux":
+        os.environ[variable] = value
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def begin_run(arguments: list[str]) -> None:
     """Begin a program that trains. Signals to stop are recorded until ``train/stopping.py`` can act on them.
 

@@ -67,6 +67,8 @@ class Assumptions:
 
     matmul_efficiency: float = 0.5
     """Share of the device's FLOP/s that matrix multiplications reach, under the power limit of a long run."""
+    matmul_efficiency_cpu: float = 0.75
+    """As matmul_efficiency, of the rate that is measured on this machine's CPU."""
     memory_efficiency: float = 0.8
     """Share of the memory's bandwidth that other operations reach."""
     network_efficiency: float = 0.8
@@ -75,15 +77,20 @@ class Assumptions:
     """Share of a pass during which FSDP's collectives can run beside it."""
     latency: float = 2e-5
     """Seconds that a collective takes at least."""
+    latency_cpu: float = 2e-3
+    """As latency, where the processes that meet share their cores with the threads that send."""
+    split_backward: float = 0.15
+    """How much longer a backward pass takes whose schedule has gradients of inputs and of weights apart: measured on
+    CPU."""
     operation_seconds: float = 6e-6
     """Seconds of the host's time for one operation."""
     allocator_slack: float = 0.05
     """What the CUDA allocator reserves beyond what is in use, of all that comes and goes."""
-    allocator_slack_cpu: float = 0.0
+    allocator_slack_cpu: float = 0.1
     """As allocator_slack, on CPU."""
     library_gib: float = 0.6
     """CUDA context and cuBLAS workspace, on each GPU."""
-    library_gib_cpu: float = 0.45
+    library_gib_cpu: float = 0.4
     """Python, torch and the run's own data, in each process on CPU."""
     nccl_bytes: float = 0.2 * GiB
     """Buffers of NCCL for one group of ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 from torchtitan_style.common.sizes import FP32, LOGITS_PER_CHUNK, MIN_TOKENS_PER_CHUNK, logits_rows
@@ -208,14 +209,18 @@ def _loss(work: Workload) -> int:
 
 def _muon_rounds(work: Workload) -> int:
     """What a rank makes orthogonal at once: gathered, whole, its powers, the result, and what is sent."""
-    muon = [kind for kind in work.kinds if kind.muon]
-    # A stack that is cut between matrices goes nowhere: each rank takes its part at once.
-    alone = [math.prod(kind.local(work.layout)) for kind in muon if not kind.is_exchanged(work.layout)]
-    shared = [kind for kind in muon if kind.is_exchanged(work.layout)]
-    matrices = [math.prod(kind.shape) for kind in shared]
-    owned = max([_OWNED, *matrices]) if work.stage_ranks > 1 else max(matrices, default=0)
-    total = sum(kind.count * math.prod(kind.shape) for kind in shared)
-    return 6 * work.c * max([min(owned, total), *alone])
+    sizes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for kind in work.kinds:
+        if not kind.muon:
+            continue
+        if kind.is_exchanged(work.layout):
+            sizes[()] += [math.prod(kind.shape)] * kind.count
+        else:  # a rank takes its parts of one shape together
+            width = kind.shape[-1]
+            shape = (math.prod(kind.shape) // kind.matrices // width, width)
+            sizes[shape] += [math.prod(kind.local(work.layout))] * kind.count
+    at_once = (min(sum(alike), max(_OWNED, *alike)) for alike in sizes.values())
+    return 6 * work.c * max(at_once, default=0)
 
 
 def _host_copy(work: Workload) -> int:

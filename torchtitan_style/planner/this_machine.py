@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -29,24 +32,38 @@ def this_gpu() -> Device:
 
 
 def measured_cpu(ranks: int, *, copied: int = 2**24) -> Device:
-    """This machine's CPU, which ``ranks`` share: measured in about a second, with the threads of this process.
+    """This machine's CPU, which ``ranks`` share: measured in about a second, with the threads of all of them.
 
     copied: numbers that are copied to measure the memory's bandwidth; best more than the caches hold.
     """
     cpu = torch.device("cpu")
     room = host_memory()
-    bandwidth = _copy_bandwidth(copied)
+    with _threads_of(ranks):
+        bandwidth = _copy_bandwidth(copied)
+        flops = {dtype: devices.peak_flops(cpu, dtype) or 1e11 for dtype in (torch.bfloat16, torch.float32)}
     return Device(
         name="cpu",
         memory=(2**34 if room is None else room.total) // ranks,
-        bf16_flops=devices.peak_flops(cpu, torch.bfloat16) or 1e11,
-        fp32_flops=devices.peak_flops(cpu, torch.float32) or 1e11,
+        bf16_flops=flops[torch.bfloat16],
+        fp32_flops=flops[torch.float32],
         memory_bandwidth=bandwidth,
-        link_bandwidth=bandwidth / 8,  # gloo copies from and to sockets on both sides
+        link_bandwidth=bandwidth / 16,  # gloo copies from and to sockets on both sides
         network_bandwidth=1.25e8,
         per_host=ranks,
         on_gpu=False,
     )
+
+
+@contextlib.contextmanager
+def _threads_of(ranks: int) -> Iterator[None]:
+    """As many threads meanwhile as ``ranks`` together have: all cores, or what OMP_NUM_THREADS gives each of them."""
+    before, cores = torch.get_num_threads(), os.cpu_count() or 1
+    each = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(min(cores, ranks * int(each)) if each.isdecimal() and int(each) else cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _copy_bandwidth(numbers: int) -> float:

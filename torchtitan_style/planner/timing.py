@@ -142,7 +142,8 @@ class _Clock:
     def __init__(self, work: Workload, device: Device, assumptions: Assumptions, sharing: int) -> None:
         self.work, self.assumptions = work, assumptions
         self.device = device
-        self.flops = device.flops(work.c) * assumptions.matmul_efficiency / sharing
+        efficiency = assumptions.matmul_efficiency if device.on_gpu else assumptions.matmul_efficiency_cpu
+        self.flops = device.flops(work.c) * efficiency / sharing
         self.memory = device.memory_bandwidth * assumptions.memory_efficiency / sharing
 
     def phase(self, name: str, times: int, traffic: list[Traffic]) -> Phase:
@@ -180,14 +181,24 @@ class _Clock:
         }[traffic.axis]
         together = min(ranks, max(1, self.device.per_host // stride))  # ranks of the group in a host
         link, network = self.device.link_bandwidth, self.device.network_bandwidth
-        latency = traffic.count * self.assumptions.latency * (1 + math.log2(ranks) / 4)
+        latency = traffic.count * self._latency(traffic.kind) * (1 + math.log2(ranks) / 4)
         if traffic.kind == "all-to-all":  # each rank sends to those of other hosts through its own adapter
             away = (ranks - together) / ranks
             bandwidth, share = 1.0, max((1 - 1 / ranks) / link, away / network)
         else:
             bandwidth = link if ranks == together else min(link, together * network)
-            share = 1.0 if traffic.kind == "send" else (ranks - 1) / ranks * (2 if traffic.kind == "all-reduce" else 1)
+            share = 1.0 if traffic.kind == "send" else (ranks - 1) / ranks * (2 if self._sums_all(traffic.kind) else 1)
         return traffic.bytes * share / (bandwidth * self.assumptions.network_efficiency) + latency
+
+    def _latency(self, kind: str) -> float:
+        """Of a collective of two ranks; on CPU, of a message as long as a pipeline's stages have other work."""
+        if self.work.on_gpu:
+            return self.assumptions.latency
+        return self.assumptions.latency_cpu / (4 if kind == "send" else 1)
+
+    def _sums_all(self, kind: str) -> bool:
+        """Whether each rank gets all of the sum. gloo does so where only parts are asked for."""
+        return kind == "all-reduce" or (kind == "reduce-scatter" and not self.work.on_gpu)
 
     def _matmul(self, flops: float, moved: float) -> float:
         return max(flops / self.flops, moved / self.memory)
@@ -247,6 +258,12 @@ class _Clock:
         return work.layers * (20 if work.compiled else 90) + work.sparse_layers * routing
 
     def _backward(self) -> tuple[float, float, float]:
+        compute, memory, operations = self._whole_backward()
+        schedule = self.work.config.parallelism.pipeline_parallel_schedule
+        more = 1 + self.assumptions.split_backward * (bool(self.work.stages) and schedule == "ZBVZeroBubble")
+        return more * compute, more * memory, more * operations
+
+    def _whole_backward(self) -> tuple[float, float, float]:
         matmuls, rest = self._recomputed()
         # Two products for each of the forward pass, one of a frozen matrix; flash attention has five for two.
         trained = self.work.trained_blocks_numbers / max(1, self.work.blocks_numbers)
