@@ -87,10 +87,13 @@ class Assumptions:
     allocator_slack: float = 0.05
     """What the CUDA allocator reserves beyond what is in use, of all that comes and goes."""
     allocator_slack_cpu: float = 0.1
-    """As allocator_slack, on CPU."""
+    """As allocator_slack, of what the C library's heap takes on CPU (docs/planning.md)."""
+    fsdp_slack_cpu: float = 0.65
+    """As allocator_slack_cpu, with FSDP: its buffers, each of a whole block, do not fit where activations were, and
+    gradients stay between them."""
     library_gib: float = 0.6
     """CUDA context and cuBLAS workspace, on each GPU."""
-    library_gib_cpu: float = 0.4
+    library_gib_cpu: float = 0.38
     """Python, torch and the run's own data, in each process on CPU."""
     nccl_bytes: float = 0.2 * GiB
     """Buffers of NCCL for one group of ranks."""

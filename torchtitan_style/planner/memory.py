@@ -143,7 +143,8 @@ def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) 
         layout = work.layout
         axes = (layout.fsdp, layout.dp_replicate, layout.cp, layout.tp, layout.pp, layout.ep)
         fixed += int(assumptions.nccl_bytes * (1 + sum(size > 1 for size in axes)))
-    slack = assumptions.allocator_slack if work.on_gpu else assumptions.allocator_slack_cpu
+    on_cpu = assumptions.fsdp_slack_cpu if work.is_sharded else assumptions.allocator_slack_cpu
+    slack = assumptions.allocator_slack if work.on_gpu else on_cpu
     every = {"weights": work.state.weights, "optimizer": work.state.optimizer, "slack": fixed + int(changing * slack)}
     return {kind: int(parts.get(kind, 0) + every.get(kind, 0)) for kind in KINDS}
 
