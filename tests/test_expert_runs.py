@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_the_same_curve_on_other_layouts(start, tmp_path: Pat
     assert one.keys() == many.keys() == set(range(1, 31))
     assert one[30]["loss"] < one[1]["loss"] - 0.5
     [planned] = [record for record in one.values() if "planned_memory_gib" in record]
-    assert 0.4 < planned["planned_memory_gib"] < 0.6  # the libraries are most of it
+    assert 0.35 < planned["planned_memory_gib"] < 0.6  # the libraries are most of it
     for step, right in one.items():
         found = many[step]
         assert found["batch_hash"] == right["batch_hash"]

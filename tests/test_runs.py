@@ -115,7 +115,7 @@ def test_a_run_leaves_what_is_documented(one_process) -> None:
     [planned] = [record for record in training.values() if "planned_memory_gib" in record]
     assert planned["step"] > 1
     # The libraries are most of both. Processes of these tests are forks, which share them.
-    assert 0.4 < planned["planned_memory_gib"] < 0.6
+    assert 0.35 < planned["planned_memory_gib"] < 0.6
     assert planned["planned_step_seconds"] > 0
     times = [record["time"] for record in records(one_process)]
     assert times == sorted(times)

@@ -27,3 +27,14 @@ def test_a_run_has_them_unless_the_user_has_others(program: tuple[str, ...], own
     ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert f"it is {own or TUNABLES[1]}" in ended.stderr
+
+
+def test_a_program_of_another_name_goes_on_as_it_is(tmp_path: Path) -> None:
+    """A debugger, say, that runs the package within itself."""
+    code = "from torchtitan_style.common.program import start_over_with as f; f('PROBE', '1'); import os; "
+    script = tmp_path / "debugger.py"
+    script.write_text(code + "print('PROBE' in os.environ)\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for command in ([str(script)], ["-c", script.read_text()]):
+        ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=True)
+        assert ended.stdout == "False\n"

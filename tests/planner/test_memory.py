@@ -71,7 +71,7 @@ def test_accumulated_gradients_stay_whole_until_they_are_summed() -> None:
         (100e9, 100e9, 1, ""),
         (100e9, 10e9, 1, "warning: training takes about"),
         (12e9, 12e9, 1, "warning: training takes about"),  # room for the state, not for what comes on top
-        (14e9, 14e9, 1, "warning: training takes about"),  # room for fewer rows at once
+        (15e9, 15e9, 1, "warning: training takes about"),  # room for fewer rows at once
         (9e9, 9e9, 1, "refused"),
         (15e9, 15e9, 2, "refused"),  # replicated twice in the memory of one host
     ],
@@ -80,7 +80,7 @@ def test_a_run_without_room_is_refused_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch, total: float, free: float, ranks: int, outcome: str
 ) -> None:
     monkeypatch.setattr(preflight, "host_memory", lambda: Room(int(total), int(free)))
-    # 0.6 G parameters of 16 bytes: 9.5 GB. With all that a step adds 15.
+    # 0.6 G parameters of 16 bytes: 9.5 GB. With all that a step adds 15.5.
     config = loaded("--model.flavor", "0.6B", "--optimizer.name", "adamw")
     said: list[str] = []
     layout = Layout(dp_replicate=ranks, dp_shard=1, tp=1)
@@ -91,7 +91,7 @@ def test_a_run_without_room_is_refused_before_anything_is_built(
         preflight.check_memory(config, layout, said.append, ranks_here=ranks, on_gpus=False)
     assert len(said) == (outcome.startswith("warning"))
     assert all(line.startswith(outcome) for line in said)
-    if total == 14e9:
+    if total == 15e9 and ranks == 1:
         assert "; this fits: --parallelism" in said[0]
     if total == 12e9:
         assert "no layout of that many processes fits" in said[0]

@@ -162,11 +162,16 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 def start_over_with(variable: str, value: str) -> None:
     """Begin this program again with an environment variable that counts from a process's start only, unless it is set.
 
-    For the first line of a program: the process stays, and what it has done so far is done again.
+    For the first line of a program. The process stays the same. Nothing happens unless the interpreter was started for
+    this package: a debugger, or a notebook, would begin again instead.
     """
-    if variable not in os.environ and sys.platform == "linux":
+    if variable in os.environ or sys.platform != "linux":
+        return
+    given = sys.orig_argv[1:]
+    named = given[given.index("-m") + 1] if "-m" in given[:-1] else os.path.basename(given[0] if given else "")
+    if named.partition(".")[0] in ("torchtitan_style", "torchtitan-style"):
         os.environ[variable] = value
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *given])
 
 
 def begin_run(arguments: list[str]) -> None:

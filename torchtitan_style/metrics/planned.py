@@ -15,6 +15,11 @@ class PlannedMemory(Protocol):
 
 class PlannedTime(Protocol):
     @property
+    def tokens(self) -> int:
+        """Of a step."""
+        ...
+
+    @property
     def step_seconds(self) -> float: ...
 
 
@@ -32,8 +37,11 @@ MakePlan = Callable[[], Planned | None]
 
 
 def compared(plan: Planned, record: dict[str, Any]) -> tuple[dict[str, float], str]:
-    """The planned figures for a record of the metrics, and a line about the memory for a person."""
+    """The planned figures for a record of the metrics, and a line about memory and time for a person."""
     memory, seconds = plan.memory.total / 2**30, plan.time.step_seconds
-    # The time is in the metrics alone: it has not been held against enough machines to be shown to a person.
-    line = f"memory: {memory:.2f} GiB planned, {record['peak_memory_gib']:.2f} GiB measured"
+    took = plan.time.tokens / record["tokens_per_second"]
+    line = (
+        f"planned: {memory:.2f} GiB and {seconds:.3g} s a step; "
+        f"measured: {record['peak_memory_gib']:.2f} GiB and {took:.3g} s"
+    )
     return {"planned_memory_gib": memory, "planned_step_seconds": seconds}, line
