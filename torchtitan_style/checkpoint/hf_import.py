@@ -23,6 +23,7 @@ from torchtitan_style.models.hf_folder import GENERATION, HFFolder
 from .manifest import seal
 from .reader import without_warnings
 from .weights import load_weights, stored_dtypes
+from .writer import HashingWriter
 
 
 def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] = lambda count: None) -> None:
@@ -52,23 +53,14 @@ def import_hf(source: HFFolder, output: Path, *, advance: Callable[[int], None] 
             f"model.{name}": torch.empty(shapes[name], dtype=dtype, device="meta")
             for name, dtype in stored_dtypes(source).items()
         }
-        # A file for each: DCP holds on to all tensors of a file until it is closed.
-        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True, single_file_per_rank=False)
-        with without_warnings():
-            _save(tensors, writer, _ReadWhenWritten(source, tensors, advance))
-        seal(temporary, output, about={"step": 0})
-
-
-def _save(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter, planner: dcp.DefaultSavePlanner) -> None:
-    """DCP's save, raising the OSError itself if a file cannot be written."""
-    try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:
-        # On a full disk torch's own complaint hides the cause, which is what a person can act on.
-        cause: BaseException | None = next(failure for failure, _ in error.failures.values())
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or error from None
+        writer = HashingWriter(temporary, max_file_size=1, one_at_a_time=True)  # a file for each tensor
+        planner = _ReadWhenWritten(source, tensors, advance)
+        try:
+            with without_warnings():
+                dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            raise next(failure for failure, _ in error.failures.values()) from None
+        seal(temporary, output, about={"step": 0}, known=writer.entries)
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):

@@ -31,14 +31,20 @@ FILE_SIZE = 256 * 2**20
 class HashingWriter(dcp.FileSystemWriter):
     """Writes into ``folder``. ``entries`` is what the manifest says of this rank's files.
 
-    advance: called after every tensor. max_file_size: bytes, unless one tensor has more.
+    advance: called after every tensor. max_file_size: bytes, unless one tensor has more. one_at_a_time: begin a file
+    when the one before is on disk, and its tensors are needed no more.
     """
 
     def __init__(
-        self, folder: str | Path, *, advance: Callable[[], None] = lambda: None, max_file_size: int = FILE_SIZE
+        self,
+        folder: str | Path,
+        *,
+        advance: Callable[[], None] = lambda: None,
+        max_file_size: int = FILE_SIZE,
+        one_at_a_time: bool = False,
     ) -> None:
         super().__init__(folder, thread_count=1, sync_files=True)
-        self.advance, self.max_file_size = advance, max_file_size
+        self.advance, self.max_file_size, self.one_at_a_time = advance, max_file_size, one_at_a_time
         self.entries: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -55,6 +61,9 @@ class HashingWriter(dcp.FileSystemWriter):
                     results.append(_write(file, name, items.pop(0), planner))
                     self.advance()
                 file.end()
+                if self.one_at_a_time:
+                    file.entry()  # waits for it
+                    file.close()
             self.entries = {name: file.entry() for name, file in files.items()}
         finally:
             torch.serialization.set_crc32_options(with_crc)
