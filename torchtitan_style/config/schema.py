@@ -8,7 +8,7 @@ program that it configures, never the whole ``Config``.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_origin
 
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -428,7 +428,9 @@ def sections_of(schema: type[BaseModel], prefix: str = "") -> dict[str, type[Bas
     """Every section of ``schema`` by its name in TOML, as "optimizer" and "optimizer.muon"."""
     found: dict[str, type[BaseModel]] = {}
     for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found[prefix + name] = field.annotation
-            found |= sections_of(field.annotation, f"{prefix}{name}.")
+        kind = field.annotation
+        # In Python 3.10 list[str] is an instance of type, but no class.
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section):
+            found[prefix + name] = kind
+            found |= sections_of(kind, f"{prefix}{name}.")
     return found
