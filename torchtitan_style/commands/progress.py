@@ -17,7 +17,10 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of bytes done. Shows nothing where there is no terminal."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:  # some versions of rich print an empty line there, even if disabled
+        yield lambda count: None
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
