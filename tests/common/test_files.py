@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import new_folder
+from torchtitan_style.common.files import first_missing, nearest_existing, new_folder
 from torchtitan_style.config.schema import Data
 from torchtitan_style.data.prepare.store import CorpusStore
 from torchtitan_style.launch.run_lock import run_lock
@@ -54,3 +54,14 @@ def test_nothing_stays_where_nothing_was(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wrong"), run_lock(tmp_path / "a" / "b"):
         raise UserError("wrong")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_nearest_existing_folder_and_the_first_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / "a" / "b" / "c"
+    assert nearest_existing(deep) == tmp_path
+    assert first_missing(deep) == tmp_path / "a"
+    assert nearest_existing(tmp_path) == tmp_path
+    assert first_missing(tmp_path) is None
+    monkeypatch.chdir(tmp_path)
+    assert nearest_existing(Path("a/b")).resolve() == tmp_path
+    assert first_missing(Path("a/b")) == Path("a")

@@ -89,7 +89,7 @@ def test_a_run_on_several_hosts_takes_over_the_lock_of_its_lost_host(tmp_path: P
 
 
 def test_a_lock_is_kept_fresh(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("torchtitan_style.launch.run_lock._STALE", 0.3)
+    monkeypatch.setattr("torchtitan_style.common.locks._STALE", 0.3)
     with run_lock(tmp_path):
         lock = tmp_path / "run.lock"
         os.utime(lock, (0, 0))

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, locks, and checksums."""
+"""Files and folders that are written whole or not at all, and checksums."""
 
 from __future__ import annotations
 
@@ -15,25 +15,6 @@ from typing import Any
 
 from .errors import UserError
 from .reading import open_regular
-
-
-@contextlib.contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process of this machine at a time; the others wait. ``folder`` need not exist."""
-    from filelock import FileLock, Timeout
-
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"torchtitan_style-{name}.lock"
-    lock = FileLock(path, mode=0o666)  # for the processes of all users
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        say(f"waiting for another process that uses {folder}")
-        lock.acquire(poll_interval=0.2)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def fsync(path: Path) -> None:

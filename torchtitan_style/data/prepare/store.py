@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_style.common.errors import UserError
-from torchtitan_style.common.files import copy_folder, locked
+from torchtitan_style.common.files import copy_folder
+from torchtitan_style.common.locks import locked
 from torchtitan_style.common.reading import read_json_object
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch
