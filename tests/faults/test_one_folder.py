@@ -7,12 +7,14 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults.runs import Runs
 from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.reporting import VERDICT, report_stopped
 from torchtitan_style.data.prepare.prepared import Prepared
 from torchtitan_style.launch import launcher as launch
 from torchtitan_style.launch.run_lock import check_free, run_lock
@@ -129,6 +131,26 @@ def test_the_launcher_holds_the_folder_while_it_prepares(tmp_path: Path, monkeyp
     launch.main(["--job.dump_folder", str(tmp_path / "run")])
     assert seen == ["prepared", "started"]
     check_free(tmp_path / "run")  # the ranks take it
+
+
+def test_that_the_ranks_here_have_saved_counts_before_preempted_json_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank may have written it on another host, and NFS may show it a minute late."""
+    seen = []
+
+    def start(*_: object, has_saved: Callable[[], bool], **__: object) -> None:
+        seen.append(has_saved())
+        report_stopped()
+        seen.append(has_saved())
+
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "node0:29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(VERDICT, str(tmp_path / "verdict"))
+    monkeypatch.setattr("torchtitan_style.launch.launcher.wait_for_host", lambda _: None)
+    monkeypatch.setattr("torchtitan_style.launch.launcher.start_ranks", start)
+    launch.main(["--job.dump_folder", str(tmp_path / "run"), "--training.local_batch_size", "4"])
+    assert seen == [False, True]
 
 
 def test_another_host_may_come_while_the_first_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

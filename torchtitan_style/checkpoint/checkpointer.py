@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.common.files import refresh_names
 from torchtitan_style.config.schema import Checkpoint
 from torchtitan_style.distributed.world import on_main, patient_group
 from torchtitan_style.optim.build import Optimizers
@@ -183,6 +184,7 @@ class Checkpointer:
         about: dict[str, Any],
     ) -> None:
         temporary = Path(on_main(lambda: str(self.folder.begin(step)), self._group))
+        refresh_names(self.folder.root)
         self.before_write(step)
         writer = HashingWriter(temporary, advance=self.advance)
         planner = StagedPlanner(copies) if copies is not None else None
@@ -228,6 +230,7 @@ class Checkpointer:
         is wanted is not there, or no checkpoint is whole.
         """
         steps = on_main(self.folder.steps)
+        refresh_names(self.folder.root)
         if not self.config.enable:
             if steps:
                 raise UserError(

@@ -33,6 +33,17 @@ def fsync_ancestors(folder: Path) -> None:
             fsync(ancestor)
 
 
+def refresh_names(folder: Path) -> None:
+    """Have this host see which files other hosts have put into ``folder``, and which folder has this name now.
+
+    An NFS client believes for up to a minute what it saw before: that a name is missing, or is that of a file which has
+    since been renamed. It asks the server again when a folder is opened.
+    """
+    for each in (folder.parent, folder):
+        with contextlib.suppress(OSError):
+            os.close(os.open(each, os.O_RDONLY))
+
+
 def write_in_one_go(path: Path, text: str) -> None:
     """Write ``text`` to a file atomically: it has the old content or the new one, never a part, and keeps it."""
     temporary = path.with_name(f"{path.name}.tmp")

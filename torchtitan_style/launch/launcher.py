@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torchtitan_style.checkpoint.folder import CheckpointFolder
 from torchtitan_style.common.program import check_start
-from torchtitan_style.common.reporting import reported_errors
+from torchtitan_style.common.reporting import reported_errors, take_stopped
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_layout
 from torchtitan_style.train.preempted import clear_preempted, is_preempted
@@ -141,7 +141,7 @@ def _start(
         on_gpus=hosts.gpus > 0,
         max_restarts=max_restarts,
         shutdown_timeout=config.comm.shutdown_timeout_seconds,
-        has_saved=lambda: is_preempted(folder) or _is_trained(folder, config.training.steps),
+        has_saved=lambda: take_stopped() or is_preempted(folder) or _is_trained(folder, config.training.steps),
         leave_word_in=_leave_word_in(config, hosts),
         membership=membership,
     )

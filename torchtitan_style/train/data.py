@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from torchtitan_style.common.files import refresh_names
 from torchtitan_style.config import Config
 from torchtitan_style.config.layout import plan_batch, plan_streams
 from torchtitan_style.data.loader import Batch, Loader, Microbatch, PreparedSteps, StreamedSteps, validation_batches
@@ -32,6 +33,7 @@ class RunData:
         self.batch_plan = plan_batch(config.training, world.layout.dp)
         self.store = CorpusStore.of(config, dp=world.layout.dp)
         self.prepared = on_main(lambda: self.store.get(say=display.say))
+        refresh_names(self.prepared.folder)
         self.mixture = self.prepared.names if config.data.dataset == "mixture" else []
         """Names of the corpora of a mixture."""
         self.bad_documents = BadDocuments(
@@ -149,6 +151,7 @@ class RunData:
         sizes = token_bytes(Tokenizer(tokenizer)) if prepared else np.empty(0, np.int64)
         found = []
         for name, each in prepared.items():
+            refresh_names(each.folder)
             if config.checkpoint.best_metric == f"val_loss/{name}":
                 self.best_metric += f" {each.fingerprint('')}"
             source = SetStore(config, name, tokenizer=tokenizer).rows(each)
