@@ -25,10 +25,14 @@ def why_no_hosts() -> str:
     """Why namespaces cannot be made here; empty if they can."""
     link, mount = "ip link add t0 type bridge && ip link add t1 type veth peer name t2", "mount --bind /etc /etc"
     try:
-        done = subprocess.run([*_NAMESPACES, f"{link} && {mount}"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([*_NAMESPACES, f"{link} && {mount}"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     return done.stderr.strip() if done.returncode else ""
+
+
+SERVER = "10.77.0.100"
+"""This machine, as the hosts see it, where they mount its folder."""
 
 
 class Host:
@@ -53,10 +57,12 @@ class Host:
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
         self.run("ip", "link", "set", "lo", "up")
+        if self.cluster.nfs:
+            self.run("mount", "-t", "nfs", "-o", self.cluster.nfs, f"{SERVER}:{folder}", str(folder))
 
     def run(self, *command: str) -> None:
         """Run a command on this host and wait for its end."""
-        _run("nsenter", "-t", str(self.pid), "-n", "-m", *command)
+        _run("nsenter", "-t", str(self.pid), "-n", "-u", "-m", *command)
 
     def start(self, *arguments: str | Path, log: str, **environment: str) -> subprocess.Popen[str]:
         """Run Python with ``arguments`` on this host, in the cluster's folder; its output goes to the file ``log``."""
@@ -73,15 +79,16 @@ class Host:
 
     def stop(self, process: subprocess.Popen[str]) -> None:
         """Send SIGTERM to what ``start`` has started: ``process`` is only the command that entered the host."""
-        os.kill(_child(process), signal.SIGTERM)
+        with contextlib.suppress(IndexError, FileNotFoundError, ProcessLookupError):  # it has just ended
+            os.kill(_child(process), signal.SIGTERM)
 
-    def stop_all(self) -> None:
+    def stop_all(self, seconds: float) -> None:
         """Tell all that was started here to stop, and wait until it has ended."""
         for process in self.started:
             if process.poll() is None:
                 self.stop(process)
         for process in self.started:
-            process.wait(60)
+            process.wait(seconds)
 
     def kill(self) -> None:
         """As when the power goes: its processes end, and their connections are not closed."""
@@ -93,7 +100,7 @@ class Host:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         for process in (self._holder, *self.started):
-            process.wait(20)
+            process.wait(60)
 
     def cut(self) -> None:
         """Pull the network cable."""
@@ -123,28 +130,39 @@ class Host:
 
 
 class Cluster:
-    """``count`` hosts and the switch between them."""
+    """``count`` hosts and the switch between them.
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder = folder
+    nfs: options with which each of them mounts ``folder`` from this machine, which has to export it; "": they share
+    its file system.
+    """
+
+    def __init__(self, folder: Path, count: int, *, nfs: str = "") -> None:
+        self.folder, self.nfs = folder, nfs
         names = "".join(f"10.77.0.{number + 1} h{number}\n" for number in range(count))
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + names, encoding="utf-8")
         bridge = "ip link add br0 type bridge && ip link set br0 up"
         self._switch = _holder(["unshare", "-n", "sh", "-c", f"{bridge} && echo up && exec sleep 100000"])
         self.switch = ["nsenter", "-t", str(self._switch.pid), "-n"]
+        if nfs:
+            _run(*self.switch, "ip", "link", "add", "server", "type", "veth", "peer", "name", "nfs", "netns", "1")
+            _run(*self.switch, "ip", "link", "set", "server", "master", "br0", "up")
+            _run("ip", "addr", "add", f"{SERVER}/24", "dev", "nfs")
+            _run("ip", "link", "set", "nfs", "up")
         self.hosts = [Host(self, number) for number in range(count)]
 
     def close(self) -> None:
         for host in self.hosts:
             host._end()
+        if self.nfs:
+            _run("ip", "link", "del", "nfs")
         self._switch.kill()
-        self._switch.wait(20)
+        self._switch.wait(60)
 
 
 @contextlib.contextmanager
-def cluster_of(count: int, folder: Path) -> Iterator[Cluster]:
-    """A cluster of ``count`` hosts whose processes start in ``folder``."""
-    cluster = Cluster(folder, count)
+def cluster_of(count: int, folder: Path, *, nfs: str = "") -> Iterator[Cluster]:
+    """A cluster of ``count`` hosts whose processes start in ``folder``. nfs: see ``Cluster``."""
+    cluster = Cluster(folder, count, nfs=nfs)
     try:
         yield cluster
     finally:
@@ -164,4 +182,5 @@ def _child(process: subprocess.Popen[str]) -> int:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
