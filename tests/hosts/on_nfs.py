@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,16 +100,14 @@ class Locks(Run):
 def test_a_lock_is_seen_by_the_other_host_and_taken_over(two: Cluster) -> None:
     first, second = two.hosts
     locks = Locks(two, nnodes="2")
-    stale = 120 if two.nfs == SHARED else 20
-    holder = locks.hold(first, stale=stale)
+    holder = locks.hold(first)
     locks.wait_for_output(first, "has it")
-    time.sleep(10 if two.nfs == UNSHARED else 0)
-    said = locks.refused(second, stale=stale)
+    said = locks.refused(second)
     assert "run is in use by another run, process " in said
     assert " on h0" in said
     assert ("heartbeat" in said) == (two.nfs == UNSHARED)
     os.kill(_child(holder), signal.SIGKILL)
-    locks.wait(lambda: not locks.refused(second, stale=stale), "the lock")
+    locks.wait(lambda: not locks.refused(second, stale=120 if two.nfs == SHARED else 20), "the lock")
 
 
 def test_the_lock_of_a_host_without_power_is_taken_over_by_its_run(two: Cluster) -> None:
