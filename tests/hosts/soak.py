@@ -198,7 +198,7 @@ def _compare(run: Run, soak: Soak) -> int:
     counts = ", ".join(f"{name} {count}" for name, count in sorted(soak.counts.items()))
     print(f"{sum(soak.counts.values())} faults ({counts}); the run resumed {soak.said('resuming after step')} times")
     print(f"{len(found)} steps, {len(missing)} missing, {len(hashes)} with other rows; losses differ by {furthest:.1e}")
-    return 1 if missing or hashes or furthest > 1e-4 else 0
+    return 1 if missing or hashes or furthest > 1e-5 else 0
 
 
 if __name__ == "__main__":

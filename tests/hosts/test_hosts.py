@@ -124,7 +124,7 @@ def end(run: Run, *, seconds: float = 600) -> tuple[dict[int, tuple[str, float]]
     alone.arguments = [*run.arguments, "--job.dump_folder", "alone", "--parallelism.tensor_parallel_degree", "1"]
     alone.folder = run.cluster.folder / "alone"
     alone.start(run.cluster.hosts[0])
-    alone.wait_for_steps(max(found), seconds=seconds)
+    alone.wait(lambda: alone.step() >= max(found), f"step {max(found)} on one host", seconds)
     run.cluster.hosts[0].stop_all(seconds)
     return found, alone.curve()
 
