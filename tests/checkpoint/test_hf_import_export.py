@@ -58,10 +58,10 @@ def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors in the safetensors of ``folder``."""
+    """All tensors in the safetensors of ``folder``, which may then be written over: old versions map the file."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= {name: tensor.clone() for name, tensor in load_file(file).items()}
     return tensors
 
 
