@@ -4,8 +4,8 @@
     python tests/versions.py python3.12 oldest         some of them
     python tests/versions.py --environment FOLDER      an environment that exists; nothing is installed
 
-Prints for each what the table in docs/installing.md is made of. Environments are made in .venv-versions/ and removed after the
-tests, as one with CUDA has 5 GB; --keep leaves them. Runs with Python 3.10 and no packages.
+Prints for each what the table in docs/installing.md is made of. Environments are made in .venv-versions/ and removed
+after the tests, as one with CUDA has 5 GB; --keep leaves them. Runs with Python 3.10 and no packages.
 """
 
 from __future__ import annotations
