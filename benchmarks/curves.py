@@ -18,7 +18,7 @@ def train(folder: Path, *settings: str, steps: int, seed: int) -> None:
     """Train the default configuration with other ``settings``, unless that has been done in ``folder``."""
     if (folder / f"checkpoint/step-{steps}").exists():
         return
-    command = [sys.executable, "-m", "torchtitan_style", "train", *settings, *QUIET]
+    command = [sys.executable, "-m", "torchtitan_style", "train", *QUIET, *settings]
     command += ["--training.steps", str(steps), "--training.seed", str(seed), "--job.dump_folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
