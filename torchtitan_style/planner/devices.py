@@ -79,7 +79,7 @@ class Assumptions:
     """Seconds that a collective takes at least."""
     latency_cpu: float = 2e-3
     """As latency, where the processes that meet share their cores with the threads that send."""
-    split_backward: float = 0.15
+    split_backward: float = 0.3
     """How much longer a backward pass takes whose schedule has gradients of inputs and of weights apart: measured on
     CPU."""
     operation_seconds: float = 6e-6
