@@ -521,9 +521,9 @@ def test_messages_are_short(tmp_path: Path) -> None:
 def test_types_of_optional_choices_are_named(tmp_path: Path) -> None:
     from typing import Literal
 
-    from torchtitan_style.config.load import _options
+    from torchtitan_style.config.load import options_of
 
-    assert _options(Literal["one", "two"] | None) == ["one", "two"]
+    assert options_of(Literal["one", "two"] | None) == ["one", "two"]
 
 
 @pytest.mark.parametrize("text", ["5\nseq_len = 3", "5 # x", "1, 0] #", "5]\n[x"])
