@@ -1,7 +1,7 @@
 """Does a mixture of experts learn more than a dense model of the same active FLOPs?
 
-    python benchmarks/experts_learning.py                               # the debug models, which soon are too small
-    python benchmarks/experts_learning.py --flavor small --steps 450    # an hour; not enough tokens for the experts
+    python benchmarks/experts_learning.py                               # the debug models, which run out of parameters
+    python benchmarks/experts_learning.py --flavor small --steps 450    # an hour, and too few tokens for the experts
 
 Trains both on the default corpus with AdamW: the same rows, learning rate and steps, three seeds each. Prints the final
 validation losses and how the experts were used, and plots the curves (matplotlib). A run that is there already is not

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from curves import records
+
 from torchtitan_style.launch.configure import load_config
 from torchtitan_style.planner.devices import DEVICES, Assumptions
 from torchtitan_style.planner.search import search
@@ -90,14 +92,14 @@ def measured(folder: Path, model: str, mode: str, rows: int, seq_len: int, proce
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // processes)),
     }
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    planned = next(record for record in records if "planned_memory_gib" in record)
+    found = records(run)
+    planned = next(record for record in found if "planned_memory_gib" in record)
     tokens = rows * processes * seq_len
     return {
         "model": model, "mode": mode, "rows": rows, "seq_len": seq_len, "processes": processes,
-        "planned_gib": planned["planned_memory_gib"], "measured_gib": records[-1]["peak_memory_gib"],
+        "planned_gib": planned["planned_memory_gib"], "measured_gib": found[-1]["peak_memory_gib"],
         "planned_seconds": planned["planned_step_seconds"],
-        "measured_seconds": statistics.median(tokens / record["tokens_per_second"] for record in records[1:]),
+        "measured_seconds": statistics.median(tokens / record["tokens_per_second"] for record in found[1:]),
     }  # fmt: skip
 
 
