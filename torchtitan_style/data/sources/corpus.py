@@ -102,16 +102,16 @@ def _kind(name: str) -> tuple[str, str]:
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root).as_posix()
-        if not _SKIPPED.search(relative):
-            files.append((relative, path))
+    for folder, folders, names in os.walk(root):
+        inside = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if not _SKIPPED.search(name)]  # what pip has put there is large
+        files += [(inside / name).as_posix() for name in names if name.endswith(".py") and not _SKIPPED.search(name)]
     if not files:
         raise UserError(
             f"data.dataset: this Python has no source files of its standard library in {root}; "
             'use dataset = "files" and data.paths'
         )
-    return [path for _, path in sorted(files)]
+    return [root / relative for relative in sorted(files)]
 
 
 def _expand(patterns: list[str]) -> list[Path | str]:

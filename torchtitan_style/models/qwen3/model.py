@@ -160,7 +160,9 @@ class Qwen3Model(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding() would draw weights here, for which torch imports its compiler on the meta device.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(self.build_layer(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -286,8 +288,10 @@ class Qwen3ForCausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw initial weights from torch's global generator."""
+        """Draw initial weights from torch's global generator. Those on the meta device have no values."""
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             std = self.initial_std(name)
             if std is None:
                 parameter.fill_(1.0)
