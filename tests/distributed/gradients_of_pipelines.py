@@ -148,7 +148,7 @@ def counting(sent: list[int]) -> Any:
 
 
 def work_of(config: Config, world: World) -> Workload:
-    return Workload.of(config, world.layout, on_gpu=False, pp_rank=world.stage)
+    return Workload.of_ranks(config, world.layout, on_gpu=False)[world.stage]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

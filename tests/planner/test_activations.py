@@ -105,7 +105,7 @@ def actual(work: Workload) -> int:
 def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None:
     torch.compiler.reset()  # after many compilations by other tests, no more are made
     config = load_config(DEFAULT_CONFIG, [*SHAPE, *overrides])
-    work = Workload.of(config, Layout(), on_gpu=False)
+    work = Workload.of_ranks(config, Layout(), on_gpu=False)[0]
     planned = kept_by_layers(work) + kept_outside(work)
     # Counted to the byte but for the state of random generators (5 KB a recomputed block) and scalars.
     with functorch_config.patch(activation_memory_budget=1.0):  # other tests have set it

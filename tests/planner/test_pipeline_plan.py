@@ -36,7 +36,7 @@ def test_each_rank_holds_what_is_planned(schedule: str, tied: str, model: tuple[
     config = load_config("qwen3", overrides, world_size=8)
     numbers = 0
     for pp_rank in (0, 1):
-        kinds = Workload.of(config, layout, on_gpu=True, pp_rank=pp_rank).kinds
+        kinds = Workload.of_ranks(config, layout, on_gpu=True)[pp_rank].kinds
         assert state_held(lay_out(config, layout, 4 * pp_rank)) == state_of(kinds, layout, 4 * pp_rank)
         numbers += sum(kind.count for kind in kinds if not kind.copy)
         copies = [kind.name for kind in kinds if kind.copy]
@@ -74,7 +74,7 @@ def test_a_plan_counts_the_routing_passes_of_a_pipeline() -> None:
     plan = make_plan(config, layout, DEVICES["H100"], Assumptions())
     counting = plan.time.phases[0]
     assert (counting.name, counting.times) == ("counting", 4)  # all microbatches, the first too
-    [sent] = [each for each in traffic_of(Workload.of(config, layout, on_gpu=True)) if
+    [sent] = [each for each in traffic_of(Workload.of_ranks(config, layout, on_gpu=True)[0]) if
               (each.axis, each.phase) == ("pp", "counting")]  # fmt: skip
     assert sent.bytes == 4096 * 2048 * 2
     without = load_config("qwen3_30b_a3b", [*given, "--model.router_aux_loss_coef", "0"], world_size=16)
@@ -89,7 +89,7 @@ def test_weights_and_optimizer_are_shared_out_evenly() -> None:
         layout = Layout(
             pp=pp, dp_shard=8 // config.parallelism.tensor_parallel_degree, tp=config.parallelism.tensor_parallel_degree
         )
-        works = [Workload.of(config, layout, on_gpu=True, pp_rank=rank) for rank in range(pp)]
+        works = Workload.of_ranks(config, layout, on_gpu=True)
         bytes_of = [work.state.weights + work.state.optimizer for work in works]
         assert max(bytes_of) < 1.15 * sum(bytes_of) / pp
         assert min(bytes_of) > 0.85 * sum(bytes_of) / pp

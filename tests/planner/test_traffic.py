@@ -56,7 +56,7 @@ def test_ranks_send_what_is_planned(run_ranks: Callable[..., None], tmp_path: Pa
         layout = Layout(**degrees)
         overrides = [*SHAPE, *given, "--training.global_batch_size", str(2 * layout.dp * microbatches)]
         config = load_config(DEFAULT_CONFIG, overrides, world_size=2)
-        works[name] = Workload.of(config, layout, on_gpu=False)
+        works[name] = Workload.of_ranks(config, layout, on_gpu=False)[0]
         assert works[name].batch.accumulation_steps == microbatches
         keeps = config.activation_checkpoint.mode == "none" and layout.tp * layout.cp * layout.ep > 1
         cases.append({"layout": degrees, "overrides": overrides, "microbatches": microbatches, "keeps": keeps})

@@ -95,7 +95,7 @@ def _check_layout(plan: Plan) -> None:
     for rank in ranks:
         config, stage = plan.work.config, rank // plan.work.stage_ranks
         held = state_held(lay_out(config, layout, rank))
-        kinds = Workload.of(config, layout, on_gpu=True, pp_rank=stage).kinds
+        kinds = Workload.of_ranks(config, layout, on_gpu=True)[stage].kinds
         planned = state_of(kinds, layout, rank)
         if held != planned:
             print(f"warning: rank {rank} would hold {held}, and not {planned} as planned", file=sys.stderr)

@@ -23,10 +23,11 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
     return make_stages(blocks, embedding=embedding, head=head, parallelism=config.parallelism)
 
 
-def stages_of_rank(config: Config, pp_rank: int) -> tuple[Stage, ...]:
-    """Those that a rank runs, by its place on the pp axis."""
+def stages_of_ranks(config: Config) -> list[tuple[Stage, ...]]:
+    """Those that each rank of the pp axis runs."""
     pp, schedule = config.parallelism.pipeline_parallel_degree, config.parallelism.pipeline_parallel_schedule
-    return tuple(s for s in stages_of(config) if rank_of_stage(s.index, pp=pp, schedule=schedule) == pp_rank)
+    stages = stages_of(config)
+    return [tuple(s for s in stages if rank_of_stage(s.index, pp=pp, schedule=schedule) == rank) for rank in range(pp)]
 
 
 def part_costs(spec: ModelSpec, shape: Any, *, seq_len: int) -> tuple[Cost, list[Cost], Cost]:

@@ -26,7 +26,7 @@ from torchtitan_style.distributed.pipeline import keep_stage
 from torchtitan_style.distributed.world import World, destroy_world, init_world
 from torchtitan_style.models.lora import add_adapters
 from torchtitan_style.models.registry import model_config, spec_of
-from torchtitan_style.models.stages import stages_of_rank
+from torchtitan_style.models.stages import stages_of_ranks
 from torchtitan_style.models.trained import adapted_modules
 from torchtitan_style.train.step import DTYPES, freeze
 
@@ -97,7 +97,7 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
     with fake_world(layout, rank) as world:
         experts = expert_mesh(world) if spec.expert_parallel else None
         found: dict[str, Held] = {}
-        for stage in stages_of_rank(config, world.stage) if layout.pp > 1 else [None]:
+        for stage in stages_of_ranks(config)[world.stage] if layout.pp > 1 else [None]:
             found |= build(world, stage, experts)
         return found
 

@@ -59,7 +59,7 @@ class MemoryPlan:
 
 def plan_memory(config: Config, layout: Layout, *, on_gpu: bool = True) -> MemoryPlan:
     """Bytes that a rank of ``layout`` needs. Raises ValueError if the batch cannot be shared out over it."""
-    ranks = [Workload.of(config, layout, on_gpu=on_gpu, pp_rank=rank) for rank in range(layout.pp)]
+    ranks = Workload.of_ranks(config, layout, on_gpu=on_gpu)
     return max((memory_of(work, Assumptions()) for work in ranks), key=lambda plan: plan.total)
 
 

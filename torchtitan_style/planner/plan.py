@@ -45,7 +45,7 @@ def make_plan(
     A CPU is shared by all its ranks: its rates are the host's, its memory is a rank's share.
     """
     sharing = 1 if device.on_gpu else min(layout.world_size, device.per_host)
-    ranks = [Workload.of(config, layout, on_gpu=device.on_gpu, kinds=kinds, pp_rank=rank) for rank in range(layout.pp)]
+    ranks = Workload.of_ranks(config, layout, on_gpu=device.on_gpu, kinds=kinds)
     # A pipeline is as slow as its slowest stage, and fits if that does which needs most.
     memory = [memory_of(work, assumptions) for work in ranks]
     most = max(range(layout.pp), key=lambda rank: memory[rank].total)

@@ -19,7 +19,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import BatchPlan, Layout, plan_batch, reshards_after_forward
 from torchtitan_style.config.pipeline import Stage, schedule_problem
 from torchtitan_style.models.registry import model_config, spec_of
-from torchtitan_style.models.stages import stages_of_rank
+from torchtitan_style.models.stages import stages_of_ranks
 from torchtitan_style.models.trained import DOWN
 
 from .parameters import Kind, State, parameter_kinds, state_of
@@ -44,24 +44,19 @@ class Workload:
     """Of a pipeline, those that the rank has; (): there is none."""
 
     @classmethod
-    def of(
-        cls,
-        config: Config,
-        layout: Layout,
-        *,
-        on_gpu: bool,
-        kinds: tuple[Kind, ...] | None = None,
-        pp_rank: int = 0,
-    ) -> Workload:
-        """Raises ValueError if the batch cannot be shared out over the layout. kinds: all of the model's, if they are
-        known. pp_rank: the rank's place on the pp axis."""
-        stages = stages_of_rank(config, pp_rank) if layout.pp > 1 else ()
-        if kinds is None or stages:
-            kinds = parameter_kinds(config, stages)
-        work = cls(config, layout, on_gpu, kinds, stages)
-        if problem := schedule_problem(config.parallelism, work.batch.accumulation_steps):
-            raise ValueError(problem)
-        return work
+    def of_ranks(
+        cls, config: Config, layout: Layout, *, on_gpu: bool, kinds: tuple[Kind, ...] | None = None
+    ) -> list[Workload]:
+        """That of each rank of the pp axis, one without a pipeline. Raises ValueError if the batch cannot be shared out
+        over the layout. kinds: all of the model's, if they are known."""
+        works = []
+        for stages in stages_of_ranks(config) if layout.pp > 1 else [()]:
+            own = parameter_kinds(config, stages) if kinds is None or stages else kinds
+            work = cls(config, layout, on_gpu, own, stages)
+            if problem := schedule_problem(config.parallelism, work.batch.accumulation_steps):
+                raise ValueError(problem)
+            works.append(work)
+        return works
 
     @cached_property
     def model(self) -> Any:

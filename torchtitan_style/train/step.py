@@ -36,7 +36,7 @@ from torchtitan_style.distributed.world import World
 from torchtitan_style.models.build import build_model
 from torchtitan_style.models.lora import add_adapters, initial_std
 from torchtitan_style.models.registry import model_config, spec_of
-from torchtitan_style.models.stages import stages_of_rank
+from torchtitan_style.models.stages import stages_of_ranks
 from torchtitan_style.models.trained import adapted_modules, is_frozen
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.clip import clip_grad_norm_
@@ -140,7 +140,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
     if world.layout.pp == 1:
         return build().train()
     return PipelinedModel(
-        [(stage, build(stage)) for stage in stages_of_rank(config, world.stage)],
+        [(stage, build(stage)) for stage in stages_of_ranks(config)[world.stage]],
         world=world,
         schedule=config.parallelism.pipeline_parallel_schedule,
         activations=Activations(shape.hidden_size, param_dtype, world.layout.tp),
