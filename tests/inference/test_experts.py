@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from tiny_hf import DIMENSIONS, write_tokenizer
 
 from torchtitan_style import load_model
 from torchtitan_style.__main__ import main
 from torchtitan_style.inference.cache import KVCache
+from torchtitan_style.models.qwen3_moe import experts
 from torchtitan_style.models.qwen3_moe.config import FLAVORS
 from torchtitan_style.models.qwen3_moe.inference import split_problem
 from torchtitan_style.models.qwen3_moe.model import Qwen3MoeForCausalLM
@@ -31,21 +31,21 @@ def test_with_a_cache_logits_are_the_same_and_one_token_reads_the_chosen_experts
     right = model(ids)
     cache = KVCache(config.windows, capacity=24)
     used: list[int] = []
-    grouped_mm = F.grouped_mm
+    grouped_linear = experts.grouped_linear
 
-    def watched(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    def watched(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         used.append(len(weight))
-        return grouped_mm(rows, weight, offs=offs)
+        return grouped_linear(rows, weight, ends)
 
-    monkeypatch.setattr(F, "grouped_mm", watched)
+    monkeypatch.setattr(experts, "grouped_linear", watched)
     for start, stop in ((0, 20), (20, 21), (21, 22), (22, 23), (23, 24)):
         new = ids[:, start:stop]
         used.clear()
         logits = model(new, positions=cache.positions(new), cache=cache)[:, -1]
         cache.advance(new.shape[1])
+        assert bool(used) == (start == 0)  # no grouped product over all experts for one token
         # fp32 sums in another order: 1e-7 each; logits are about 1.
         torch.testing.assert_close(logits, right[:, stop - 1], rtol=1e-5, atol=1e-5)
-    assert used == []  # no grouped product over all experts for one token
 
 
 SHARED = {"attention_bias": True, "mlp_only_layers": [1], "num_experts": 8, "num_experts_per_tok": 3,

@@ -1,7 +1,7 @@
 """Matrix products of several experts as one operation, which a compiler takes as it is.
 
-``torch.nn.functional.grouped_mm`` has no compiled form on CPU, and torch refuses to trace it in fp32 on any device
-although it runs: there it is wrapped into an operation with a gradient of its own.
+On CPU torch.nn.functional.grouped_mm has no compiled form, and another way is faster. On CUDA torch refuses to trace
+it in fp32 although it runs. There the products are an operation with a gradient of its own.
 
 Shapes: M rows, E experts, O features out, K features in.
 """
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchtitan_style.cpu.grouped import grouped_gradients, grouped_products
+
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each expert's weight times its rows. rows: [M, K], those of the first expert first. weight: [E, O, K]. ends: [E]
@@ -27,7 +29,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchtitan_style::grouped_linear", mutates_args=())
 def _linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(rows, weight.mT, offs=ends)
+    return F.grouped_mm(rows, weight.mT, offs=ends) if rows.is_cuda else grouped_products(rows, weight, ends)
 
 
 @_linear.register_fake
@@ -40,6 +42,8 @@ def _backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple
     """grad: [M, O]. → gradients of rows [M, K] and weight [E, O, K]."""
     if len(rows) == 0:  # of no rows the strides are refused
         return torch.empty_like(rows), torch.zeros_like(weight)
+    if not rows.is_cuda:
+        return grouped_gradients(grad, rows, weight, ends)
     grad = grad.contiguous()
     return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.mT, rows, offs=ends)
 
