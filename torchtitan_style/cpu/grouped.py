@@ -25,9 +25,10 @@ def grouped_gradients(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) 
     for expert, start, count in _parts(ends):
         size = rounded_up(count)
         # Rows of zeros add nothing. The first operand of a product is read fast if it lies in rows (operands.py).
-        grad_in_rows = grad.new_zeros(grad.shape[1], size)
-        grad_in_rows[:, :count] = grad[start : start + count].mT
-        torch.mm(grad_in_rows, _with_zeros(rows, start, count, size), out=weight_grad[expert])
+        columns = grad.new_empty(grad.shape[1], size)
+        columns[:, :count] = grad[start : start + count].mT
+        columns[:, count:] = 0
+        torch.mm(columns, _with_zeros(rows, start, count, size), out=weight_grad[expert])
     return _products(grad, weight, ends), weight_grad
 
 
@@ -54,8 +55,9 @@ def _parts(ends: Tensor) -> Iterator[tuple[int, int, int]]:
 
 def _with_zeros(rows: Tensor, start: int, count: int, size: int) -> Tensor:
     """``count`` rows from ``start`` on, and zeros: [size, K]."""
-    taken = rows.new_zeros(size, rows.shape[1])
+    taken = rows.new_empty(size, rows.shape[1])
     taken[:count] = rows[start : start + count]
+    taken[count:] = 0
     return taken
 
 
