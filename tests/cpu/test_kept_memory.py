@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 
 import pytest
-import torch
-
-from torchtitan_style.cpu.memory import keep_few_kernels
 
 PROGRAM = """
 import ctypes, resource
@@ -49,16 +45,3 @@ def test_tensors_lie_apart_at_first_and_their_memory_is_kept_later() -> None:
     assert first > 16_000
     # Not necessarily the second time: Python may have put something into the gap before what was freed.
     assert min(later) < 100
-
-
-def test_few_kernels_are_kept_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN reads the variable; what it saves is measured in docs/moe.md."""
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.delenv(name, raising=False)
-    keep_few_kernels(torch.device("cuda"))
-    assert name not in os.environ
-    keep_few_kernels(torch.device("cpu"))
-    assert os.environ[name] == "128"
-    monkeypatch.setenv(name, "7")
-    keep_few_kernels(torch.device("cpu"))
-    assert os.environ[name] == "7"

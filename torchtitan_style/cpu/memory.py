@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -43,16 +42,6 @@ def keep_freed_memory(device: torch.device) -> None:
     if mallopt := _mallopt(device):
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)  # blocks above the largest threshold there is would be returned in any case
-
-
-def keep_few_kernels(device: torch.device) -> None:
-    """Have oneDNN keep the kernels of 128 shapes, not of 1,024; before its first product in this process.
-
-    It compiles one for every shape, and experts get another number of rows in every step: a small model's memory
-    grew by 50 MiB a step, at the same speed (docs/moe.md).
-    """
-    if device.type == "cpu":
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def _mallopt(device: torch.device) -> Callable[[int, int], int] | None:

@@ -25,7 +25,7 @@ from torchtitan_style.config import Config
 from torchtitan_style.config.layout import reduces_each_microbatch, reshards_after_forward
 from torchtitan_style.config.pipeline import Stage
 from torchtitan_style.cpu.half_precision import multiply_in_fp32
-from torchtitan_style.cpu.memory import keep_few_kernels, keep_freed_memory
+from torchtitan_style.cpu.memory import keep_freed_memory
 from torchtitan_style.data.loader import Batch, Microbatch
 from torchtitan_style.distributed.context import Context
 from torchtitan_style.distributed.custom_loss import custom_loss
@@ -90,8 +90,6 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
     spec = spec_of(config.model.name)
     param_dtype = DTYPES[config.training.mixed_precision_param]
     multiply_in_fp32(param_dtype, world.device)
-    if spec.expert_parallel:
-        keep_few_kernels(world.device)
     compile = config.compile
     if compile.enable and (problem := devices.compiler_problem(world.device)):
         warn(f"compile.enable: {problem}; training without compilation, which is slower")
