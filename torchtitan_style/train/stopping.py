@@ -77,6 +77,20 @@ def interrupted(step: int, folder: CheckpointFolder) -> str:
     )
 
 
+def stopped(step: int, signal: str, checkpoint: str | None) -> str:
+    """What to tell the person whose run has stopped. checkpoint: of that step, if there is one."""
+    where = f"; the checkpoint is {checkpoint}" if checkpoint else ""
+    return f"stopped at step {step} by {signal}{where}. Run the same command to resume."
+
+
+def trained_already(step: int, dump_folder: Path) -> str:
+    """What to tell a person who has started a run that is at its end."""
+    return (
+        f"{dump_folder} is trained to step {step} already; raise training.steps to continue, or start a new run with "
+        "another --job.dump_folder"
+    )
+
+
 def stop_gracefully() -> None:
     """From now on signals to stop are noted and do not end the process."""
     global _graceful

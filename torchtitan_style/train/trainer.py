@@ -40,7 +40,7 @@ from .resume import Resume, build_checkpointer, identity_of_run
 from .rewind import rewind
 from .state import TrainState
 from .step import DTYPES, StepResult, build_optimizer, build_training_model, train_step
-from .stopping import interrupted, on_interrupt, stop_gracefully, told_to_stop
+from .stopping import interrupted, on_interrupt, stop_gracefully, stopped, told_to_stop, trained_already
 from .text import continue_prompt
 from .validator import Validator
 from .watchdog import Watchdog
@@ -105,9 +105,8 @@ class Trainer:
         """Whether the first step, which may compile, is done."""
         self.gc = GarbageCollector(every=config.training.gc_freq)
         on_interrupt(lambda: self.display.say(interrupted(self.state.step, self.checkpointer.folder)))
-        self.meter = Meter(
-            world, flops_per_token=flops_per_token(config), dtype=DTYPES[config.training.mixed_precision_param]
-        )
+        dtype = DTYPES[config.training.mixed_precision_param]
+        self.meter = Meter(world, flops_per_token=flops_per_token(config), dtype=dtype)
 
     def run(self) -> None:
         """Resume if there is a checkpoint, train, and close everything."""
@@ -115,10 +114,7 @@ class Trainer:
         self.policy = StepPolicy(self.config.training, state, warn=self.display.warn)
         if self._is_done():
             on_main(lambda: clear_preempted(self.dump_folder))  # a scheduler would restart a finished run for ever
-            self.display.say(
-                f"{self.dump_folder} is trained to step {state.step} already; raise training.steps to continue, or "
-                "start a new run with another --job.dump_folder"
-            )
+            self.display.say(trained_already(state.step, self.dump_folder))
             return
         if state.step:
             on_main(lambda: self.checkpointer.folder.set_aside_after(state.step, self.display.warn))
@@ -168,9 +164,8 @@ class Trainer:
         step = self.state.step
         self.observer.before_step(step)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                profile_step(self.config.profiling, step, folder=self.dump_folder, rank=self.world.rank)
-            )
+            profiling = profile_step(self.config.profiling, step, folder=self.dump_folder, rank=self.world.rank)
+            stack.enter_context(profiling)
             with self.meter.waiting_for_data():
                 batch = self.data.next_batch()
             self.state.rows_seen += self.data.batch_plan.global_batch_size
@@ -287,8 +282,7 @@ class Trainer:
         saved = str(folder.path(step)) if self.checkpointer.saved_step == step else None
         name = signal.Signals(self.stop_signal).name
         on_main(lambda: write_preempted(self.dump_folder, step=step, checkpoint=saved, signal=name))
-        where = f"; the checkpoint is {saved}" if saved else ""
-        self.display.say(f"stopped at step {step} by {name}{where}. Run the same command to resume.")
+        self.display.say(stopped(step, name, saved))
 
     # Setting up
 
