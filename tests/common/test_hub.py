@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from torchtitan_style.checkpoint.saved import open_model
 from torchtitan_style.commands.checkpoint import main as checkpoint_command
@@ -24,7 +25,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def snapshot_download(name: str, **_options: object) -> str:
         names.append(name)
-        raise ConnectionError("no network")
+        raise LocalEntryNotFoundError("Got: ConnectError") from ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     (tmp_path / "outputs" / "qwen3").mkdir(parents=True)
@@ -56,6 +57,16 @@ def test_names_of_the_hub_are_asked_for(asked: list[str], source: str) -> None:
     ):
         fetch(source, weights=False)
     assert asked == [source]
+
+
+def test_a_dataset_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset_builder(name: str, *_options: object) -> None:
+        raise ConnectionError("Couldn't reach it (LocalEntryNotFoundError)") from OSError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
+    with pytest.raises(UserError) as caught:
+        _dataset_files(Corpus(dataset="owner/name"))
+    assert str(caught.value) == 'data.dataset: "owner/name": it could not be fetched from the Hub: no network'
 
 
 @pytest.mark.parametrize("source", ["outputs/qwen4", "output/qwen3", "output"])
