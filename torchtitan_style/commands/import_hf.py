@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.launch.preflight import check_torch
 from torchtitan_style.models.spec import describe_size
@@ -42,5 +43,5 @@ def main(arguments: list[str]) -> None:
         size = sum(tensor.stop - tensor.start for tensor in source.tensors.values())
         with progress_bar("importing", size) as advance:
             import_hf(source, options.output, advance=advance)
-        parameters = describe_size(source.config)
-        print(f"{options.output}: {parameters}, {size / 1e9:,.2f} GB" + ("" if source.tokenizer else "; no tokenizer"))
+        figures = f"{describe_size(source.config)}, {readable_bytes(size)}"
+        print(f"{options.output}: {figures}" + ("" if source.tokenizer else "; no tokenizer"))
