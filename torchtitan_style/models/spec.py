@@ -148,7 +148,9 @@ class ModelSpec:
     LoRA."""
 
     is_hidden_matrix: Callable[[str, torch.Tensor], bool]
-    """(name, parameter) → whether it maps hidden states to hidden states, so that Muon takes it."""
+    """(name, parameter) → whether it is a matrix of a block, which maps hidden states, so that Muon takes it."""
+    is_router: Callable[[str], bool] = lambda name: False
+    """Name of a matrix of a block → whether it chooses experts, so that LoRA leaves it alone."""
     has_heads: Callable[[str], bool]
     """Name of a matrix → whether its rows are heads of ``head_dim`` rows each."""
     stacked_rows: Callable[[str, tuple[int, ...]], int | None] = lambda name, shape: None

@@ -24,11 +24,11 @@ def is_adapter(name: str) -> bool:
 
 def adaptable_modules(spec: ModelSpec, shape: Any) -> Shapes:
     """The linear layers that can have adapters, and the shapes [out, in] of their weights: those of attention and dense
-    MLPs. Stacked experts are none."""
+    MLPs. Stacked experts and their router are none."""
     return {
         name.removesuffix(".weight"): size
         for name, size in spec.parameter_shapes(shape).items()
-        if len(size) == 2 and spec.is_hidden_matrix(name, shaped(size))
+        if len(size) == 2 and spec.is_hidden_matrix(name, shaped(size)) and not spec.is_router(name)
     }
 
 

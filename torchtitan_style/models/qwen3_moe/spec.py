@@ -43,12 +43,16 @@ def _is_expert(name: str) -> bool:
 
 def _tensor_parallel_dim(name: str) -> int | None:
     """Neither experts nor their router are cut."""
-    return None if _is_expert(name) or name.endswith("mlp.gate.weight") else QWEN3.tensor_parallel_dim(name)
+    return None if _is_expert(name) or _is_router(name) else QWEN3.tensor_parallel_dim(name)
 
 
 def _is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """A matrix of attention, of an MLP or, stacked, of experts; not the router, the embedding or the head."""
-    return parameter.ndim >= 2 and ".layers." in f".{name}" and not name.endswith("mlp.gate.weight")
+    """A matrix of attention, of an MLP, a router or, stacked, of experts; not the embedding or the head."""
+    return parameter.ndim >= 2 and ".layers." in f".{name}"
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith("mlp.gate.weight")
 
 
 def _stacked_rows(name: str, shape: tuple[int, ...]) -> int | None:
@@ -105,6 +109,7 @@ QWEN3_MOE = ModelSpec(
     use_definition=_use_definition,
     parallelize=_parallelize,
     is_hidden_matrix=_is_hidden_matrix,
+    is_router=_is_router,
     has_heads=QWEN3.has_heads,
     stacked_rows=_stacked_rows,
     hf_architecture="Qwen3MoeForCausalLM",
