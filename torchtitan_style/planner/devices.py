@@ -95,6 +95,8 @@ class Assumptions:
     """CUDA context and cuBLAS workspace, on each GPU."""
     library_gib_cpu: float = 0.38
     """Python, torch and the run's own data, in each process on CPU."""
+    expert_kernels_gib_cpu: float = 0.1
+    """oneDNN's kernels for experts, in each process on CPU: one for each number of rows (``cpu/grouped.py``)."""
     nccl_bytes: float = 0.2 * GiB
     """Buffers of NCCL for one group of ranks."""
     disk_bandwidth: float = 2e9
@@ -102,8 +104,10 @@ class Assumptions:
     host_copy_bandwidth: float = 2e10
     """From a device to its host's memory."""
 
-    def library_bytes(self, *, on_gpu: bool) -> int:
-        return int((self.library_gib if on_gpu else self.library_gib_cpu) * GiB)
+    def library_bytes(self, *, on_gpu: bool, experts: bool) -> int:
+        """experts: whether the model has some."""
+        on_cpu = self.library_gib_cpu + self.expert_kernels_gib_cpu * experts
+        return int((self.library_gib if on_gpu else on_cpu) * GiB)
 
 
 def device_named(name: str) -> Device:

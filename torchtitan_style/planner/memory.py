@@ -138,7 +138,7 @@ def memory_of(work: Workload, assumptions: Assumptions) -> MemoryPlan:
 def _completed(work: Workload, parts: dict[str, int], assumptions: Assumptions) -> dict[str, int]:
     """``parts`` with what is there all the time, and the allocator's share."""
     changing = sum(parts.values())
-    fixed = assumptions.library_bytes(on_gpu=work.on_gpu)
+    fixed = assumptions.library_bytes(on_gpu=work.on_gpu, experts=work.sparse_layers > 0)
     if work.on_gpu and work.layout.world_size > 1:
         layout = work.layout
         axes = (layout.fsdp, layout.dp_replicate, layout.cp, layout.tp, layout.pp, layout.ep)
