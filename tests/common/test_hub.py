@@ -61,12 +61,12 @@ def test_names_of_the_hub_are_asked_for(asked: list[str], source: str) -> None:
 
 def test_a_dataset_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset_builder(name: str, *_options: object) -> None:
-        raise ConnectionError("Couldn't reach it (LocalEntryNotFoundError)") from OSError("no network")
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
     with pytest.raises(UserError) as caught:
         _dataset_files(Corpus(dataset="owner/name"))
-    assert str(caught.value) == 'data.dataset: "owner/name": it could not be fetched from the Hub: no network'
+    assert str(caught.value) == 'data.dataset: "owner/name": the Hub cannot be reached, and its cache here has no copy'
 
 
 @pytest.mark.parametrize("source", ["outputs/qwen4", "output/qwen3", "output"])

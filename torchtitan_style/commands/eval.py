@@ -59,7 +59,7 @@ does on tasks of the lm-evaluation-harness (the "eval" extra).
 
 Of tasks, --seq-len cuts what is longer on the left; left out: the positions of the model.
 
-  --tasks NAME ...         tasks, groups of them, or patterns, as in --tasks hellaswag "arc_*"
+  --tasks NAME ...         tasks, groups of them, or patterns, as in --tasks hellaswag arc_easy
   --include-path DIR       a folder with tasks of your own
   --num-fewshot N          examples before each question; left out: as the task has it
   --limit N                the first N questions of each task only; below 1: a share of them

@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan_style.common.errors import UserError, cut
 from torchtitan_style.common.extensions import SOURCES
-from torchtitan_style.common.hub import first_cause, looks_like_path, similar_folder
+from torchtitan_style.common.hub import looks_like_path, similar_folder
 from torchtitan_style.common.reading import file_problem
 from torchtitan_style.config.schema import Corpus
 
@@ -173,8 +173,8 @@ def _dataset_files(corpus: Corpus) -> list[str]:
     except Exception as error:  # not found, no such subset, no network, offline mode: many kinds
         if not os.path.isdir(source) and (near := similar_folder(Path(source))):
             raise UserError(f"{named}: there is no such folder; did you mean {near}?") from None
-        if isinstance(error, ConnectionError):
-            raise UserError(f"{named}: it could not be fetched from the Hub: {first_cause(error)}") from None
+        if isinstance(error, ConnectionError):  # whose text names the class of another error, and no reason
+            raise UserError(f"{named}: the Hub cannot be reached, and its cache here has no copy") from None
         raise UserError(f"{named}: {_reason(error)}") from None
     splits = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     if corpus.split not in splits:
