@@ -19,6 +19,7 @@ BUILD = """
 from setuptools import build_meta
 build_meta.build_sdist("dist")
 build_meta.build_wheel("dist")
+build_meta.build_editable("editable")
 """
 
 
@@ -67,6 +68,19 @@ def test_wheel_and_sdist_hold_the_configurations(built: Path, installed: Path) -
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {f"train_configs/{name}" for name in CONFIGS} | {"setup.py"}
+
+
+def test_an_editable_install_is_found_beside_a_folder_of_its_name(built: Path, tmp_path: Path) -> None:
+    [wheel] = built.with_name("editable").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site-packages")
+    (tmp_path / "torchtitan_style").mkdir()  # as in the folder in which somebody cloned the repository
+    find = "import site, importlib.util; site.addsitedir('site-packages'); "
+    find += "print(importlib.util.find_spec('torchtitan_style').origin)"
+    command = [sys.executable, "-S", "-c", find]
+    environment = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == built.parent / "torchtitan_style/__init__.py"
 
 
 # A misspelled key is what the configuration is refused for once it was found and read; nothing is trained.
