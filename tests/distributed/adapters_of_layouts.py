@@ -73,8 +73,7 @@ def starts_as_the_base(config: Config, world: World, base: Path, rows: Microbatc
 def compare(world: World, folder: Path, combination: str) -> dict[str, Any]:
     torch._dynamo.reset()
     options = [option for name in combination.split("/") for option in OPTIONS[name]]
-    degrees = ["--job.dump_folder", str(folder / "run"),  # not where somebody has trained
-               "--parallelism.tensor_parallel_degree", str(world.layout.tp),
+    degrees = ["--parallelism.tensor_parallel_degree", str(world.layout.tp),
                "--parallelism.data_parallel_replicate_degree", str(world.layout.dp_replicate)]  # fmt: skip
     config = load_config(folder / "config.toml", [*options, *degrees], world_size=world.layout.world_size)
     rows, values = load_file(folder / "rows.safetensors"), load_file(folder / "adapters.safetensors")

@@ -16,6 +16,8 @@ peft = pytest.importorskip("peft", reason="PEFT, which these tests compare with,
 
 STEPS, RANK, ALPHA, LR = 20, 4, 6.0, 3e-3
 CONFIG = f"""
+[job]
+dump_folder = "{{folder}}/run"  # not where somebody has trained
 [model]
 hf_assets_path = "{{folder}}/model"
 [data]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 
 from torchtitan_style.common.errors import UserError
 from torchtitan_style.common.reporting import reported_errors
@@ -91,12 +90,11 @@ def _check_layout(plan: Plan) -> None:
     from torchtitan_style.planner.parameters import state_of
 
     layout: Layout = plan.work.layout
-    ranks: Sequence[int] = sorted({0, layout.world_size - 1})
+    config, ranks = plan.work.config, sorted({0, layout.world_size - 1})
+    works = Workload.of_ranks(config, layout, on_gpu=True)
     for rank in ranks:
-        config, stage = plan.work.config, rank // plan.work.stage_ranks
         held = state_held(lay_out(config, layout, rank))
-        kinds = Workload.of_ranks(config, layout, on_gpu=True)[stage].kinds
-        planned = state_of(kinds, layout, rank)
+        planned = state_of(works[rank // plan.work.stage_ranks].kinds, layout, rank)
         if held != planned:
             print(f"warning: rank {rank} would hold {held}, and not {planned} as planned", file=sys.stderr)
 

@@ -48,13 +48,13 @@ def fetch(source: str, *, weights: bool) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         why = "the Hub has no model of that name that you may read (a private one needs `hf auth login`)"
     except Exception as error:  # no network, offline mode, a full disk: many kinds
-        why = f"it could not be fetched from the Hub: {first_cause(error)}"
+        why = f"it could not be fetched from the Hub: {_first_cause(error)}"
     if near:
         raise UserError(f"there is no folder {source}{hint}")
     raise UserError(f"there is no folder {source} here, and {why}")
 
 
-def first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> str:
     """The first line of what made ``error``: the Hub's libraries wrap "Name or service not known" several times."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -71,7 +71,7 @@ def check_unlocked(path: Path, *, run: str = "") -> None:
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One process at a time, of all hosts; the others wait. ``folder`` need not exist: the lock is a file beside it.
 
-    Where that file cannot be created there is no lock: this process can only read the folder.
+    If that file cannot be created there is no lock: this process cannot write to the folder either.
     """
     path = folder.with_name(f"{folder.name}.lock")
     made = first_missing(path.parent)

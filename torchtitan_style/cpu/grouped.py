@@ -1,7 +1,7 @@
 """Products of several matrices, each with its own rows, for numbers of rows that change in every step.
 
 oneDNN compiles a kernel for each number of rows: half a millisecond and 0.7 MiB each, hundreds of them in a step
-(docs/moe.md). Here rows are taken in a few sizes, eight to each doubling, so that the kernels of earlier steps do.
+(docs/moe.md). Here numbers of rows are rounded up to a few sizes, so that kernels of earlier steps are used again.
 
 Shapes: M rows, E matrices, O features out, K features in. ends: [E] int32, the row after the last of each matrix.
 """
@@ -62,7 +62,7 @@ def _with_zeros(rows: Tensor, start: int, count: int, size: int) -> Tensor:
 
 
 def rounded_up(count: int) -> int:
-    """The smallest of the sizes that is no less: multiples of 16, from 128 on eight sizes to each doubling.
+    """``count`` rounded up to a multiple of 16; from 128 on to one of eight sizes between a power of two and the next.
 
     >>> [rounded_up(count) for count in (0, 1, 127, 129, 257, 1000)]
     [0, 16, 128, 144, 288, 1024]

@@ -83,10 +83,10 @@ def flops_per_token(config: Config) -> float:
     save. They have no gradients (2 of 6 for each weight), and those below the first that is trained pass none on (2
     more)."""
     spec, shape = spec_of(config.model.name), model_config(config.model)
-    if not config.lora.rank and not config.training.freeze:
-        return float(shape.flops_per_token(config.training.seq_len))
-    adapted, trained = adapted_modules(spec, shape, config.lora), trained_shapes(config)
     total, passes_on = float(shape.flops_per_token(config.training.seq_len)), False
+    if not config.lora.rank and not config.training.freeze:
+        return total
+    adapted, trained = adapted_modules(spec, shape, config.lora), trained_shapes(config)
     for name, size in spec.parameter_shapes(shape).items():
         passes_on = passes_on or name in trained or name.removesuffix(".weight") in adapted
         is_embedding = "embed_tokens" in name
