@@ -33,8 +33,9 @@ def inputs(dtype: torch.dtype, *, tokens: int = 60, vocabulary: int = 97) -> tup
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 60, 1000])
+@pytest.mark.parametrize(
+    ("rows", "compiled"), [(1, False), (7, False), (60, False), (1000, False), (7, True), (1000, True)]
+)
 def test_equals_the_textbook_form(group, monkeypatch, rows: int, compiled: bool) -> None:
     monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": rows})
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)
@@ -45,6 +46,15 @@ def test_equals_the_textbook_form(group, monkeypatch, rows: int, compiled: bool)
         (loss / 7).backward()
         results.append((loss, right, hidden.grad, weight.grad))
     for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_may_be_asked_for_one_at_a_time_and_again(group) -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    both = torch.autograd.grad(token_loss(hidden, weight, labels)[0] / 7, (hidden, weight))
+    loss = chunked_cross_entropy(group, compiled=False)(hidden, weight, labels)[0] / 7
+    for tensor, expected in [*zip((hidden, weight), both, strict=True)] * 2:
+        (found,) = torch.autograd.grad(loss, tensor, retain_graph=True)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
