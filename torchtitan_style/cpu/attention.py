@@ -1,8 +1,10 @@
-"""Causal attention in bf16 on CPUs, of documents too, with a gradient made of matrix multiplications.
+"""Causal attention on CPUs, where torch's own is slow.
 
-Its backward pass takes a third to two thirds of the time of torch's own, if compiled (measured:
-docs/performance.md). Shapes: B batch, T queries, those of the last T of S positions, H query heads, K key/value heads,
-D head size.
+In bf16, of documents too, its gradient can be made of matrix multiplications, which takes a third to two thirds of the
+time of torch's if compiled. Queries that are the last of a row meet the keys before them without a mask. Both are
+measured in docs/performance.md.
+
+Shapes: B batch, T queries, those of the last T of S positions, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def with_fast_gradient(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``attend``, but for bf16 attention to what is before, without dropout, in compiled graphs: computed here.
+def on_cpu(attend: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Tensor]:
+    """``attend``, but without dropout and where that is faster, computed here: bf16 attention to what is before in
+    compiled graphs, and that of the last positions of a row.
 
     attend: (q [B, H, T, D], k, v [B, K, S, D], mask, dropout=) → [B, H, T, D]; the queries are those of the last T of S
     positions. A mask of booleans, as of documents, lets none of them see a later position.
     """
 
     def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, *, dropout: float = 0.0) -> Tensor:
-        causal = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool)
-        if causal and q.shape[2] > 1 and not dropout and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
+        causal = (mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool)) and q.shape[2] > 1
+        if causal and not dropout and compiled and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
             return _CausalAttention.apply(q, k, v, mask)  # type: ignore[no-any-return, no-untyped-call]
+        if causal and not dropout and mask is None and q.shape[2] < k.shape[2]:
+            return _EndingCausally.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
         return attend(q, k, v, mask, dropout=dropout)
 
     return attend_on_cpu
@@ -37,22 +42,72 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        queries_per_key = q.shape[1] // k.shape[1]
-        every_k, every_v = (x.repeat_interleave(queries_per_key, dim=1) for x in (k, v))
-        t, s = q.shape[2], k.shape[2]
-        allowed = mask
-        if mask is None and t < s:
-            allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-        added = None if allowed is None else torch.where(allowed, 0.0, -torch.inf).to(q.dtype)
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, every_k, every_v, is_causal=added is None, attn_mask=added
-        )
+        if mask is None:
+            y, lse = _ending_causally(q, k, v)
+        else:
+            y, lse = _flash(q, k, v, attn_mask=torch.where(mask, 0.0, -torch.inf).to(q.dtype))
         ctx.save_for_backward(q, k, v, y, lse, mask)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return *_causal_attention_gradient(*grad_outputs, *ctx.saved_tensors), None
+
+
+class _EndingCausally(torch.autograd.Function):
+    """The queries meet the keys before the first of them, and those from there on, each in a call of torch's kernels.
+
+    In one call, with a mask, these would compute all scores of both. Before the first query all keys are seen, so that
+    the query heads of a key head are rows of one matrix, which the kernels take in larger blocks (measured:
+    docs/performance.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, lse = _ending_causally(q, k, v)
+        ctx.save_for_backward(q, k, v, y, lse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, y, lse = ctx.saved_tensors
+        before, n = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+        # With output and normaliser of the whole softmax each call gives its keys' part of the gradient.
+        grad_q, *later = _flash_gradient(grad_outputs[0], q, k[:, :, before:], v[:, :, before:], y, lse, 0.0, True)
+        grad, q, y = (_as_rows(x, n) for x in (grad_outputs[0], q, y))
+        grad_rows, *earlier = _flash_gradient(
+            grad, q, k[:, :, :before], v[:, :, :before], y, _as_rows(lse, n), 0.0, False
+        )
+        grad_k, grad_v = (torch.cat(parts, dim=2) for parts in zip(earlier, later, strict=True))
+        return grad_q + _as_heads(grad_rows, n), grad_k, grad_v
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _ending_causally(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of the last T of S positions to all before, and the log of its sums of exponentials, [B, H, T].
+
+    Where T < S the outputs of two softmaxes are added up (Dao et al. 2022, FlashAttention, section 3.1).
+    """
+    before, n = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    y, lse = _flash(q, k[:, :, before:], v[:, :, before:], is_causal=True)
+    if before == 0:
+        return y, lse
+    y_before, lse_before = (_as_heads(x, n) for x in _flash(_as_rows(q, n), k[:, :, :before], v[:, :, :before]))
+    both = torch.logaddexp(lse_before, lse)
+    return torch.lerp(y_before.float(), y.float(), torch.exp(lse - both)[..., None]).to(q.dtype), both
+
+
+def _as_rows(x: Tensor, n: int) -> Tensor:
+    """[B, K · n, T, …] → [B, K, n · T, …]"""
+    return x.unflatten(1, (-1, n)).flatten(2, 3)
+
+
+def _as_heads(x: Tensor, n: int) -> Tensor:
+    """[B, K, n · T, …] → [B, K · n, T, …]"""
+    return x.unflatten(2, (n, -1)).flatten(1, 2)
 
 
 def _causal_attention_gradient(

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
-from torchtitan_style.cpu.attention import with_fast_gradient
+from torchtitan_style.cpu.attention import on_cpu
 from torchtitan_style.distributed.compile import apply_compile
 from torchtitan_style.distributed.context import Context
 from torchtitan_style.distributed.loss import chunked_cross_entropy
@@ -66,7 +66,7 @@ def parallelize_qwen3(
         # With collectives in its graph it was no faster on CPU (docs/performance.md).
         pays = mesh["tp"].size() == 1 or mesh.device_type == "cuda"
         model.lm_head.loss_function = chunked_cross_entropy(mesh["tp"].get_group(), compiled=compile.enable and pays)
-    _set_attention(model, layers, context, fast_gradient=mesh.device_type == "cpu" and compile.enable)
+    _set_attention(model, layers, context, cpu=mesh.device_type == "cpu", compiled=compile.enable)
     # 2. Recomputation and compilation. The compiler must see which operations of a block to recompute;
     # a block recomputed whole is compiled first and just run again.
     collectives = mesh["tp"].size() > 1 or context is not None
@@ -105,10 +105,10 @@ def parallelize_qwen3(
 
 
 def _set_attention(
-    model: Qwen3ForCausalLM, layers: Iterable[nn.Module], context: Context | None, *, fast_gradient: bool
+    model: Qwen3ForCausalLM, layers: Iterable[nn.Module], context: Context | None, *, cpu: bool, compiled: bool
 ) -> None:
-    """Have attention in ``layers`` gather the keys of other ranks, and on CPU compute its gradient faster."""
-    chosen = with_fast_gradient(attend) if fast_gradient else attend
+    """Have attention in ``layers`` gather the keys of other ranks, and on CPU be computed faster."""
+    chosen = on_cpu(attend, compiled=compiled) if cpu and (compiled or context is not None) else attend
     if context is not None:
         chosen = attend_from_part(chosen, context.gather)
         model.model.part = context.part
