@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from torchtitan_style.common.errors import UserError
 from torchtitan_style.config.files import DEFAULT_CONFIG
 
 from .configure import help_of
+
+OPTIONS = ("--config", "--max-restarts", "--dry-run", "--help")
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,19 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
             path = rest.pop(0)
         elif argument.startswith("--config="):
             path = argument.partition("=")[2]
+        elif near := _option_near(argument):
+            raise UserError(f"there is no option {argument.partition('=')[0]}; did you mean {near}?")
         else:
             overrides.append(argument)
     return ConfigArguments(os.path.relpath(DEFAULT_CONFIG) if path is None else path, overrides, path)
+
+
+def _option_near(argument: str) -> str:
+    """The option that ``argument`` misspells; empty if there is none, as for overrides."""
+    name = argument.partition("=")[0]
+    if not name.startswith("--") or "." in name:
+        return ""
+    return "".join(difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.75))
 
 
 def take_restarts(arguments: list[str]) -> tuple[list[str], int | None]:
