@@ -56,14 +56,15 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recomput
     """Whether the graphs are those of another combination, or differ in sizes alone.
 
     FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2 one combination
-    shows that blocks are wrapped after they are compiled. With both kinds of parallelism the graphs are those of two
-    ranks, which four would compile at once.
+    shows that blocks are wrapped after they are compiled. Tensor parallelism has its collectives in the graphs; there
+    the compiler is also told what to recompute. With both kinds the graphs are those of two ranks, which four would
+    compile at once.
     """
     if compile == "eager":
         return False
-    if dp_replicate * dp_shard > 1:
-        return dp_replicate > 1 or tp > 1 or recompute != "op"
-    return tp > 2 or recompute in ("full", "2") or (tp > 1 and recompute == "none")
+    if tp == 1:
+        return dp_replicate > 1 or recompute != "none"
+    return dp_shard > 1 or tp > 2 or recompute != "op"
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
