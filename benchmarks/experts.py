@@ -5,7 +5,7 @@
 
 All have the same batch, optimizer (fused AdamW on fp32 weights) and clipping, and compute in bf16, or in fp32 on CPUs
 without. The dense model has the active floating-point operations of the others: its MLP is as wide as the chosen
-experts together. "ours, ep 2" is two processes that share out the experts, with half the threads each. Contenders take
+experts together. "ours, ep 2" are two processes that share out the experts, with half the threads each. Contenders take
 turns, as in train_step.py; ratios are medians over the turns.
 """
 
@@ -67,9 +67,9 @@ def ours(arguments: argparse.Namespace, turns: Turns, compile: bool, dense: bool
     serve(turns, step_on(tokens(model_config(config.model), arguments, turns.device), config, world))
 
 
-def ours_shared(arguments: argparse.Namespace, turns: Turns) -> None:
+def ours_shared(arguments: argparse.Namespace, turns: Turns, compile: bool) -> None:
     """Experts over two processes, each of which has half of the rows."""
-    more = ["--parallelism.expert_parallel_degree", "2", "--compile.enable", "false"]
+    more = ["--parallelism.expert_parallel_degree", "2", "--compile.enable", str(compile).lower()]
     config = make_config(arguments, *more, world_size=2)
     world = init_world(plan_layout(config.parallelism, 2), timeout_seconds=600)
     rows = tokens(model_config(config.model), arguments, turns.device).chunk(2)
@@ -110,7 +110,8 @@ def hf(arguments: argparse.Namespace, turns: Turns, experts: str, compile: bool)
 CONTENDERS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
     "ours, compiled": (ours, (True, False)),
     "ours, eager": (ours, (False, False)),
-    "ours, ep 2": (ours_shared, ()),
+    "ours, ep 2, compiled": (ours_shared, (True,)),
+    "ours, ep 2, eager": (ours_shared, (False,)),
     "ours, dense, compiled": (ours, (True, True)),
     "ours, dense, eager": (ours, (False, True)),
     **{
@@ -133,7 +134,7 @@ def main() -> None:
         function(arguments, Turns(device), *given)  # does not return
 
     def begin(name: str) -> Racer:
-        processes = 2 if name == "ours, ep 2" else 1
+        processes = 2 if "ep 2" in name else 1
         threads = max(1, torch.get_num_threads() // 2) if processes > 1 else None
         racer = start(name, __file__, arguments, processes=processes, threads=threads)
         racer.warm_up(3)

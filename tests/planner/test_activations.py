@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch._functorch.config as functorch_config
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torchtitan_style.models.qwen3_moe.grouped  # noqa: F401  (registers an operation)
 from torchtitan_style.config.files import DEFAULT_CONFIG
@@ -39,18 +40,23 @@ def keep(kept: Kept, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def alive() -> Kept:
-    """What Python can see: selective recomputation keeps its tensors in dictionaries of its own."""
-    kept: Kept = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in gc.get_objects():
-            if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
-                with contextlib.suppress(
-                    NotImplementedError, RuntimeError
-                ):  # left over in a cache, of vmap or a compiler
-                    keep(kept, each)
-    return kept
+class Created(TorchDispatchMode):
+    """Records what operations return: selective recomputation keeps its tensors in dictionaries of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: list[tuple[StorageWeakRef, int, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages.append((StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()))
+        return outputs
+
+    def alive(self) -> Kept:
+        return {address: size for reference, address, size in self._storages if not reference.expired()}
 
 
 def actual(work: Workload) -> int:
@@ -72,11 +78,15 @@ def actual(work: Workload) -> int:
     documents = torch.arange(seq_len).expand(rows, -1) // 50 if config.data.document_mask else None
     kept: Kept = {}
     selective = config.activation_checkpoint.mode == "selective"
-    before = alive() if selective else {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(kept, tensor), lambda tensor: tensor):
+    created = Created()
+    before = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(kept, tensor), lambda tensor: tensor),
+        created if selective else contextlib.nullcontext(),
+    ):
         hidden = model.model(ids, documents)
     if selective:
-        kept |= alive()
+        kept |= created.alive()
         kept.pop(hidden.untyped_storage().data_ptr(), None)
     return sum(size for address, size in kept.items() if address not in before)
 
