@@ -51,7 +51,7 @@ from torchtitan_style.train.step import build_optimizer, build_training_model, t
 
 config = load_config("train_configs/qwen3.toml", [
     "--model.flavor", "debug", "--optimizer.name", "{optimizer}", "--activation_checkpoint.mode", "{recompute}",
-    "--training.spike_sigma", "3",
+    "--training.spike_sigma", "3", *("--optimizer.muon.normuon_beta2 0.95".split() if "{optimizer}" == "muon" else ()),
 ])
 world = init_world(plan_layout(config.parallelism, 1), timeout_seconds=60)
 model = build_training_model(config, world, warn=print)

@@ -48,6 +48,7 @@ def test_a_list_from_the_command_line(tmp_path: Path) -> None:
         ("[optimizer.muon]\nlearning_rate = 1", [], r"config\.toml: optimizer\.muon\.learning_rate: unknown key"),
         ("[optimizer.muon]\nmomentun = 1", [], r"did you mean optimizer\.muon\.momentum\?"),
         ("[optimizer.muon]\nmomentum = 1.0", [], r"optimizer\.muon\.momentum: must be less than 1"),
+        ("[optimizer.muon]\nnormuon_beta2 = 1", [], r"optimizer\.muon\.normuon_beta2: must be less than 1"),
         ("[optimizer.muon]\nns_steps = 0", [], r"optimizer\.muon\.ns_steps: must be at least 1, not 0"),
         ('[optimizer.muon]\nlr = "high"', [], r'optimizer\.muon\.lr: must be a number, not "high"'),
         ("optimizer = {muon = 3}", [], r"optimizer\.muon: must be a section of keys"),

@@ -14,7 +14,8 @@ from torchtitan_style.checkpoint.manifest import problem_of, read_manifest
 PP, TP, EP = (f"--parallelism.{axis}_parallel_degree" for axis in ("pipeline", "tensor", "expert"))
 MODEL = ["--model.name", "qwen3_moe", "--model.num_hidden_layers", 3, "--model.mlp_only_layers", 1,
          "--model.moe_intermediate_size", 32, "--model.router_aux_loss_coef", 0.1,
-         "--optimizer.name", "muon", "--validation.freq", 2, "--checkpoint.keep_latest_k", 0]  # fmt: skip
+         "--optimizer.name", "muon", "--optimizer.muon.normuon_beta2", 0.95,
+         "--validation.freq", 2, "--checkpoint.keep_latest_k", 0]  # fmt: skip
 
 LAYOUTS: list[tuple[int, list[object]]] = [
     (2, [PP, 2, "--training.local_batch_size", 2]),

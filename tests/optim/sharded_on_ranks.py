@@ -18,6 +18,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from torchtitan_style.config.schema import Muon, Optimizer
 from torchtitan_style.distributed.gloo import one_thread_each
+from torchtitan_style.distributed.local import local_part
 from torchtitan_style.optim import exchange, muon
 from torchtitan_style.optim.adamw import adamw, step_if
 from torchtitan_style.train.stopping import ending_at_once
@@ -46,15 +47,15 @@ def gradients(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype) -> dict[str, float]:
+def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype, config: Muon) -> dict[str, float]:
     mesh = init_device_mesh("cpu", shape)
     torch.manual_seed(0)
     start = [0.1 * torch.randn(s) for s in SHAPES]
     whole = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     sharded = [torch.nn.Parameter(distribute_tensor(tensor, mesh, how)) for tensor in start]
     with patch.object(muon, "_ranks", lambda group: 1):
-        dense = muon.Muon(whole, Muon(), lr=0.02, weight_decay=0.1, dtype=dtype)
-    optimizer = muon.Muon(sharded, Muon(), lr=0.02, weight_decay=0.1, dtype=dtype)
+        dense = muon.Muon(whole, config, lr=0.02, weight_decay=0.1, dtype=dtype)
+    optimizer = muon.Muon(sharded, config, lr=0.02, weight_decay=0.1, dtype=dtype)
 
     done = []
     real = muon.orthogonalize
@@ -65,13 +66,17 @@ def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype) ->
         with patch.object(muon, "orthogonalize", lambda m, **how: done.append(m.shape) or real(m, **how)):
             optimizer.step_if(SOUND)
     weights = max((a - b.full_tensor()).abs().max().item() for a, b in zip(whole, sharded, strict=True))
-    momenta = max(
-        (dense.state[a]["momentum_buffer"] - optimizer.state[b]["momentum_buffer"].full_tensor()).abs().max().item()
+    parts = [
+        (value, *local_part(optimizer.state[b][name]))
         for a, b in zip(whole, sharded, strict=True)
-    )
+        for name, value in dense.state[a].items()
+    ]
+    # Of each rank by itself: copies must not differ.
+    state = torch.stack([(value[where] - part).abs().max() for value, part, where in parts if part.numel()]).max()
+    dist.all_reduce(state, dist.ReduceOp.MAX)
     count = torch.tensor(len(done))
     dist.all_reduce(count)
-    found = {"weights": weights, "momenta": momenta, "orthogonalized": count.item()}
+    found = {"weights": weights, "state": state.item(), "orthogonalized": count.item()}
     return found | {"adamw": compare_adamw(start, mesh, how)}
 
 
@@ -95,7 +100,9 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for most in (1, 300, 2**24):  # a matrix a rank and round, a few, all
                 with patch.object(exchange, "OWNED_ELEMENTS", most):
-                    found[f"{name}, {dtype}, {most}"] = compare(shape, how, dtype)
+                    found[f"{name}, {dtype}, {most}"] = compare(shape, how, dtype, Muon())
+                    if most == 300:
+                        found[f"{name}, {dtype}, NorMuon"] = compare(shape, how, dtype, Muon(normuon_beta2=0.9))
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ from torchtitan_style.models.qwen3_moe.model import Qwen3MoeForCausalLM
 from torchtitan_style.models.qwen3_moe.spec import QWEN3_MOE
 from torchtitan_style.optim.build import Optimizers
 from torchtitan_style.optim.muon import Muon as MuonOptimizer
+from torchtitan_style.optim.normuon import normalize_rows
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 
 SHAPES = [(16, 16), (24, 8), (8, 40), (7, 5), (1, 9)]
@@ -71,6 +72,60 @@ def test_ten_steps_equal_torch_muon(adjust_lr: Any, nesterov: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def normuon(
+    weight: Tensor, gradients: list[Tensor], *, rows: int, lr: float, decay: float, momentum: float, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """NorMuon for a matrix of blocks of so many rows (Li et al. 2025, algorithm 1; the norm is the authors' code's):
+    new weight and mean squares."""
+    mean, mean_squares = torch.zeros_like(weight), torch.zeros(len(weight), 1)
+    for gradient in gradients:
+        mean = momentum * mean + (1 - momentum) * gradient
+        direction = momentum * mean + (1 - momentum) * gradient
+        weight = weight * (1 - lr * decay)
+        for start in range(0, len(weight), rows):
+            block = slice(start, start + rows)
+            orthogonal = orthogonalize(direction[block], rounds=5)
+            mean_squares[block] = beta2 * mean_squares[block] + (1 - beta2) * (orthogonal**2).mean(1, keepdim=True)
+            update = orthogonal / (mean_squares[block].sqrt() + 1e-10)
+            update *= orthogonal.norm() / update.norm()
+            weight[block] -= lr * 0.2 * max(update.shape) ** 0.5 * update
+    return weight, mean_squares
+
+
+def test_ten_steps_are_normuons() -> None:
+    """Whole matrices, heads, and a stack."""
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+    starts = [*matrices(), torch.randn(12, 20), torch.randn(3, 16, 24)]
+    ours = [torch.nn.Parameter(start.detach().clone()) for start in starts]
+    rows = [*(None for _ in SHAPES), 4, 8]
+    config = Muon(momentum=0.9, normuon_beta2=0.8)
+    optimizer = MuonOptimizer(ours, config, block_rows=rows, dtype=torch.float32, **options)
+    given: list[list[Tensor]] = []
+    for step in range(10):
+        give_gradients(ours, step)
+        given.append([p.grad.clone() for p in ours])
+        optimizer.step_if(SOUND)
+    for i, parameter in enumerate(ours):
+        weight, *gradients = [tensor.flatten(0, -2) for tensor in (starts[i].detach(), *(g[i] for g in given))]
+        expected = normuon(weight, gradients, rows=rows[i] or len(weight), lr=0.02, decay=0.1, momentum=0.9, beta2=0.8)
+        found = parameter.detach(), optimizer.state[parameter]["row_mean_squares"]
+        for a, b in zip(found, expected, strict=True):
+            # The same products, batched: fp32 rounding, which the iteration amplifies.
+            torch.testing.assert_close(a.flatten(0, -2), b, rtol=1e-4, atol=1e-5)
+
+
+def test_normuon_brings_rows_to_one_size_and_keeps_the_norm() -> None:
+    """At its first step, whose mean is that of one matrix; rows and matrices of zeros stay so."""
+    matrix = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 9)[:, None]
+    matrix[0, 4], matrix[1] = 0, 0
+    norm, mean_squares = matrix[0].norm(), torch.zeros(2, 9, 1)
+    normalize_rows(matrix, mean_squares, SOUND, beta2=0.95)
+    others = [*range(4), *range(5, 9)]
+    torch.testing.assert_close(matrix[0, others].norm(dim=-1), (norm / 8**0.5).expand(8))
+    assert not matrix[0, 4].any()
+    assert not matrix[1].any()
+
+
 def test_with_match_rms_an_element_moves_about_as_much_as_under_adamw() -> None:
     for shape in ((256, 256), (1024, 256), (64, 512)):
         moved = orthogonalize(torch.randn(shape), rounds=5) * step_scale(*shape, "match_rms_adamw")
@@ -80,14 +135,14 @@ def test_with_match_rms_an_element_moves_about_as_much_as_under_adamw() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     parameters = matrices()
-    optimizer = MuonOptimizer(parameters, Muon(), lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    optimizer = MuonOptimizer(parameters, Muon(normuon_beta2=0.9), lr=0.02, weight_decay=0.1, dtype=torch.float32)
     give_gradients(parameters, 0)
     optimizer.step_if(SOUND)
 
     def everything() -> list[Tensor]:
-        return [p.detach().clone() for p in parameters] + [
-            optimizer.state[p]["momentum_buffer"].clone() for p in parameters
-        ]
+        state = [tensor for p in parameters for tensor in optimizer.state[p].values()]
+        assert len(state) == 2 * len(parameters)
+        return [tensor.detach().clone() for tensor in (*parameters, *state)]
 
     before = everything()
     give_gradients(parameters, 1)
@@ -223,7 +278,7 @@ def test_how_many_are_multiplied_at_once_changes_nothing(monkeypatch: pytest.Mon
     for at_most in (10**9, 2_000, 1):
         monkeypatch.setattr("torchtitan_style.optim.muon.OWNED_ELEMENTS", at_most)
         torch.manual_seed(0)
-        model, optimizers = build(muon=Muon(per_head=True))
+        model, optimizers = build(muon=Muon(per_head=True, normuon_beta2=0.9))
         assert optimizers.muon is not None
         results.append((len(optimizers.muon.alone), model))
         give_gradients(list(model.parameters()), seed=5)

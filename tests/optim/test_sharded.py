@@ -16,10 +16,10 @@ def found(request, run_ranks, tmp_path_factory) -> dict[str, dict[str, float]]:
     return json.loads(output.read_text())
 
 
-def test_weights_and_momenta_are_those_of_one_piece(found) -> None:
-    assert len(found) in (12, 30)
+def test_weights_and_state_are_those_of_one_piece(found) -> None:
+    assert len(found) in (16, 40)
     for name, result in found.items():
-        assert (result["weights"], result["momenta"]) == (0, 0), name
+        assert (result["weights"], result["state"]) == (0, 0), name
 
 
 def test_adamw_is_that_of_one_piece(found) -> None:

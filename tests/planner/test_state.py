@@ -21,6 +21,7 @@ TINY = ("--model.flavor", "debug", "--model.hidden_size", "67", "--model.interme
         "--model.vocab_size", "302", "--model.head_dim", "6",
         "--training.local_batch_size", "1", "--training.global_batch_size", "-1")  # fmt: skip
 MUON = ("--optimizer.name", "muon")
+NORMUON = (*MUON, "--optimizer.muon.normuon_beta2", "0.95")
 UNTIED = ("--model.tie_word_embeddings", "false")
 BIASED = ("--model.attention_bias", "true")
 FULL = ("--activation_checkpoint.mode", "full")
@@ -38,10 +39,11 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "dp 4, muon": ({"dp_shard": 4}, MUON),
     "replicated 4": ({"dp_replicate": 4}, MUON),
     "hybrid 2 × 2": ({"dp_replicate": 2, "dp_shard": 2}, BIASED),
-    "hybrid 2 × 2, muon, untied": ({"dp_replicate": 2, "dp_shard": 2}, (*MUON, *UNTIED)),
+    "hybrid 2 × 2, normuon, untied": ({"dp_replicate": 2, "dp_shard": 2}, (*NORMUON, *UNTIED)),
     "tp 2": ({"tp": 2}, ()),
     "tp 2, untied, biased, muon": ({"tp": 2}, (*UNTIED, *BIASED, *MUON)),
     "dp 2 × tp 2": ({"dp_shard": 2, "tp": 2}, MUON),
+    "dp 2 × tp 2, normuon": ({"dp_shard": 2, "tp": 2}, NORMUON),
     "dp 2 × tp 2, untied, biased": ({"dp_shard": 2, "tp": 2}, (*UNTIED, *BIASED)),
     "replicated 2 × tp 2": ({"dp_replicate": 2, "tp": 2}, ()),
     "one, adapters": ({}, LORA),
@@ -54,8 +56,8 @@ CASES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "experts, ep 2": ({"dp_shard": 2, "ep": 2}, (*EXPERTS, *MUON)),
     "experts, ep 4": ({"dp_shard": 4, "ep": 4}, EXPERTS),
     "experts, dp 4 × ep 2": ({"dp_shard": 4, "ep": 2}, (*EXPERTS, *MUON)),
-    "experts, dp 4 × ep 2, cut within": ({"dp_shard": 4, "ep": 2}, (*EXPERTS, *MUON, "--model.num_experts", "6")),
-    "experts, tp 2 × ep 2": ({"dp_shard": 2, "tp": 2, "ep": 2}, (*EXPERTS, *MUON)),
+    "experts, dp 4 × ep 2, cut within": ({"dp_shard": 4, "ep": 2}, (*EXPERTS, *NORMUON, "--model.num_experts", "6")),
+    "experts, tp 2 × ep 2": ({"dp_shard": 2, "tp": 2, "ep": 2}, (*EXPERTS, *NORMUON)),
     "experts, tp 2, dense layers": ({"tp": 2}, (*EXPERTS, "--model.mlp_only_layers", "0")),
     "experts, hybrid 2 × 2, ep 2": ({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, (*EXPERTS, *MUON)),
     "experts, cp 2 × ep 2": ({"cp": 2, "ep": 2}, EXPERTS),

@@ -64,6 +64,16 @@ def test_another_run_is_refused_with_all_that_differs(changes: dict[str, Any], m
     assert str(caught.value).endswith("start a new run with another --job.dump_folder")
 
 
+def test_normuon_has_more_state_than_muon() -> None:
+    def optimizer(**muon: float) -> dict[str, Any]:
+        settings = {"model": {"flavor": "debug"}, "optimizer": {"name": "muon", "muon": muon}}
+        return identity(schema_of(QWEN3).model_validate(settings), dp=1)
+
+    assert check_same_run(optimizer(normuon_beta2=0.9), optimizer(normuon_beta2=0.95), config(), HERE) == []
+    with pytest.raises(UserError, match=r"optimizer.name was muon, is muon with normuon_beta2; restore the setting, "):
+        check_same_run(optimizer(), optimizer(normuon_beta2=0.95), config(), HERE)
+
+
 def test_what_is_allowed_is_said() -> None:
     settings = config(switch_optimizer=True, allow_changed_data=True)
     before = saved(optimizer__name="muon", data__content=["z"])

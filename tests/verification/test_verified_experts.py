@@ -15,7 +15,7 @@ def test_a_layout_of_experts_agrees(python, tmp_path, other: str) -> None:
     degrees = ["--parallelism.expert_parallel_degree", 2, other, 2]
     batch = ["--training.global_batch_size", 8, "--training.local_batch_size", 2, "--training.seq_len", 64]
     model = ["--model.name", "qwen3_moe", "--model.flavor", "debug", "--optimizer.name", "muon"]
-    model += ["--optimizer.muon.adamw_lr", 1e-2]
+    model += ["--optimizer.muon.adamw_lr", 1e-2, "--optimizer.muon.normuon_beta2", 0.95]
     line = ["-m", "torchtitan_style", "verify", *model, *degrees, *batch, "--job.dump_folder", tmp_path]
     done = python(*line)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -154,6 +154,9 @@ class Muon(Section):
     """Steps of the Newton-Schulz iteration."""
     per_head: bool = False
     """Orthogonalise each head of q, k and v separately, instead of all heads together. Adapters (LoRA) have none."""
+    normuon_beta2: float = Field(0.0, ge=0, lt=1)
+    """NorMuon (Li et al. 2025), if above 0; 0.95 is usual. Each row of an orthogonalised matrix is divided by the root
+    of a running mean of its squares, which decays by this factor; the matrix keeps its norm."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """How the step depends on a matrix's shape. match_rms_adamw: 0.2·sqrt(max(out, in)), an element
     changes about as much as under AdamW (Liu et al. 2025). original: sqrt(max(1, out/in)) (Jordan 2024)."""

@@ -42,24 +42,38 @@ class Transfer:
 
 class Exchange:
     """The plan for a list of matrices, plain or DTensors, the same list on all ranks of ``group``. Made by all of them
-    together. group: None for all ranks."""
+    together. group: None for all ranks.
+
+    rows: for each matrix [..., M, N] a fp32 number of each row, [..., M, 1], that goes to its owner and back with it.
+    These have the indices after those of the matrices, and are given and returned as their bits, [..., M, K] of
+    ``dtype``: one message, and nothing is rounded.
+    """
 
     def __init__(
-        self, matrices: Sequence[Tensor], *, dtype: torch.dtype, group: dist.ProcessGroup | None = None
+        self,
+        matrices: Sequence[Tensor],
+        rows: Sequence[Tensor] = (),
+        *,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.dtype, self.group = dtype, group
-        self.shapes = [matrix.shape for matrix in matrices]
+        bits = torch.float32.itemsize // dtype.itemsize
+        self.shapes = [tuple(matrix.shape) for matrix in matrices] + [(*row.shape[:-1], bits) for row in rows]
+        held = [local_part(matrix)[1] for matrix in matrices]
+        held += [(*local_part(row)[1][:-1], slice(0, bits)) for row in rows]
         self.device = matrices[0].device if matrices else torch.device("cpu")
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.ranks = range(self.world_size)
         everyone: list[list[Slices]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(everyone, [local_part(matrix)[1] for matrix in matrices], group=group)
-        self.places = [[everyone[rank][i] for rank in self.ranks] for i in range(len(matrices))]
+        dist.all_gather_object(everyone, held, group=group)
+        self.places = [[everyone[rank][i] for rank in self.ranks] for i in range(len(held))]
         by_size = sorted(range(len(matrices)), key=lambda i: -matrices[i].numel())
         self.owners = {i: position % self.world_size for position, i in enumerate(by_size)}
+        self.owners |= {len(matrices) + i: self.owners[i] for i in range(len(rows))}
         self.senders = [self._senders(places, owner=self.owners[i]) for i, places in enumerate(self.places)]
         self.rounds: list[list[int]] = []
-        """Indices of the matrices of each round."""
+        """Indices of the matrices of each round, then those of their rows."""
         room = 0
         for start in range(0, len(by_size), self.world_size):
             one_each = by_size[start : start + self.world_size]
@@ -69,6 +83,8 @@ class Exchange:
                 room = max(OWNED_ELEMENTS, largest)
             self.rounds[-1] += one_each
             room -= largest
+        if rows:
+            self.rounds = [[*indices, *(len(rows) + i for i in indices)] for indices in self.rounds]
 
     def _senders(self, places: list[Slices], *, owner: int) -> set[int]:
         """Of ranks that hold the same piece of a matrix, the one nearest to its owner."""

@@ -44,6 +44,7 @@ class Held:
     placements: tuple[str, ...]
     """How it is spread over the axes of its mesh, as "dp_shard: Shard(0)"; empty: it is whole."""
     muon: bool
+    normuon: bool
     trained: bool
     number_bytes: int
     copy: bool
@@ -66,7 +67,7 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
     spec, shape = spec_of(config.model.name), model_config(config.model)
     dtype = DTYPES[config.training.mixed_precision_param]
     adapted = adapted_modules(spec, shape, config.lora)
-    muon = config.optimizer.name == "muon"
+    muon, normuon = config.optimizer.name == "muon", config.optimizer.muon.normuon_beta2 > 0
 
     def build(world: World, stage: Stage | None, experts: ExpertMesh | None) -> dict[str, Held]:
         with torch.device("meta"):
@@ -89,6 +90,7 @@ def lay_out(config: Config, layout: Layout, rank: int = 0) -> dict[str, Held]:
             name: _held(
                 parameter,
                 muon=muon and parameter.requires_grad and spec.is_hidden_matrix(name, parameter),
+                normuon=normuon,
                 copy=stage is not None and shape.tie_word_embeddings and name == "lm_head.weight",
             )
             for name, parameter in model.named_parameters()
@@ -110,12 +112,14 @@ def state_held(held: dict[str, Held]) -> State:
     trained = [each for each in trained if not each.copy]
     moments = 2 * sum(FP32 * math.prod(each.local) for each in trained)
     muon = sum(FP32 * math.prod(each.local) for each in trained if each.muon)
+    rows = sum(FP32 * math.prod(each.local[:-1]) for each in trained if each.normuon)
     steps = FP32 * sum(not each.muon for each in trained)
-    return State(weights=weights, gradients=gradients, optimizer=moments - muon + steps)
+    return State(weights=weights, gradients=gradients, optimizer=moments - muon + rows + steps)
 
 
-def _held(parameter: Any, *, muon: bool, copy: bool) -> Held:
-    shape, kept = tuple(parameter.shape), (muon, parameter.requires_grad, parameter.element_size(), copy)
+def _held(parameter: Any, *, muon: bool, normuon: bool, copy: bool) -> Held:
+    shape = tuple(parameter.shape)
+    kept = muon, muon and normuon, parameter.requires_grad, parameter.element_size(), copy
     if not isinstance(parameter, DTensor):
         return Held(shape, shape, (), *kept)
     names = parameter.device_mesh.mesh_dim_names or ()

@@ -34,6 +34,8 @@ class Kind:
     """The dimension that tensor parallelism splits."""
     muon: bool
     """Whether Muon takes them, else AdamW."""
+    normuon: bool = False
+    """Whether Muon keeps a number for each of their rows."""
     trained: bool = True
     """Whether they have gradients and optimizer state."""
     saved: bool = True
@@ -94,7 +96,7 @@ class State:
     gradients: int
     """Of the weights that are trained, in fp32."""
     optimizer: int
-    """AdamW's two moments and number of steps, or Muon's one."""
+    """AdamW's two moments and number of steps, or Muon's one moment, and NorMuon's number for each row."""
 
     @property
     def total(self) -> int:
@@ -108,7 +110,7 @@ def parameter_kinds(config: Config, stages: Sequence[Stage] = ()) -> tuple[Kind,
     times for the same.
     """
     parts = config.model, config.lora, config.training.freeze, config.training.mixed_precision_param
-    key = repr((*parts, config.optimizer.name, stages))
+    key = repr((*parts, config.optimizer.name, config.optimizer.muon.normuon_beta2, stages))
     if key not in _COUNTED:
         if len(_COUNTED) == _MOST_COUNTED:
             _COUNTED.clear()
@@ -129,12 +131,14 @@ def _count(config: Config, stages: Sequence[Stage]) -> tuple[Kind, ...]:
         if stages and not _is_on(name, stages):
             continue
         trained = not is_frozen(name, config)
+        in_muon = muon and trained and spec.is_hidden_matrix(name, shaped(size))
         kind = Kind(
             name=re.sub(r"\.layers\.\d+\.", ".layers.*.", name),
             shape=size,
             count=0,
             tp_dim=adapter_split(name, spec) if is_adapter(name) else spec.tensor_parallel_dim(name),
-            muon=muon and trained and spec.is_hidden_matrix(name, shaped(size)),
+            muon=in_muon,
+            normuon=in_muon and config.optimizer.muon.normuon_beta2 > 0,
             trained=trained,
             saved=trained or not lora.rank,
             number_bytes=FP32 if trained else frozen_bytes,
@@ -178,7 +182,9 @@ def _held(kind: Kind, layout: Layout, rank: int) -> int:
 
 
 def _optimizer(kinds: tuple[Kind, ...], layout: Layout, rank: int) -> int:
-    """Bytes of AdamW's two moments and numbers of steps, and Muon's momenta."""
+    """Bytes of AdamW's two moments and numbers of steps, and Muon's momenta and numbers of rows."""
     trained = [kind for kind in kinds if kind.trained and not kind.copy]
     moments = sum(FP32 * _held(kind, layout, rank) * (1 if kind.muon else 2) for kind in trained)
-    return moments + sum(FP32 * kind.count for kind in trained if not kind.muon)
+    steps = sum(FP32 * kind.count for kind in trained if not kind.muon)
+    rows = sum(FP32 * kind.count * math.prod(kind.local(layout, rank)[:-1]) for kind in trained if kind.normuon)
+    return moments + steps + rows

@@ -47,7 +47,7 @@ def identity(config: Config, *, dp: int) -> Identity:
             "freeze": config.training.freeze or None,
         },
         "lora": {key: getattr(lora, key) if lora.rank else None for key in ("rank", "alpha", "target_modules")},
-        "optimizer": {"name": config.optimizer.name},
+        "optimizer": {"name": _optimizer_name(config)},
         "data": {
             "streaming": data.streaming,
             "packing": data.packing,
@@ -56,6 +56,12 @@ def identity(config: Config, *, dp: int) -> Identity:
             "weights": data.weights(),
         },
     }
+
+
+def _optimizer_name(config: Config) -> str:
+    """NorMuon has state that a checkpoint of Muon lacks."""
+    name = config.optimizer.name
+    return f"{name} with normuon_beta2" if config.optimizer.muon.normuon_beta2 else name
 
 
 def check_same_run(saved: Identity, now: Identity, config: Config, checkpoint: Path) -> list[str]:

@@ -36,6 +36,7 @@ from torchtitan_style.models.registry import model_config, spec_of
 from torchtitan_style.models.trained import UP, adapted_modules
 from torchtitan_style.optim.adamw import is_decayed
 from torchtitan_style.optim.guard import StepGuard
+from torchtitan_style.optim.normuon import normalize_rows
 from torchtitan_style.optim.orthogonalize import orthogonalize, step_scale
 from torchtitan_style.optim.schedule import lr_factor
 from torchtitan_style.train.step import (
@@ -114,6 +115,7 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = {n: p for n, p in trained.items() if muon and spec.is_hidden_matrix(n, p)}
     momenta = {name: torch.zeros_like(p) for name, p in hidden.items()}
+    mean_squares = {name: torch.zeros_like(p[..., :1]) for name, p in hidden.items()}
     optimizer = _adamw({n: p for n, p in trained.items() if n not in hidden}, config)
     batch = global_batch(config, rows=rows)
     tokens = (batch.labels != -100).sum().to(device)
@@ -145,7 +147,7 @@ def reference(config: Config, folder: Path, *, device: torch.device, rows: int) 
         for name, matrix in hidden.items():
             per_head = config.optimizer.muon.per_head and spec.has_heads(name)
             stacked = spec.stacked_rows(name, tuple(matrix.shape))
-            _muon(matrix, momenta[name], config, step, shape.head_dim if per_head else stacked)
+            _muon(matrix, momenta[name], mean_squares[name], config, step, shape.head_dim if per_head else stacked)
         losses.append(loss.item())
         norms.append(norm.item())
     found = {"weights": weights, "losses": losses, "norms": norms, "largest_gradient": largest}
@@ -292,8 +294,10 @@ def _adamw(parameters: dict[str, nn.Parameter], config: Config) -> torch.optim.A
 
 
 @torch.no_grad()
-def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, rows: int | None) -> None:
-    """Muon by its definition, in fp32, on a whole matrix or on each of so many rows."""
+def _muon(
+    matrix: nn.Parameter, momentum: Tensor, mean_squares: Tensor, config: Config, step: int, rows: int | None
+) -> None:
+    """Muon, or NorMuon, by its definition, in fp32, on a whole matrix or on each of so many rows."""
     muon = config.optimizer.muon
     assert matrix.grad is not None
     momentum.mul_(muon.momentum).add_((1 - muon.momentum) * matrix.grad)
@@ -304,7 +308,12 @@ def _muon(matrix: nn.Parameter, momentum: Tensor, config: Config, step: int, row
     )
     scale = step_scale(rows or matrix.shape[0], matrix.shape[-1], muon.adjust_lr)
     parts = direction.flatten(0, -2).split(rows or matrix.shape[0])
-    update = torch.cat([orthogonalize(part, rounds=muon.ns_steps) for part in parts]).view(matrix.shape)
+    updates = [orthogonalize(part, rounds=muon.ns_steps) for part in parts]
+    if muon.normuon_beta2:
+        taken = torch.ones((), dtype=torch.bool, device=matrix.device)
+        for part, squares in zip(updates, mean_squares.flatten(0, -2).split(len(parts[0])), strict=True):
+            normalize_rows(part, squares, taken, beta2=muon.normuon_beta2)
+    update = torch.cat(updates).view(matrix.shape)
     matrix.copy_((1 - lr * decay) * matrix - lr * scale * update)
 
 
