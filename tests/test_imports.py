@@ -14,7 +14,7 @@ import pytest
 PACKAGE = "torchtitan_style"
 ROOT = Path(__file__).parents[1]
 
-# The lowest first: a module may import from its own layer and from lower ones. A package is a room; the plain data of
+# The lowest first: a module may import from its own layer and from lower ones. A package is a group; the plain data of
 # model families, which need no torch, are one of their own.
 LAYERS = [
     ["common"],
@@ -63,8 +63,8 @@ def imports_of_ours(name: str) -> set[str]:
     return {full.removeprefix(PACKAGE).removeprefix(".") or "__init__" for full in ours}
 
 
-def room(name: str) -> str:
-    """The room that module ``name`` is in."""
+def group(name: str) -> str:
+    """The group that module ``name`` is in."""
     package, _, module = name.partition(".")
     if package == "models" and module.rpartition(".")[2] in ("config", "hf"):
         return "models (data)"
@@ -72,12 +72,12 @@ def room(name: str) -> str:
 
 
 def layer(name: str) -> int:
-    [found] = [number for number, rooms in enumerate(LAYERS) if room(name) in rooms]
+    [found] = [number for number, groups in enumerate(LAYERS) if group(name) in groups]
     return found
 
 
 def test_every_module_and_every_layer_is_looked_at() -> None:
-    assert {room(name) for name in FILES} == {room for rooms in LAYERS for room in rooms}
+    assert {group(name) for name in FILES} == {group for groups in LAYERS for group in groups}
     assert "common.errors" in imports_of_ours("config.load")  # by its full name
     assert "config.schema" in imports_of_ours("config.load")  # by a relative one
     assert "common.device" in imports_of_ours("train.step")  # a module out of its package
@@ -90,10 +90,10 @@ def test_a_module_imports_from_its_own_layer_and_below(name: str) -> None:
     assert not upward
 
 
-def test_no_rooms_import_each_other_in_a_circle() -> None:
+def test_no_groups_import_each_other_in_a_circle() -> None:
     arrows: dict[str, set[str]] = {}
     for name in FILES:
-        arrows.setdefault(room(name), set()).update(room(other) for other in imports_of_ours(name))
+        arrows.setdefault(group(name), set()).update(group(other) for other in imports_of_ours(name))
     for each, others in arrows.items():
         others.discard(each)
     list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
@@ -102,7 +102,7 @@ def test_no_rooms_import_each_other_in_a_circle() -> None:
 def test_folders_of_data_import_in_the_order_that_its_docstring_gives() -> None:
     docstring = ast.get_docstring(ast.parse(FILES["data"].read_text(encoding="utf-8"))) or ""
     order = re.findall(r"^    (\S+) ", docstring, re.MULTILINE)
-    modules = {name for name in FILES if room(name) == "data"}
+    modules = {name for name in FILES if group(name) == "data"}
 
     def place(name: str) -> int:
         folder = FILES[name].parent.name
@@ -113,7 +113,7 @@ def test_folders_of_data_import_in_the_order_that_its_docstring_gives() -> None:
         assert not {other for other in imports_of_ours(name) & modules if place(other) > place(name)}, name
 
 
-def test_files_are_short_and_in_rooms() -> None:
+def test_files_are_short_and_in_groups() -> None:
     assert {name for name in FILES if "." not in name and FILES[name].name != "__init__.py"} <= {"__main__"}
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
     assert {name: length for name, length in lengths.items() if length > 500} == {}

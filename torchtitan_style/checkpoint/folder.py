@@ -1,10 +1,11 @@
 """The ``checkpoint/`` folder of a run: which checkpoints there are, which are sound, and which are kept.
 
-    checkpoint/step-500/           shards written by torch.distributed.checkpoint
+    checkpoint/step-500/           .metadata and *.distcp, the shards written by torch.distributed.checkpoint
     checkpoint/step-500/train_state.json
     checkpoint/step-500/config.toml      the run's settings, all dimensions of the model included
     checkpoint/step-500/tokenizer/
-    checkpoint/step-500/manifest.json    see manifest.py; written last
+    checkpoint/step-500/base.json        which model adapters belong to, with LoRA
+    checkpoint/step-500/manifest.json    see manifest.py, which also gives the folder its name; written last
     checkpoint/best                a line with the name of the best one, as "step-500"
 
 A checkpoint is written under a temporary name and renamed when it is complete and on disk, so one

@@ -1,4 +1,5 @@
-"""Arithmetic on the degrees and batch sizes: which ranks there are, and which rows each one takes."""
+"""Arithmetic on the degrees and batch sizes: which ranks there are, how many rows each one takes, and which
+positions of them."""
 
 from __future__ import annotations
 

@@ -41,14 +41,15 @@ State = dict[str, Any]
 
 
 class Microbatch(NamedTuple):
-    """What goes through the model at once, on the device; each [local_batch_size, seq_len]."""
+    """What goes through the model at once: each [local_batch_size, seq_len], or a part of the positions."""
 
     inputs: Tensor
     labels: Tensor
     documents: Tensor | None = None
-    """Which document of its row each position belongs to; None if all may attend to all before them."""
+    """Which document of its row each position belongs to, always of whole rows; None if all may attend to all before
+    them."""
     positions: Tensor | None = None
-    """Counted from the first token of each position's document; None: from the first of the row."""
+    """Counted from the first token of each position's document; None: from the first of the row, which is whole."""
 
     def of_part(self, part: RowPart) -> Microbatch:
         """The positions of ``part``, with the documents of the whole rows."""

@@ -27,7 +27,8 @@ class NormOfShard(ParallelStyle):
 
 
 def _read_weight(weight: DTensor) -> Tensor:
-    """Each rank finds the part of the weight's gradient that comes from its rows."""
+    """Each rank finds the part of the weight's gradient that comes from its rows. FSDP2, which a model on several tp
+    ranks is always wrapped in, finds the gradient partial and the weight replicated, and sums over tp."""
     return weight.to_local(grad_placements=[Partial()])
 
 

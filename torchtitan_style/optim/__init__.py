@@ -1,1 +1,1 @@
-"""From gradients to new weights: clipping, AdamW, learning-rate schedule."""
+"""From gradients to new weights: clipping, which steps are taken, AdamW, Muon, learning-rate schedules."""

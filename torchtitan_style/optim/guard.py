@@ -1,6 +1,7 @@
 """Which steps are taken: those whose loss and gradient are numbers, and whose loss is no spike.
 
-Decided on the device, without waiting for it, from figures that are the same on all ranks.
+Decided on the device, without waiting for it, from figures that are the same on all ranks. What else to do about bad
+steps is decided later, by train/policy.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Bytes that a forward pass keeps for the backward pass. Needs no torch.
 
-Counted operation by operation from models/qwen3/model.py; docs/planning.md derives each line, and
-tests/planner/test_activations.py holds them against what autograd keeps.
+Counted operation by operation from models/qwen3/model.py; docs/planning.md derives each line.
+tests/planner/test_activations.py compares them with what autograd keeps, test_traffic.py with what is kept by ranks
+that share positions, heads or experts.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ A launcher passes the signal on to all ranks, and ends with status 0 if they sav
 
 1. A signal is noted in a list and does not interrupt the step under way (``stop_gracefully``, ``told_to_stop``).
 2. Between two steps the ranks exchange what they were told (``agreement.py``), so that all stop after the same step.
-3. The trainer saves a checkpoint, writes ``preempted.json`` (``preempted.py``) and exits with status 0
-   (``Trainer._stop_early``). The same command resumes the run.
+3. The trainer saves a checkpoint, writes ``preempted.json`` (``preempted.py``) and returns (``Trainer._stop_early``);
+   the rank ends with status 0 (``report_stopped``). The same command resumes the run.
 
-Before training there is nothing to save: a signal ends the process at once, as does a second Ctrl-C; prepared data is
-kept. ``begin_run`` (common/program.py) notes what arrives before the configuration is read, and ``stops_end_at_once``
-acts on it.
+Before training there is nothing to save: a signal ends a single process at once, as does a second Ctrl-C; prepared data
+is kept. Several ranks note it, and agree as in training. ``begin_run`` (common/program.py) notes what arrives before
+the configuration is read, and ``stops_end_at_once`` acts on it.
 """
 
 from __future__ import annotations

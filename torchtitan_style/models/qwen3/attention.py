@@ -31,6 +31,8 @@ def attention_mask(
     documents: [B, T], or None for rows that are one document. flex: with documents, as blocks for FlexAttention,
     which skips those that are not allowed at all; else as booleans that broadcast to [B, H, T, T]. None if causality is
     all there is. A cache builds its own (``KVCache``), as queries and keys have different positions there.
+
+    That no query sees a later position is relied on by ``part_mask``, by the cache and by cpu/attention.py.
     """
     if window is not None and window >= t:
         window = None
