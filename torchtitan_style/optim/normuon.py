@@ -20,9 +20,10 @@ def normalize_rows(matrices: Tensor, mean_squares: Tensor, taken: Tensor, *, bet
     elements have a root mean square of 0.2. Here its norm is restored, as in the authors' code, so that
     ``step_scale`` applies.
     """
-    sums = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True, dtype=torch.float32).square()
+    values = matrices.float()
+    sums = values.square().sum(-1, keepdim=True)
     mean_squares.lerp_(torch.where(taken, sums / matrices.shape[-1], mean_squares), 1 - beta2)
     factors = 1 / (mean_squares.sqrt() + EPS)
     norms = sums.sum(-2, keepdim=True).sqrt()
     changed = (sums * factors.square()).sum(-2, keepdim=True).sqrt()
-    matrices.mul_(factors * (norms / changed.clamp(min=EPS)))
+    matrices.copy_(values.mul_(factors * (norms / changed.clamp(min=EPS))))
