@@ -68,12 +68,12 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recomput
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four rows a rank, so that layouts have graphs in common, which are compiled once. Labels are missing here and
-    there, and more of them in some rows than in others."""
+    """Two rows a rank, so that layouts, pipelines and ``verify`` have graphs in common, which are compiled once. Labels
+    are missing here and there, and more of them in some rows than in others."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 512, (4 * dp, 33), generator=generator)
+    ids = torch.randint(0, 512, (2 * dp, 33), generator=generator)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.6, 4 * dp)[:, None]] = -100
+    labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.6, 2 * dp)[:, None]] = -100
     return inputs, labels
 
 

@@ -33,9 +33,7 @@ def inputs(dtype: torch.dtype, *, tokens: int = 60, vocabulary: int = 97) -> tup
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize(
-    ("rows", "compiled"), [(1, False), (7, False), (60, False), (1000, False), (7, True), (1000, True)]
-)
+@pytest.mark.parametrize(("rows", "compiled"), [(1, False), (7, False), (60, False), (1000, False), (7, True)])
 def test_equals_the_textbook_form(group, monkeypatch, rows: int, compiled: bool) -> None:
     monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": rows})
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)

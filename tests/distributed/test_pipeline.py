@@ -37,7 +37,7 @@ EACH_DAY = {
         "1F1B/tied/eager/documents/5",
         "1F1B/untied/eager/none/5/--training.z_loss/0.01",
         "1F1B/tied/eager/none/3/--training.global_batch_size/2",  # fewer microbatches than stages
-        "1F1B/tied/compiled/documents/4",
+        "1F1B/tied/compiled/none/4",  # the graphs of test_gradients.py
         "GPipe/untied/eager/documents/2",
         "Interleaved1F1B/tied/eager/none/7",
         "Interleaved1F1B/tied/eager/none/2",  # embedding and head are stages of their own

@@ -52,6 +52,7 @@ def test_a_layout_that_is_right(verify: Python, tmp_path: Path) -> None:
 
 def test_a_compiled_model_that_is_right(verify: Python) -> None:
     options = ["--training.mixed_precision_param", "float32", "--compile.enable", "true"]
+    options += ["--model.attention_bias"]  # so that graphs are those of distributed/test_gradients.py
     done = verify(*TINY, "--world-size", "1", "--training.local_batch_size", "2", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("every gradient of step 1") == 1
