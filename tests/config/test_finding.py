@@ -18,6 +18,8 @@ def test_a_shipped_configuration_has_a_name_and_a_file_comes_first(
     assert find_config("qwen3_8b") == find_config("qwen3_8b.toml") == CONFIG_FOLDER / "qwen3_8b.toml"
     assert load_config("qwen3_1.7b").model.flavor == "1.7B"  # .7b is no ending of a file
     assert find_config("else/qwen3_8b.toml") == Path("else/qwen3_8b.toml")
+    with pytest.raises(UserError, match=r"^qwen3_9b: there is no such config file; did you mean qwen3_8b\?$"):
+        load_config("qwen3_9b")
     Path("qwen3_8b.toml").write_text("[training]\nsteps = 7\n")
     assert load_config("qwen3_8b").training.steps == load_config("qwen3_8b.toml").training.steps == 7
     with pytest.raises(UserError, match=r"qwen3_9b: there is no such config file; did you mean .*qwen3_8b\.toml\?"):

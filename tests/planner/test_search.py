@@ -138,6 +138,9 @@ def test_the_report_and_its_json(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("mesh: dp 8 × tp 1, 8 ranks on 1 host", "lm_head.weight", "optimizer state", "reduce-scatter", "MFU",
                  "device-hours", "a checkpoint is", "matmul_efficiency 0.5", ": fits"):  # fmt: skip
         assert part in text
+    _, small, _ = run(capsys, "--model.flavor", "debug", "--world-size", "1", "--device", "h100")
+    for unit in (" GFLOP a step", " s, 0.", " device-hours", "a checkpoint is 1.3 MiB"):  # of a run that is small
+        assert unit in small
     status, text, _ = run(capsys, *arguments, "--json")
     found = json.loads(text)
     assert found["fits"] is True

@@ -70,7 +70,11 @@ def _nearest_file(path: Path) -> str:
         by_name = {Path(name).name: name for name in names}
         wanted = path.name if path.suffix == ".toml" else f"{path.name}.toml"
         close = [by_name[name] for name in difflib.get_close_matches(wanted, by_name, n=1)]
-    return f"; did you mean {close[0]}?" if close else ""
+    if not close:
+        return ""
+    near = Path(close[0])
+    is_named = path.parent == Path() and near.parent == CONFIG_FOLDER  # as --config qwen3_8b
+    return f"; did you mean {near.stem if is_named else near}?"
 
 
 def _explain(message: str, text: str) -> str:

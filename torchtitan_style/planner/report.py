@@ -167,15 +167,14 @@ def time_lines(plan: Plan) -> Iterator[str]:
     devices = plan.work.layout.world_size
     yield (
         f"  {time.tokens_per_second:,.0f} tokens/s, {time.tokens_per_second / devices:,.0f} of each rank, "
-        f"MFU {time.mfu:.1%}, {time.flops / 1e12:,.1f} TFLOP a step"
-    )
-    hours = plan.run_seconds / 3600
-    yield (
-        f"  {steps:,} steps, {_short(steps * time.tokens)} tokens: {hours:,.1f} hours, "
-        f"{hours * devices:,.0f} device-hours"
+        f"MFU {time.mfu:.1%}, {_flops(time.flops)} a step"
     )
     yield (
-        f"  a checkpoint is {gib(time.checkpoint_bytes)} GiB, {_duration(time.checkpoint_seconds)} to write; "
+        f"  {steps:,} steps, {_short(steps * time.tokens)} tokens: {_long_duration(plan.run_seconds)}, "
+        f"{_device_hours(plan.run_seconds / 3600 * devices)}"
+    )
+    yield (
+        f"  a checkpoint is {_size(time.checkpoint_bytes)}, {_duration(time.checkpoint_seconds)} to write; "
         f"training waits {_duration(time.checkpoint_wait)}"
     )
 
@@ -190,6 +189,24 @@ def assumption_lines(plan: Plan) -> Iterator[str]:
 
 def _duration(seconds: float) -> str:
     return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _long_duration(seconds: float) -> str:
+    if seconds < 60:
+        return _duration(seconds)
+    return f"{seconds / 60:,.1f} minutes" if seconds < 3600 else f"{seconds / 3600:,.1f} hours"
+
+
+def _device_hours(hours: float) -> str:
+    return f"{hours:,.0f} device-hours" if hours >= 10 else f"{hours:.2g} device-hours"
+
+
+def _flops(flops: float) -> str:
+    return f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP"
+
+
+def _size(count: float) -> str:
+    return f"{gib(count)} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def search_lines(found: Found, *, world_size: int, least: int | None, rows: int) -> Iterator[str]:
