@@ -52,8 +52,9 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
     return [*eager, *blocks, ("block", "untied", "budget")]
 
 
-def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recompute: str) -> bool:
-    """Whether the graphs are those of another combination, or differ in sizes alone.
+def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, embeddings: str, recompute: str) -> bool:
+    """Whether the graphs are those of another combination, or differ in sizes alone. Uncompiled, what is recomputed is
+    in the blocks, and which embeddings there are, outside.
 
     FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2 one combination
     shows that blocks are wrapped after they are compiled. Tensor parallelism has its collectives in the graphs; there
@@ -61,7 +62,7 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, recomput
     compile at once.
     """
     if compile == "eager":
-        return False
+        return embeddings == "untied" and recompute != "none"
     if tp == 1:
         return dp_replicate > 1 or recompute != "none"
     return dp_shard > 1 or tp > 2 or recompute != "op"

@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 CASES = [
-    pytest.param(layout, "/".join(c), marks=[pytest.mark.nightly] if is_nightly(*degrees, c[0], c[2]) else [])
+    pytest.param(layout, "/".join(c), marks=[pytest.mark.nightly] if is_nightly(*degrees, *c) else [])
     for layout, degrees in LAYOUTS.items()
     for c in combinations(*degrees)
 ]
