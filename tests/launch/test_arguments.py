@@ -13,9 +13,11 @@ from torchtitan_style.launch.arguments import parse_config_arguments, take_resta
         ("--config_file=x.toml", "there is no option --config_file; did you mean --config?"),
         ("--dry_run", "there is no option --dry_run; did you mean --dry-run?"),
         ("--max_restarts", "there is no option --max_restarts; did you mean --max-restarts?"),
+        ("my.toml", "argument my.toml: write --config my.toml"),
+        ("train", "argument train: leave it out; this command trains already"),
     ],
 )
-def test_a_misspelled_option_is_named(argument, message):
+def test_a_mistake_is_named_with_what_was_meant(argument, message):
     rest, _ = take_restarts([argument, "3"])
     with pytest.raises(UserError) as error:
         parse_config_arguments(rest, usage="")

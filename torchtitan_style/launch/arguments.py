@@ -30,6 +30,10 @@ def parse_config_arguments(arguments: list[str], *, usage: str) -> ConfigArgumen
     path = None
     overrides = []
     rest = list(arguments)
+    if rest[:1] == ["train"]:
+        raise UserError("argument train: leave it out; this command trains already")
+    if rest and rest[0].endswith(".toml") and not rest[0].startswith("--"):
+        raise UserError(f"argument {rest[0]}: write --config {rest[0]}")
     while rest:
         argument = rest.pop(0)
         if argument in ("--help", "-h"):
