@@ -30,7 +30,7 @@ def on_cpu(attend: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Te
         causal = (mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool)) and q.shape[2] > 1
         if causal and not dropout and compiled and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
             return _CausalAttention.apply(q, k, v, mask)  # type: ignore[no-any-return, no-untyped-call]
-        if causal and not dropout and mask is None and q.shape[2] < k.shape[2]:
+        if causal and not dropout and mask is None and q.shape[2] < k.shape[2] and _pays_in_parts(q, k):
             return _EndingCausally.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
         return attend(q, k, v, mask, dropout=dropout)
 
@@ -42,10 +42,12 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
+        t, s = q.shape[2], k.shape[2]
+        if mask is None and (t == s or _pays_in_parts(q, k)):
             y, lse = _ending_causally(q, k, v)
         else:
-            y, lse = _flash(q, k, v, attn_mask=torch.where(mask, 0.0, -torch.inf).to(q.dtype))
+            allowed = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t) if mask is None else mask
+            y, lse = _flash(q, k, v, attn_mask=torch.where(allowed, 0.0, -torch.inf).to(q.dtype))
         ctx.save_for_backward(q, k, v, y, lse, mask)
         return y
 
@@ -58,8 +60,8 @@ class _EndingCausally(torch.autograd.Function):
     """The queries meet the keys before the first of them, and those from there on, each in a call of torch's kernels.
 
     In one call, with a mask, these would compute all scores of both. Before the first query all keys are seen, so that
-    the query heads of a key head are rows of one matrix, which the kernels take in larger blocks (measured:
-    docs/performance.md).
+    the query heads of a key head are rows of one matrix, of which the kernels take 256 at a time instead of 64
+    (measured: docs/performance.md).
     """
 
     @staticmethod
@@ -84,6 +86,12 @@ class _EndingCausally(torch.autograd.Function):
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _pays_in_parts(q: Tensor, k: Tensor) -> bool:
+    """Whether the query heads of a key head are enough rows for the kernels' larger blocks; else two calls take longer
+    than one with a mask."""
+    return q.shape[2] * (q.shape[1] // k.shape[1]) >= 768
 
 
 def _ending_causally(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
