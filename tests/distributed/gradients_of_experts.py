@@ -57,7 +57,7 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int, ep: int) -> list[tup
 
 def is_nightly(dp_replicate: int, dp_shard: int, tp: int, ep: int, compile: str, recompute: str) -> bool:
     """Whether another combination shows most of it: each recomputation is tried on one process; what is sent, and what
-    is compiled around it, on two that share the experts. tests/models compiles a block of one process."""
+    is compiled around it, on two that share the experts. tests/models traces a block of one process."""
     if compile == "eager":
         return recompute == "full" and dp_replicate * dp_shard * tp > 1
     return recompute == "none" or (dp_shard, tp, ep) != (2, 1, 2)

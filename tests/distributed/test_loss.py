@@ -33,12 +33,12 @@ def inputs(dtype: torch.dtype, *, tokens: int = 60, vocabulary: int = 97) -> tup
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize(("rows", "compiled"), [(1, False), (7, False), (60, False), (1000, False), (7, True)])
-def test_equals_the_textbook_form(group, monkeypatch, rows: int, compiled: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 60, 1000])
+def test_equals_the_textbook_form(group, monkeypatch, rows: int) -> None:
     monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": rows})
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)
     results = []
-    for function in (token_loss, chunked_cross_entropy(group, compiled=compiled)):
+    for function in (token_loss, chunked_cross_entropy(group, compiled=False)):
         hidden, weight, labels = inputs(torch.float32)
         loss, right = function(hidden, weight, labels)
         (loss / 7).backward()
@@ -57,7 +57,9 @@ def test_gradients_may_be_asked_for_one_at_a_time_and_again(group) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_z_loss_equals_its_definition(group, compiled: bool) -> None:
+def test_z_loss_equals_its_definition(group, monkeypatch, compiled: bool) -> None:
+    monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": 20})  # three chunks
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)
     results = []
     for function in (token_loss, chunked_cross_entropy(group, compiled=compiled)):
         hidden, weight, labels = inputs(torch.float32)

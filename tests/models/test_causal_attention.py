@@ -21,9 +21,9 @@ def not_plainly(*_: Any, **__: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("b", "heads", "key_value_heads", "t", "s", "d", "masked", "backend"),
     [
-        (2, 4, 2, 200, 500, 16, "", "inductor"),
         (2, 2, 1, 140, 300, 16, "documents", "inductor"),
         # Traced and differentiated in the same way, but computed by torch's own kernels: g++ takes longest by far.
+        (2, 4, 2, 200, 500, 16, "", "aot_eager"),
         (2, 4, 2, 256, 256, 32, "", "aot_eager"),
         (1, 3, 3, 300, 300, 16, "", "aot_eager"),
         (2, 8, 1, 64, 64, 64, "", "aot_eager"),
