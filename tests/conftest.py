@@ -17,7 +17,7 @@ from forked import Fork
 
 ROOT = Path(__file__).parents[1]
 
-# Three tests run at once on two cores: one thread each.
+# Two tests run at once on two cores: one thread each.
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),

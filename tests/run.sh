@@ -17,5 +17,5 @@ if [[ -z "${TORCH:-}" ]]; then # lint and types do not depend on it
     "$python" -m ruff format --check .
     "$python" -m mypy
 fi
-# Three workers on two cores, as some tests mostly wait. conftest.py puts the files that take longest first.
-exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Two workers: the files that start several ranks have a CPU each. conftest.py puts the files that take longest first.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEWEST_ROWS = 768
+"""Queries from which torch's kernels take 256 at a time, else 64. With fewer, two calls take longer than one with a
+mask."""
+
 
 def on_cpu(attend: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Tensor]:
     """``attend``, but without dropout and where that is faster, computed here: bf16 attention to what is before in
@@ -89,9 +93,7 @@ _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _pays_in_parts(q: Tensor, k: Tensor) -> bool:
-    """Whether the query heads of a key head are enough rows for the kernels' larger blocks; else two calls take longer
-    than one with a mask."""
-    return q.shape[2] * (q.shape[1] // k.shape[1]) >= 768
+    return q.shape[2] * (q.shape[1] // k.shape[1]) >= FEWEST_ROWS
 
 
 def _ending_causally(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
