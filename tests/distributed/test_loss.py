@@ -58,7 +58,7 @@ def test_gradients_may_be_asked_for_one_at_a_time_and_again(group) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_z_loss_equals_its_definition(group, monkeypatch, compiled: bool) -> None:
-    monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": 20})  # three chunks
+    monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": 25})  # of 60: the last chunk is shorter
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)
     results = []
     for function in (token_loss, chunked_cross_entropy(group, compiled=compiled)):

@@ -42,7 +42,7 @@ def test_every_gradient_is_that_of_fp64(
     mask = attention_mask(documents, s, 40 if masked == "window" else None, flex=False, device=torch.device("cpu"))
     mask = mask[..., s - t :, :] if isinstance(mask, Tensor) else None
     torch.compiler.reset()  # after so many others no more would be compiled
-    attend = torch.compile(on_cpu(not_plainly, compiled=True), dynamic=False, backend=backend)
+    attend = torch.compile(on_cpu(not_plainly), dynamic=False, backend=backend)
     # bf16 has 8 bits: torch's own attention has 2e-3 to 4e-3
     check(attend, b, heads, key_value_heads, t, s, d, mask, torch.bfloat16, 8e-3)
 
@@ -56,7 +56,7 @@ def test_last_queries_of_a_row_without_a_mask(
     b: int, heads: int, key_value_heads: int, t: int, s: int, d: int, dtype: torch.dtype, most: float
 ) -> None:
     torch.manual_seed(0)
-    check(on_cpu(not_plainly, compiled=False), b, heads, key_value_heads, t, s, d, None, dtype, most)
+    check(on_cpu(not_plainly), b, heads, key_value_heads, t, s, d, None, dtype, most)
 
 
 def check(

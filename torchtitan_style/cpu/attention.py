@@ -22,7 +22,7 @@ FEWEST_ROWS = 768
 mask."""
 
 
-def on_cpu(attend: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Tensor]:
+def on_cpu(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``attend``, but without dropout and where that is faster, computed here: bf16 attention to what is before in
     compiled graphs, and that of the last positions of a row.
 
@@ -31,11 +31,12 @@ def on_cpu(attend: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Te
     """
 
     def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, *, dropout: float = 0.0) -> Tensor:
-        causal = (mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool)) and q.shape[2] > 1
-        if causal and not dropout and compiled and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
-            return _CausalAttention.apply(q, k, v, mask)  # type: ignore[no-any-return, no-untyped-call]
-        if causal and not dropout and mask is None and q.shape[2] < k.shape[2] and _pays_in_parts(q, k):
-            return _EndingCausally.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
+        causal = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool)
+        if causal and q.shape[2] > 1 and not dropout:
+            if q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
+                return _CausalAttention.apply(q, k, v, mask)  # type: ignore[no-any-return, no-untyped-call]
+            if mask is None and q.shape[2] < k.shape[2] and _pays_in_parts(q, k):
+                return _EndingCausally.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
         return attend(q, k, v, mask, dropout=dropout)
 
     return attend_on_cpu

@@ -108,7 +108,7 @@ def _set_attention(
     model: Qwen3ForCausalLM, layers: Iterable[nn.Module], context: Context | None, *, cpu: bool, compiled: bool
 ) -> None:
     """Have attention in ``layers`` gather the keys of other ranks, and on CPU be computed faster."""
-    chosen = on_cpu(attend, compiled=compiled) if cpu and (compiled or context is not None) else attend
+    chosen = on_cpu(attend) if cpu and (compiled or context is not None) else attend
     if context is not None:
         chosen = attend_from_part(chosen, context.gather)
         model.model.part = context.part
