@@ -47,15 +47,6 @@ def test_equals_the_textbook_form(group, monkeypatch, rows: int) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_may_be_asked_for_one_at_a_time_and_again(group) -> None:
-    hidden, weight, labels = inputs(torch.float32)
-    both = torch.autograd.grad(token_loss(hidden, weight, labels)[0] / 7, (hidden, weight))
-    loss = chunked_cross_entropy(group, compiled=False)(hidden, weight, labels)[0] / 7
-    for tensor, expected in [*zip((hidden, weight), both, strict=True)] * 2:
-        (found,) = torch.autograd.grad(loss, tensor, retain_graph=True)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_z_loss_equals_its_definition(group, monkeypatch, compiled: bool) -> None:
     monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", {"cpu": 25})  # of 60: the last chunk is shorter

@@ -14,7 +14,6 @@ Shapes: N tokens of a chunk, C hidden size, V vocabulary rows on this rank.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,27 +39,11 @@ def chunked_cross_entropy(tp_group: dist.ProcessGroup, *, compiled: bool) -> Cal
             # Hidden states are whole on every tp rank, weights a slice: the gradient that a rank
             # finds for the hidden states is the part that comes from its slice.
             hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
-        h, y = hidden.flatten(0, 1), labels.flatten()
-        recorded = torch.is_grad_enabled()
-        with torch.no_grad():
-            total, right, hidden_grad, weight_grad = _of_chunks(
-                h,
-                weight,
-                y,
-                group,
-                operations,
-                z_loss,
-                hidden_needs_grad=recorded and h.requires_grad,
-                weight_needs_grad=recorded and weight.requires_grad,
-            )
-        # A node of the graph for each gradient: a zero-bubble pipeline asks for them one at a time.
-        parts = []
-        if hidden_grad is not None:
-            parts.append(_KnownGradient.apply(total, h, hidden_grad, None))
-        if weight_grad is not None:
-            finish = functools.partial(operations.finish, dtype=weight.dtype)
-            parts.append(_KnownGradient.apply(torch.zeros_like(total) if parts else total, weight, weight_grad, finish))
-        return functools.reduce(torch.add, parts) if parts else total, right
+        needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        weight_needs_grad = needs_grad and weight.requires_grad  # not where it is frozen
+        return _ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, labels.flatten(), group, operations, z_loss, needs_grad, weight_needs_grad
+        )
 
     return loss_function
 
@@ -79,77 +62,71 @@ class _Operations:
         self.finish = maybe_compiled(_finish)
 
 
-def _of_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    group: dist.ProcessGroup | None,
-    operations: _Operations,
-    z_loss: float,
-    *,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss, right guesses, and the loss's gradients with respect to hidden [B·T, C] and, in fp32 and transposed, to
-    weight: [C, V]. weight: [V, C]; labels: [B·T]."""
-    least = MIN_TOKENS_PER_CHUNK[hidden.device.type]
-    rows = logits_rows(len(hidden), weight.shape[0], most_logits=LOGITS_PER_CHUNK, least_rows=least)
-    first = 0 if group is None else group.rank() * weight.shape[0]
-    total = hidden.new_zeros((), dtype=torch.float32)
-    right = labels.new_zeros(())
-    needs_grad = hidden_needs_grad or weight_needs_grad
-    # The largest tensors there are: all chunks use the same, as pages that are new take longer to write to.
-    logits = hidden.new_empty(rows, weight.shape[0])
-    logits_grad = torch.empty_like(logits) if operations.compiled and needs_grad else logits
-    hidden_grad = torch.empty_like(hidden) if hidden_needs_grad else None
-    weight_grad: Tensor | None = None
-    if weight_needs_grad:
-        product = hidden.new_empty(weight.T.shape)
-    for start in range(0, len(hidden), rows):
-        h, y = hidden[start : start + rows], labels[start : start + rows]
-        z, grad = logits[: len(h)], logits_grad[: len(h)]
-        torch.mm(h, weight.T, out=z)
-        loss, correct = operations.logits_loss(z, y, grad if needs_grad else None, first, group, z_loss)
-        total += loss
-        right += correct
-        if hidden_grad is not None:
-            torch.mm(grad, weight, out=hidden_grad[start : start + rows])
-        if weight_needs_grad:
-            # Twice as fast on CPU in bf16 as grad.T @ h: the matrix that is to be read by columns is the small one,
-            # and is copied in that order (docs/performance.md).
-            torch.mm(h.T.contiguous(), grad, out=product)
-            if weight_grad is None:
-                weight_grad = product.to(torch.float32, copy=True)
-            else:
-                operations.add(weight_grad, product)
-    return total, right, hidden_grad, weight_grad
-
-
-class _KnownGradient(torch.autograd.Function):
-    """``loss``, a number, whose gradient with respect to ``of`` is known up to the factor that backward brings."""
-
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, of: Tensor, gradient: Tensor, finish: Callable[[Tensor, Tensor], Tensor] | None
-    ) -> Tensor:
-        """finish: (gradient, factor) → the gradient as it is handed on; None: their product, in place."""
-        ctx.gradient, ctx.finish = gradient, finish
-        return loss.clone()
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        group: dist.ProcessGroup | None,
+        operations: _Operations,
+        z_loss: float,
+        needs_grad: bool,
+        weight_needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden: [B·T, C]; weight: [V, C]; labels: [B·T]."""
+        least = MIN_TOKENS_PER_CHUNK[hidden.device.type]
+        rows = logits_rows(len(hidden), weight.shape[0], most_logits=LOGITS_PER_CHUNK, least_rows=least)
+        first = 0 if group is None else group.rank() * weight.shape[0]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        right = labels.new_zeros(())
+        # The largest tensors there are: all chunks use the same, as pages that are new take longer to write to.
+        logits = hidden.new_empty(rows, weight.shape[0])
+        logits_grad = torch.empty_like(logits) if operations.compiled and needs_grad else logits
+        if needs_grad:
+            hidden_grad = torch.empty_like(hidden)
+        if weight_needs_grad:
+            product = hidden.new_empty(weight.T.shape)
+        weight_grad: Tensor | None = None  # [C, V]
+        for start in range(0, len(hidden), rows):
+            h, y = hidden[start : start + rows], labels[start : start + rows]
+            z, grad = logits[: len(h)], logits_grad[: len(h)]
+            torch.mm(h, weight.T, out=z)
+            loss, correct = operations.logits_loss(z, y, grad if needs_grad else None, first, group, z_loss)
+            total += loss
+            right += correct
+            if needs_grad:
+                torch.mm(grad, weight, out=hidden_grad[start : start + rows])
+            if weight_needs_grad:
+                # Twice as fast on CPU in bf16 as grad.T @ h: the matrix that is to be read by columns is the small one,
+                # and is copied in that order (docs/performance.md).
+                torch.mm(h.T.contiguous(), grad, out=product)
+                if weight_grad is None:
+                    weight_grad = product.to(torch.float32, copy=True)
+                else:
+                    operations.add(weight_grad, product)
+        if needs_grad:
+            ctx.grads, ctx.finish = (hidden_grad, weight_grad), operations.finish
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, None, None]:
-        gradient, factor = ctx.gradient, grad_outputs[0]
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()  # may be asked again
-        if not kept:
-            del ctx.gradient
-        if ctx.finish is not None:
-            return None, ctx.finish(gradient, factor), None, None
-        return None, gradient * factor if kept else gradient.mul_(factor), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.grads
+        del ctx.grads
+        factor = grad_outputs[0]
+        hidden_grad.mul_(factor)
+        return (
+            hidden_grad,
+            None if weight_grad is None else ctx.finish(weight_grad, factor, hidden_grad.dtype),
+            None, None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _finish(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _finish(weight_grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """[C, V] in fp32 to ``factor`` times its transpose."""
-    return (gradient * factor).to(dtype).T.contiguous()
+    return (weight_grad * factor).to(dtype).T.contiguous()
 
 
 def _logits_loss(

@@ -27,6 +27,7 @@ from torchtitan_style.config.pipeline import Stage, rank_of_stage
 
 from .local import local_tensor
 from .tensor import with_gradient
+from .weight_gradients import WeightGradients
 from .world import World
 
 
@@ -91,6 +92,7 @@ class PipelinedModel(nn.Module):
             # torch has every stage send gradients back to the one before, and compute some itself.
             self.first.model.embed_tokens.register_forward_hook(with_gradient)
         self.tied = _TiedHead(self.first, self.last, self.rank_of(0), self.rank_of(-1), self.pp_group) if tied else None
+        self.postponed = [WeightGradients(part) for part in self.parts] if schedule == "ZBVZeroBubble" else None
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._tokens = torch.ones(())
         self._sent: list[tuple[dist.Work, Tensor]] = []
@@ -174,9 +176,7 @@ class PipelinedModel(nn.Module):
         logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
         key = microbatches, ids.shape
         if key not in self._schedules:
-            stages: list[Any] = [
-                self._pipeline_stage(stage, part, ids) for stage, part in zip(self.stages, self.parts, strict=True)
-            ]
+            stages: list[Any] = [self._pipeline_stage(i, ids) for i in range(len(self.stages))]
             options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
             if self.schedule == "ZBVZeroBubble":
                 self._schedules[key] = pipelining.ScheduleZBVZeroBubble(stages, microbatches, **options)
@@ -189,20 +189,22 @@ class PipelinedModel(nn.Module):
                 self._schedules[key] = pipelining.Schedule1F1B(stages[0], microbatches, **options)
         return self._schedules[key]
 
-    def _pipeline_stage(self, stage: Stage, part: nn.Module, ids: Tensor) -> Any:
+    def _pipeline_stage(self, i: int, ids: Tensor) -> Any:
         """Shapes are given, so that torch need not run the model to find them."""
         from torch.distributed.pipelining import PipelineStage
 
+        stage = self.stages[i]
         hidden = self.activations.empty(ids, device="meta").requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)
         return PipelineStage(
-            part,
+            self.parts[i],
             stage.index,
             stage.count,
             self.device,
             input_args=(torch.empty_like(ids, device="meta") if stage.is_first else hidden,),
             output_args=(loss, ids.new_empty((), device="meta")) if stage.is_last else (hidden,),
             group=self.pp_group,
+            dw_builder=None if self.postponed is None else self.postponed[i].take,
         )
 
     def _loss(self, output: tuple[Tensor, Tensor], _labels: Tensor) -> Tensor:
@@ -278,7 +280,7 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(torch.ones_like(loss))
-        return hidden.clone()  # a zero-bubble schedule detaches outputs in place, which views do not allow
+        return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,69 @@
+"""Gradients of weights, computed after those of inputs: what a zero-bubble pipeline fills its gaps with.
+
+Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2: of a backward pass, the stage before waits for the
+gradients of inputs alone. torch can tell the two apart in any model, by walking over the graph of each microbatch and
+calling autograd once for each weight. Here linear layers, whose products are half of a backward pass, put aside what
+their weight's gradient is made of; all other gradients are computed with those of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Postponed = list[tuple[Tensor, Tensor, Tensor]]
+"""A layer's weight [O, I], its input [..., I] and the gradient of its output [..., O]."""
+
+
+class WeightGradients:
+    """Those of the linear layers of ``part``, which are changed in place: its backward pass leaves them out."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._postponed: Postponed = []
+        for module in part.modules():
+            if type(module) is nn.Linear:  # not one with an adapter, whose own weight is frozen
+                module.forward = partial(self._forward, module)  # type: ignore[method-assign]
+
+    def take(self) -> Callable[[], None]:
+        """What the backward passes since the last call have left out: a function that computes it."""
+        postponed, self._postponed = self._postponed, []
+        return partial(_compute, postponed)
+
+    def _forward(self, module: nn.Linear, x: Tensor) -> Tensor:
+        y: Tensor = _Linear.apply(x, module.weight, module.bias, self._postpone)
+        return y
+
+    def _postpone(self, *factors: Tensor) -> None:
+        self._postponed.append(factors)  # type: ignore[arg-type]
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight.T + bias, without the gradient of the weight: what it is made of is handed to ``postpone``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, postpone: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        # Not saved with it: a block that is recomputed would give back a copy that is not connected to the parameter.
+        ctx.weight, ctx.postpone = weight, postpone
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        (grad,) = grad_outputs
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        if for_weight:
+            ctx.postpone(ctx.weight, *ctx.saved_tensors, grad)
+        return grad @ ctx.weight if for_x else None, None, grad.flatten(0, -2).sum(0) if for_bias else None, None
+
+
+def _compute(postponed: Postponed) -> None:
+    while postponed:  # and free each after use
+        weight, x, grad = postponed.pop()
+        weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
