@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Postponed = list[tuple[Tensor, Tensor, Tensor]]
-"""A layer's weight [O, I], its input [..., I] and the gradient of its output [..., O]."""
+"""A layer's parameter [O, I], its input [..., I] and the gradient of its output [..., O]."""
 
 
 class WeightGradients:
@@ -27,15 +27,18 @@ class WeightGradients:
         self._postponed: Postponed = []
         for module in part.modules():
             if type(module) is nn.Linear:  # not one with an adapter, whose own weight is frozen
-                module.forward = partial(self._forward, module)  # type: ignore[method-assign]
+                module.forward = partial(self._forward, module, module.weight)  # type: ignore[method-assign]
 
     def take(self) -> Callable[[], None]:
         """What the backward passes since the last call have left out: a function that computes it."""
         postponed, self._postponed = self._postponed, []
         return partial(_compute, postponed)
 
-    def _forward(self, module: nn.Linear, x: Tensor) -> Tensor:
-        y: Tensor = _Linear.apply(x, module.weight, module.bias, self._postpone)
+    def _forward(self, module: nn.Linear, parameter: Tensor, x: Tensor) -> Tensor:
+        weight = module.weight
+        # FSDP gathers a parameter into another, whose gradient it reduces; ``compute_in`` has copies without gradients.
+        trained = weight if weight.is_leaf else parameter
+        y: Tensor = _Linear.apply(x, weight, module.bias, partial(self._postpone, trained))
         return y
 
     def _postpone(self, *factors: Tensor) -> None:
@@ -43,27 +46,31 @@ class WeightGradients:
 
 
 class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias, without the gradient of the weight: what it is made of is handed to ``postpone``."""
+    """x @ weight.T + bias; the gradient of the weight is left to ``postpone``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, postpone: Callable[[Tensor, Tensor, Tensor], None]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, postpone: Callable[[Tensor, Tensor], None]
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        # Not saved with it: a block that is recomputed would give back a copy that is not connected to the parameter.
-        ctx.weight, ctx.postpone = weight, postpone
+        ctx.save_for_backward(x, weight)
+        ctx.postpone = postpone
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (grad,) = grad_outputs
+        x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         if for_weight:
-            ctx.postpone(ctx.weight, *ctx.saved_tensors, grad)
-        return grad @ ctx.weight if for_x else None, None, grad.flatten(0, -2).sum(0) if for_bias else None, None
+            ctx.postpone(x, grad)
+        return grad @ weight if for_x else None, None, grad.flatten(0, -2).sum(0) if for_bias else None, None
 
 
 def _compute(postponed: Postponed) -> None:
-    while postponed:  # and free each after use
-        weight, x, grad = postponed.pop()
-        weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
+    while postponed:  # each is freed after use
+        parameter, x, grad = postponed.pop()
+        gradient = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        if parameter.grad is None:
+            parameter.grad = gradient.to(parameter.dtype)
+        else:
+            parameter.grad += gradient
