@@ -31,6 +31,18 @@ RUN = [
 ]  # fmt: skip
 
 
+SLOW_STEPS = """
+import time
+from torchtitan_style.train.observer import Observer, observe
+
+class Slow(Observer):
+    def after_backward(self, step, model, loss):
+        time.sleep(0.05)
+
+observe(Slow())
+"""
+
+
 class Run:
     """A training run of ``cluster``'s hosts, one process each."""
 
@@ -122,6 +134,7 @@ def end(run: Run, *, seconds: float = 600) -> tuple[dict[int, tuple[str, float]]
     found = run.curve()
     alone = Run(run.cluster, nnodes="1")
     alone.arguments = [*run.arguments, "--job.dump_folder", "alone", "--parallelism.tensor_parallel_degree", "1"]
+    alone.arguments += ["--job.custom_import", "[]"]
     alone.folder = run.cluster.folder / "alone"
     alone.start(run.cluster.hosts[0])
     alone.wait(lambda: alone.step() >= max(found), f"step {max(found)} on one host", seconds)
@@ -141,7 +154,9 @@ def end_and_compare(run: Run) -> None:
 def test_a_run_shrinks_and_grows_with_its_hosts(three: Cluster) -> None:
     """Two hosts, one without power, and another one joins: the curve is that of one host."""
     _, second, third = three.hosts
-    run = Run(three, nnodes="1:3", options=("--comm.host_timeout_seconds", "3"))
+    (three.folder / "slow_steps.py").write_text(SLOW_STEPS)  # else thousands, while the test waits
+    slow = ("--job.custom_import", "slow_steps")
+    run = Run(three, nnodes="1:3", options=("--comm.host_timeout_seconds", "3", *slow))
     run.begin(2)
     with run.expecting(
         "no heartbeat for 3 s from 1 of 2 hosts (left: h0)", "training continues with 1 host (2 before)"
