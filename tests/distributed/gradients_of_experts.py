@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -46,29 +48,39 @@ CONFIG = dataclasses.replace(
     router_aux_loss_coef=0.5,
     router_z_loss_coef=0.1,
     initializer_range=0.2,
+    attention_bias=True,  # as in test_gradients.py
 )
 
 
-def combinations(dp_replicate: int, dp_shard: int, tp: int, ep: int) -> list[tuple[str, str]]:
-    """(compile, recomputation) for a layout."""
+def combinations(dp_replicate: int, dp_shard: int, tp: int, ep: int) -> list[tuple[str, ...]]:
+    """(compile, recomputation, "one" if there is one microbatch) for a layout. compile: eager, block, or traced: as the
+    compiler has it, run by torch's own kernels.
+
+    One microbatch is not routed beforehand, which the compiler would make graphs of their own for.
+    """
     eager = [("eager", kind) for kind in RECOMPUTE]
-    return [*eager, ("block", "none"), ("block", "op")] if dp_replicate == 1 else eager
+    if dp_replicate > 1:
+        return eager
+    return [*eager, ("block", "none", "one"), ("traced", "op"), ("block", "none"), ("block", "op")]
 
 
-def is_nightly(dp_replicate: int, dp_shard: int, tp: int, ep: int, compile: str, recompute: str) -> bool:
+def is_nightly(dp_replicate: int, dp_shard: int, tp: int, ep: int, *combination: str) -> bool:
     """Whether another combination shows most of it: each recomputation is tried on one process; what is sent, and what
     is compiled around it, on two that share the experts. tests/models traces a block of one process."""
+    compile, recompute, *_ = combination
     if compile == "eager":
         return recompute == "full" and dp_replicate * dp_shard * tp > 1
-    return recompute == "none" or (dp_shard, tp, ep) != (2, 1, 2)
+    return combination in (("block", "none"), ("block", "op")) or (dp_shard, tp, ep) != (2, 1, 2)
 
 
-def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two microbatches of two rows a rank; more labels are missing in later rows."""
+def batch(dp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two rows a rank, so that the graphs of attention are those of test_gradients.py; more labels are missing in
+    later rows."""
+    rows = 2 * microbatches * dp
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 512, (4 * dp, 33), generator=generator)
+    ids = torch.randint(0, 512, (rows, 33), generator=generator)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.6, 4 * dp)[:, None]] = -100
+    labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.6, rows)[:, None]] = -100
     return inputs, labels
 
 
@@ -94,10 +106,10 @@ def by_definition(inputs: torch.Tensor, labels: torch.Tensor) -> tuple[Any, torc
     return model, loss.detach(), aux_loss.detach()
 
 
-def compare(world: World, compile: str, recompute: str) -> dict[str, float]:
+def compare(world: World, compile: str, recompute: str, microbatches: str = "two") -> dict[str, float]:
     torch._dynamo.reset()
     counters.clear()
-    inputs, labels = batch(world.layout.dp)
+    inputs, labels = batch(world.layout.dp, {"one": 1, "two": 2}[microbatches])
     plain, plain_loss, plain_aux_loss = by_definition(inputs, labels)
 
     def lay_out(model: Any) -> None:
@@ -106,14 +118,17 @@ def compare(world: World, compile: str, recompute: str) -> dict[str, float]:
             world.mesh,
             expert_mesh=MESH,
             activation_checkpoint=RECOMPUTE[recompute],
-            compile=Compile(enable=compile == "block"),
+            compile=Compile(enable=compile != "eager"),
             param_dtype=torch.float32,
             reduce_dtype=torch.float32,
             reshard_after_forward=True,
         )
 
-    model = build_model(QWEN3_MOE, CONFIG, device=torch.device("cpu"), lay_out=lay_out, fill=draw)
-    rows = slice(world.dp_rank * 4, (world.dp_rank + 1) * 4)
+    backend = {"backend": "aot_eager"} if compile == "traced" else {}
+    with mock.patch("torch.compile", partial(torch.compile, **backend)):
+        model = build_model(QWEN3_MOE, CONFIG, device=torch.device("cpu"), lay_out=lay_out, fill=draw)
+    each = len(inputs) // world.layout.dp
+    rows = slice(world.dp_rank * each, (world.dp_rank + 1) * each)
     parts = [Microbatch(*part) for part in zip(inputs[rows].split(2), labels[rows].split(2), strict=True)]
     sent = count_bytes()
     balance = Balance.of(model, parts, world)
@@ -135,7 +150,7 @@ def compare(world: World, compile: str, recompute: str) -> dict[str, float]:
         differences[name] = ((grad - parameter.grad).norm() / parameter.grad.norm()).item()
     right = torch.stack([p.grad.double().square().sum() for p in plain.parameters()]).sum().sqrt()
     norm = clip_grad_norm_(model.parameters(), float("inf"))
-    interrupted = {"interruptions": len(counters["graph_break"])} if compile == "block" else {}
+    interrupted = {"interruptions": len(counters["graph_break"])} if compile != "eager" else {}
     return differences | interrupted | {"norm": ((norm - right) / right).abs().item(), "bytes": sent[0]}
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -69,23 +71,26 @@ def plain_gradients(spec: Any, config: Any, kind: str) -> tuple[float, dict[str,
 
 
 def compare(world: World, compile: str, embeddings: str, kind: str, recompute: str = "none") -> dict[str, float]:
+    """compile: eager, compiled, or traced: as the compiler has it, run by torch's own kernels."""
     torch._dynamo.reset()
     attention.FEWEST_ROWS = 1 if embeddings == "untied" else 768  # so that keys before a span are a call of their own
     spec, config = model_of(embeddings, kind)
     plain_loss, plain = plain_gradients(spec, config, kind)
     with torch.device("meta"):
         model = spec.build(config)
-    spec.parallelize(
-        model,
-        world.mesh,
-        activation_checkpoint=ActivationCheckpoint(mode=recompute),
-        compile=Compile(enable=compile == "compiled"),
-        param_dtype=torch.float32,
-        reduce_dtype=torch.float32,
-        reshard_after_forward=True,
-        context=Context.of(world.cp_group),
-        **({"expert_mesh": None} if spec.expert_parallel else {}),
-    )
+    backend = {"backend": "aot_eager"} if compile == "traced" else {}
+    with mock.patch("torch.compile", partial(torch.compile, **backend)):
+        spec.parallelize(
+            model,
+            world.mesh,
+            activation_checkpoint=ActivationCheckpoint(mode=recompute),
+            compile=Compile(enable=compile != "eager"),
+            param_dtype=torch.float32,
+            reduce_dtype=torch.float32,
+            reshard_after_forward=True,
+            context=Context.of(world.cp_group),
+            **({"expert_mesh": None} if spec.expert_parallel else {}),
+        )
     model.to_empty(device="cpu")
     model.tie_weights()
     init_weights(model, seed=3, initial_std=model.initial_std)

@@ -14,17 +14,16 @@ EVERY += ["eager/tied/documents-window", "eager/tied/none-window", "eager/untied
 EVERY += ["eager/tied/documents/selective", "eager/tied/none/full"]
 COMPILED = ["/".join(c) for c in itertools.product(("compiled",), ("tied", "untied"), ("documents", "none"))]
 COMPILED += ["compiled/untied/documents/selective"]
+TRACED = "traced/tied/documents"
 CASES = [
     pytest.param(
         layout,
         combination,
-        # Embeddings and FSDP2 are outside of the graphs; g++ takes most of the time of one.
-        marks=[pytest.mark.nightly]
-        if "compiled" in combination and (layout != "cp2" or combination != COMPILED[0])
-        else [],
+        # g++ takes most of the time of a graph.
+        marks=[pytest.mark.nightly] if "compiled" in combination or (combination == TRACED and layout != "cp2") else [],
     )
     for layout in LAYOUTS
-    for combination in (EVERY[:4] if layout == "cp4" else EVERY + COMPILED)
+    for combination in (EVERY[:4] if layout == "cp4" else [*EVERY, TRACED, *COMPILED])
     if not ("experts" in combination and layout == "cp2 × tp2")
 ]
 
