@@ -7,18 +7,18 @@ blocks are compiled, for how many reasons their graphs are interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from tests.tracing import traced
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
 from torchtitan_style.data.loader import Microbatch
@@ -124,8 +124,7 @@ def compare(world: World, compile: str, recompute: str, microbatches: str = "two
             reshard_after_forward=True,
         )
 
-    backend = {"backend": "aot_eager"} if compile == "traced" else {}
-    with mock.patch("torch.compile", partial(torch.compile, **backend)):
+    with traced() if compile == "traced" else contextlib.nullcontext():
         model = build_model(QWEN3_MOE, CONFIG, device=torch.device("cpu"), lay_out=lay_out, fill=draw)
     each = len(inputs) // world.layout.dp
     rows = slice(world.dp_rank * each, (world.dp_rank + 1) * each)

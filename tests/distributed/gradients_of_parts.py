@@ -7,17 +7,17 @@ file gets the relative difference of the loss and of each parameter's gradient.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from tests.tracing import traced
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
 from torchtitan_style.cpu import attention
@@ -78,8 +78,7 @@ def compare(world: World, compile: str, embeddings: str, kind: str, recompute: s
     plain_loss, plain = plain_gradients(spec, config, kind)
     with torch.device("meta"):
         model = spec.build(config)
-    backend = {"backend": "aot_eager"} if compile == "traced" else {}
-    with mock.patch("torch.compile", partial(torch.compile, **backend)):
+    with traced() if compile == "traced" else contextlib.nullcontext():
         spec.parallelize(
             model,
             world.mesh,

@@ -1,5 +1,5 @@
 """Run by test_loss.py as the ranks that share out the vocabulary: the loss and every gradient against the whole
-matrix's, compiled and not. The file gets the largest relative difference of each.
+matrix's, traced by the compiler and not. The file gets the largest relative difference of each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.tracing import traced
 from torchtitan_style.distributed import loss as loss_module
 from torchtitan_style.distributed.loss import chunked_cross_entropy
 from torchtitan_style.models.qwen3.model import token_loss
@@ -42,7 +43,9 @@ def main(file: Path) -> None:
     expected[3] = expected[3][own]
     worst = {}
     for compiled in (False, True):
-        found = results(chunked_cross_entropy(dist.group.WORLD, compiled=compiled), own)
+        with traced():
+            function = chunked_cross_entropy(dist.group.WORLD, compiled=compiled)
+        found = results(function, own)
         dist.all_reduce(found[2])  # each rank has its slice's part
         for name, a, b in zip(("loss", "right", "hidden", "weight"), found, expected, strict=True):
             error = ((a - b).abs().max() / b.abs().max()).double()

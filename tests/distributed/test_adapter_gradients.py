@@ -42,8 +42,8 @@ decay_ratio = 0.0
 LAYOUTS: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {
     "1 process": ((1, 1, 1), ("eager/none", "eager/op", "compiled/none")),
     "dp2": ((1, 2, 1), ("eager/none", "eager/full")),
-    "tp2": ((1, 1, 2), ("eager/none", "compiled/op")),
-    "dp2 × tp2": ((1, 2, 2), ("eager/none", "eager/op", "muon")),
+    "tp2": ((1, 1, 2), ("eager/none", "eager/op", "compiled/op")),
+    "dp2 × tp2": ((1, 2, 2), ("eager/none", "muon")),
     "dp_replicate2 × dp2": ((2, 2, 1), ("eager/none",)),
 }
 NIGHTLY = {

@@ -66,7 +66,7 @@ def test_z_loss_equals_its_definition(group, monkeypatch, compiled: bool) -> Non
 
 
 def test_ranks_that_share_out_the_vocabulary_have_the_same(run_ranks, tmp_path: Path) -> None:
-    """Compiled, too, which training does on GPUs alone."""
+    """Traced by the compiler, too, which training does on GPUs alone."""
     run_ranks(Path(__file__).with_name("loss_of_slices.py"), 2, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert len(found) == 8

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from test_cache import BASE, WINDOW, assert_close, random_model, tokens
 
+from tests.tracing import traced
 from torchtitan_style.inference.cache import KVCache
 from torchtitan_style.inference.step import DecodingStep
 from torchtitan_style.models.qwen3.inference import fuse
@@ -19,9 +20,10 @@ def test_a_wide_window_is_filled_and_left_behind_in_the_same_graph() -> None:
     torch.compiler.reset()  # what other tests compiled would have left sizes open
     config = dataclasses.replace(CONFIG, sliding_window=100)
     model, whole = random_model(config), random_model(config)
-    fuse(model, compile=True)
-    step = DecodingStep(model, config, CPU, compile=True)
-    step.prepare(1)
+    with traced():
+        fuse(model, compile=True)
+        step = DecodingStep(model, config, CPU, compile=True)
+        step.prepare(1)
     ids = tokens(1, 140)
     cache = KVCache(model.config.windows, capacity=256)
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):

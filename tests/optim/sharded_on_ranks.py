@@ -6,6 +6,7 @@ ranks that hold nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -47,8 +48,12 @@ def gradients(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
+mesh_of = functools.cache(functools.partial(init_device_mesh, "cpu"))
+"""Making groups takes longer than all else."""
+
+
 def compare(shape: tuple[int, ...], how: list[Placement], dtype: torch.dtype, config: Muon) -> dict[str, float]:
-    mesh = init_device_mesh("cpu", shape)
+    mesh = mesh_of(shape)
     torch.manual_seed(0)
     start = [0.1 * torch.randn(s) for s in SHAPES]
     whole = [torch.nn.Parameter(tensor.clone()) for tensor in start]
