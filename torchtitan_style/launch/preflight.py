@@ -32,7 +32,7 @@ from .wandb_login import check_wandb
 
 OLDEST_TORCH = (2, 11)
 OLDEST_TORCH_OF = {"ZBVZeroBubble": (2, 13)}
-"""Of a pipeline schedule. torch 2.11 ends with an error, or the process with it, as it computes gradients apart."""
+"""Of a pipeline schedule. torch 2.11 ends with an error, or the process with it, as it connects stages in a V."""
 
 
 def preflight(
