@@ -1,6 +1,7 @@
 """Run by test_collectives.py as the ranks of one layout: the collectives of a training step, counted.
 
-Arguments: dp_shard cp tp tied output.json. Left there: {"counts": by kind, "bytes": of the gathers and sums along cp}.
+Arguments: dp_shard cp tp tied fsdp_reshard_after_forward output.json. Left there: {"counts": by kind, "bytes": of the
+gathers and sums along cp}.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class CountCollectives(TorchDispatchMode):
 
 def main() -> None:
     dp, cp, tp = map(int, sys.argv[1:4])
+    tied, reshard, output = sys.argv[4:]
     flags = {
         "model.flavor": "debug",
         "optimizer.name": "adamw",  # Muon's exchange has tests of its own
-        "model.tie_word_embeddings": sys.argv[4].lower(),
+        "model.tie_word_embeddings": tied.lower(),
+        "parallelism.fsdp_reshard_after_forward": reshard,
         "parallelism.context_parallel_degree": cp,
         "parallelism.tensor_parallel_degree": tp,
         "training.seq_len": 16,
@@ -82,7 +85,7 @@ def main() -> None:
         train_step(model, optimizer, Batch([part, part], hash=0), step=1, config=config, world=world, guard=guard)
     if world.is_main:
         found = {"counts": collectives.counts, "bytes": collectives.bytes}
-        Path(sys.argv[5]).write_text(json.dumps(found), encoding="utf-8")
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
     destroy_world()
 
 

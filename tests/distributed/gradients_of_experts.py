@@ -70,7 +70,9 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, ep: int, *combination:
     compile, recompute, *_ = combination
     if compile == "eager":
         return recompute == "full" and dp_replicate * dp_shard * tp > 1
-    return combination in (("block", "none"), ("block", "op")) or (dp_shard, tp, ep) != (2, 1, 2)
+    if compile == "traced":
+        return dp_shard * tp > 1
+    return combination != ("block", "none", "one") or (dp_shard, tp, ep) != (2, 1, 2)
 
 
 def batch(dp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor]:

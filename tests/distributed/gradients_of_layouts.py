@@ -6,6 +6,7 @@ eager/tied/none, the file gets the relative difference of the loss and of each p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.tracing import traced
 from torchtitan_style import Qwen3ForCausalLM
 from torchtitan_style.config.layout import Layout
 from torchtitan_style.config.schema import ActivationCheckpoint, Compile
@@ -34,6 +36,7 @@ RECOMPUTE = {
 COMPILE = {
     "eager": Compile(enable=False),
     "block": Compile(enable=True),
+    "traced": Compile(enable=True),  # as the compiler has it, run by torch's own kernels
 }
 
 
@@ -48,7 +51,7 @@ def combinations(dp_replicate: int, dp_shard: int, tp: int) -> list[tuple[str, s
         return [*eager, ("block", "untied", "op")]
     blocks = [("block", "tied", "none"), ("block", "untied", "op"), ("block", "tied", "full"), ("block", "untied", "2")]
     if tp > 1:
-        return [*eager, *blocks]
+        return [*eager, ("traced", "untied", "op"), *blocks]
     return [*eager, *blocks, ("block", "untied", "budget")]
 
 
@@ -58,14 +61,14 @@ def is_nightly(dp_replicate: int, dp_shard: int, tp: int, compile: str, embeddin
 
     FSDP2 and copies are outside of all graphs, so that one process has those of any number: with FSDP2 one combination
     shows that blocks are wrapped after they are compiled. Tensor parallelism has its collectives in the graphs; there
-    the compiler is also told what to recompute. With both kinds the graphs are those of two ranks, which four would
-    compile at once.
+    the compiler is also told what to recompute, and a graph is traced. With both kinds the graphs are those of two
+    ranks, which four would compile at once.
     """
     if compile == "eager":
         return embeddings == "untied" and recompute != "none"
     if tp == 1:
         return dp_replicate > 1 or recompute != "none"
-    return dp_shard > 1 or tp > 2 or recompute != "op"
+    return compile != "traced"
 
 
 def batch(dp: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,15 +98,16 @@ def compare(world: World, compile: str, embeddings: str, recompute: str) -> dict
 
     with torch.device("meta"):
         model = build(embeddings == "tied")
-    parallelize_qwen3(
-        model,
-        world.mesh,
-        activation_checkpoint=RECOMPUTE[recompute],
-        compile=COMPILE[compile],
-        param_dtype=torch.float32,
-        reduce_dtype=torch.float32,
-        reshard_after_forward=True,
-    )
+    with traced() if compile == "traced" else contextlib.nullcontext():
+        parallelize_qwen3(
+            model,
+            world.mesh,
+            activation_checkpoint=RECOMPUTE[recompute],
+            compile=COMPILE[compile],
+            param_dtype=torch.float32,
+            reduce_dtype=torch.float32,
+            reshard_after_forward=True,
+        )
     model.to_empty(device="cpu")
     model.tie_weights()
     init_weights(model, seed=3, initial_std=model.initial_std)

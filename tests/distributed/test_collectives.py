@@ -35,12 +35,14 @@ COUNTS = {
 OWN = {"all-gather": MICROBATCHES * 2, "reduce-scatter": MICROBATCHES * 2}
 COUNTS |= {
     "dp2, untied": COUNTS["dp2"] + Counter(OWN),
+    "dp2, kept": COUNTS["dp2"] - Counter({"all-gather": MICROBATCHES * BLOCKS}),  # what the blocks' backward needs
     "cp2": Counter(FSDP) + Counter(CP) + Counter(STEP),
     "cp2 × tp2": COUNTS["dp2 × tp2"] + Counter(CP),
 }
 DEGREES = {
     "dp2": (2, 1, 1),
     "dp2, untied": (2, 1, 1),
+    "dp2, kept": (2, 1, 1),
     "tp2": (1, 1, 2),
     "dp2 × tp2": (2, 1, 2),
     "cp2": (1, 2, 1),
@@ -52,9 +54,8 @@ DEGREES = {
 def test_a_step_has_no_more_collectives_than_it_needs(run_ranks, tmp_path: Path, layout: str) -> None:
     dp, cp, tp = DEGREES[layout]
     output = tmp_path / "collectives.json"
-    run_ranks(
-        Path(__file__).parent / "collectives_of_layouts.py", dp * cp * tp, dp, cp, tp, "untied" not in layout, output
-    )
+    options = "untied" not in layout, "never" if "kept" in layout else "always"
+    run_ranks(Path(__file__).parent / "collectives_of_layouts.py", dp * cp * tp, dp, cp, tp, *options, output)
     found = json.loads(output.read_text())
     assert found["counts"] == COUNTS[layout]
     if layout == "cp2":

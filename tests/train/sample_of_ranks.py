@@ -47,6 +47,7 @@ class Tokenizer:
 
 def main() -> None:
     line = ["--model.flavor", "debug", "--generation.max_new_tokens", "6", "--generation.prompt", "ab"]
+    line += ["--parallelism.fsdp_reshard_after_forward", "always"]
     config = load_config(DEFAULT_CONFIG, line, world_size=2)
     world = init_world(plan_layout(config.parallelism, 2), timeout_seconds=60)
     model = build_training_model(config, world, warn=print)
