@@ -5,11 +5,12 @@
     python benchmarks/parallel.py --rows 16 --only pp2 --only microbatches
     python benchmarks/parallel.py --model mini --rows 4 --seq-len 512 --json layouts.json
     python benchmarks/parallel.py --layouts cp2 cp2xtp2 --rows 2 --seq-len 2048
+    python benchmarks/parallel.py --beside "pp2, 1F1B" --layouts "pp2, ZBVZeroBubble" --repeats 15
 
 All contenders do the same work, one global batch, with as many threads in all as there are processes in the largest
-layout. They take turns with the single process; ratios are medians over the turns. Before the turns each layout runs
-some steps under torch's profiler, which tell how long rank 0 stood still until a collective was done, and one whose
-collectives are counted as the backend runs them: gloo takes an all-reduce for a reduce-scatter.
+layout. They take turns with the single process, or with what --beside names; ratios are medians over the turns. Before
+the turns each layout runs some steps under torch's profiler, which tell how long rank 0 stood still until a collective
+was done, and one whose collectives are counted as the backend runs them: gloo takes an all-reduce for a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
     "one process, wrapped by FSDP2": (1, ()),
     "dp2": (2, ()),
-    "dp2, parameters kept": (2, ("--parallelism.fsdp_reshard_after_forward", "never")),
+    "dp2, parameters freed": (2, ("--parallelism.fsdp_reshard_after_forward", "always")),
     "tp2": (2, ("--parallelism.tensor_parallel_degree", "2")),
     "cp2": (2, ("--parallelism.context_parallel_degree", "2")),
     f"one process, {MICROBATCHES} microbatches": (1, ()),
@@ -54,7 +55,7 @@ CONTENDERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2, Interleaved1F1B": (2, (*PP2, "--parallelism.pipeline_parallel_schedule", "Interleaved1F1B")),
     "pp2, ZBVZeroBubble": (2, (*PP2, "--parallelism.pipeline_parallel_schedule", "ZBVZeroBubble")),
 }
-"""Name → number of processes and command line for our config. The first is what the others are compared with."""
+"""Name → number of processes and command line for our config."""
 
 
 def microbatches_of(name: str) -> int | None:
@@ -193,7 +194,8 @@ def waiting(step: Callable[[], None], device: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = parser_of(__doc__, None, [*FLAVORS, *SHAPES])
-    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="to compare with one process, as cp2 dp2xtp2")
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="to compare, as cp2 dp2xtp2")
+    parser.add_argument("--beside", default="one process", metavar="NAME", help="what they are compared with")
     parser.add_argument("--compile", default="eager", choices=["eager", "block", "model"])
     parser.add_argument("--communication", help=argparse.SUPPRESS)
     arguments = parsed(parser)
@@ -202,7 +204,8 @@ def main() -> None:
     if arguments.serve:
         contend(arguments.serve, arguments, Turns(device))
     make_config(arguments)  # so that a mistake shows at once
-    names = ["one process", *(arguments.layouts or list(CONTENDERS)[1:])]
+    others = arguments.layouts or list(CONTENDERS)
+    names = [arguments.beside, *(name for name in others if name != arguments.beside)]
     racers = race(names, lambda name: begin(name, arguments), arguments)
     about = machine(device)
     report(arguments, racers, about)
@@ -279,7 +282,7 @@ def report(arguments: argparse.Namespace, racers: list[Racer], about: dict[str, 
     heads = (
         "",
         "tokens/s",
-        "× time of one process",
+        f"× time of {racers[0].name}",
         "planned ×",
         "planned / measured",
         "collectives of a step",
