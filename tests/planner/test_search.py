@@ -139,7 +139,7 @@ def test_the_report_and_its_json(capsys: pytest.CaptureFixture[str]) -> None:
                  "device-hours", "a checkpoint is", "matmul_efficiency 0.5", ": fits"):  # fmt: skip
         assert part in text
     _, small, _ = run(capsys, "--model.flavor", "debug", "--world-size", "1", "--device", "h100")
-    for unit in (" GFLOP a step", " s, 0.", " device-hours", "a checkpoint is 1.3 MiB"):  # of a run that is small
+    for unit in (" GFLOP a step", " s, 0.", " device-hours", "a checkpoint is 1.38 MB"):  # of a run that is small
         assert unit in small
     status, text, _ = run(capsys, *arguments, "--json")
     found = json.loads(text)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from torchtitan_style.common.files import readable_bytes
 from torchtitan_style.config.layout import Layout
 
 from .memory import KINDS
@@ -174,7 +175,7 @@ def time_lines(plan: Plan) -> Iterator[str]:
         f"{_device_hours(plan.run_seconds / 3600 * devices)}"
     )
     yield (
-        f"  a checkpoint is {_size(time.checkpoint_bytes)}, {_duration(time.checkpoint_seconds)} to write; "
+        f"  a checkpoint is {readable_bytes(time.checkpoint_bytes)}, {_duration(time.checkpoint_seconds)} to write; "
         f"training waits {_duration(time.checkpoint_wait)}"
     )
 
@@ -203,10 +204,6 @@ def _device_hours(hours: float) -> str:
 
 def _flops(flops: float) -> str:
     return f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.1f} GFLOP"
-
-
-def _size(count: float) -> str:
-    return f"{gib(count)} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def search_lines(found: Found, *, world_size: int, least: int | None, rows: int) -> Iterator[str]:
