@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -383,14 +384,17 @@ def test_written_configuration_loads_as_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(path: Path) -> None:
     refused = []
-    # Without a network: weights of the Hub bring dimensions along, which those of the default flavor stand in for.
+    # Without a network: weights of the Hub bring dimensions along, which those of their flavor stand in for.
     offline = ["--model.hf_assets_path", ""]
     for world_size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         try:
-            load_config(path, offline, world_size=world_size)
-            return
+            config = load_config(path, offline, world_size=world_size)
         except UserError as error:
             refused.append(str(error))
+            continue
+        if weights := re.search(r'hf_assets_path = "Qwen/Qwen3-(.+?)"', path.read_text()):
+            assert config.model.flavor == weights[1]
+        return
     pytest.fail("\n".join(refused))
 
 

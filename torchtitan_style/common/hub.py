@@ -48,7 +48,8 @@ def fetch(source: str, *, weights: bool) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         why = "the Hub has no model of that name that you may read (a private one needs `hf auth login`)"
     except Exception as error:  # no network, offline mode, a full disk: many kinds
-        why = f"it could not be fetched from the Hub: {_first_cause(error)}"
+        cause = _first_cause(error)
+        why = f"it could not be fetched from the Hub: {cause}; without a network, name a folder that has a copy"
     if near:
         raise UserError(f"there is no folder {source}{hint}")
     raise UserError(f"there is no folder {source} here, and {why}")
