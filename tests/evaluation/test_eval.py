@@ -278,6 +278,19 @@ def test_mistakes(
     assert message.format(corpus) in error
 
 
+def test_figures_are_printed_when_the_documents_cannot_be_written(
+    folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(
+            ["eval", "--checkpoint", str(folder), "--data", str(corpus / "rows.parquet"), "--per-document", "/dev/full"]
+        )
+    assert exit.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("total")
+    assert printed.err == "error: --per-document /dev/full: cannot be written: No space left on device\n"
+
+
 def test_single_bad_documents_are_left_out_and_counted(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

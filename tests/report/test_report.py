@@ -147,6 +147,14 @@ def test_what_is_no_run(
     assert not (folder / "report.html").exists()
 
 
+def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly", reason="needs plotly, of the report extra")
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(make_run(tmp_path / "run", steps=2)), "--output", "/dev/full"])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == "error: /dev/full: cannot be written: No space left on device\n"
+
+
 def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
     values = np.sin(np.arange(1_000_000) / 1000)
     values[123_456], values[777_777], values[5] = 50.0, -50.0, math.nan

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.errors import RunError, UserError
 from torchtitan_style.common.program import environment_number
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config.layout import Layout
@@ -322,9 +322,6 @@ def _report(
 
     names = [_name(file.url) for file in files]
     total = sum(sums, Sums())
-    if options.per_document:
-        lines = (json.dumps(document_line(names[each.file], each), ensure_ascii=False) for each in documents)
-        options.per_document.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     if not total.tokens:
         where = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
         count = "1 document" if total.unreadable == 1 else f"{total.unreadable:,} documents"
@@ -334,10 +331,17 @@ def _report(
     if options.json:
         rows = [{"file": name} | each.figures() for name, each in zip(names, sums, strict=True)]
         print(json.dumps(about | {"files": rows, "total": total.figures()}, ensure_ascii=False))
-        return
-    chat = f", --format chat --train-on {options.train_on}" if options.format == "chat" else ""
-    print("{checkpoint} in {dtype}, windows of {seq_len:,} tokens, stride {stride:,}".format(**about) + chat)
-    print("\n".join(table([*zip(names, sums, strict=True), ("total", total)])))
+    else:
+        chat = f", --format chat --train-on {options.train_on}" if options.format == "chat" else ""
+        print("{checkpoint} in {dtype}, windows of {seq_len:,} tokens, stride {stride:,}".format(**about) + chat)
+        print("\n".join(table([*zip(names, sums, strict=True), ("total", total)])))
+    # Last: the figures above are not lost if this file cannot be written.
+    if options.per_document:
+        lines = (json.dumps(document_line(names[each.file], each), ensure_ascii=False) for each in documents)
+        try:
+            options.per_document.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"--per-document {options.per_document}: cannot be written: {error.strerror}") from None
 
 
 def _name(url: str) -> str:

@@ -149,7 +149,9 @@ def plan_batch(training: Training, dp: int) -> BatchPlan:
         return BatchPlan(local * dp, local, 1)
     if local == -1:
         if total % dp:
-            raise ValueError(f"{total} rows cannot be shared out evenly over {dp} data-parallel ranks")
+            raise ValueError(
+                f"{total} rows cannot be shared out evenly over {dp} data-parallel ranks; set a multiple of {dp}"
+            )
         return BatchPlan(total, total // dp, 1)
     if total % (local * dp):
         raise ValueError(
