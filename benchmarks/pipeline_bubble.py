@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ class Sleep(torch.autograd.Function):
 
 
 class Part(nn.Module):
-    """A stage: hidden states [B, T, 4] to hidden states, or to a loss."""
+    """A stage: hidden states [B, T, 4] to hidden states, or to a loss. postpones: leaves out its weight's gradient."""
 
-    def __init__(self, stage: Stage, seconds: float) -> None:
+    def __init__(self, stage: Stage, seconds: float, *, postpones: bool) -> None:
         super().__init__()
-        self.stage, self.seconds = stage, seconds
+        self.stage, self.seconds, self.postpones = stage, seconds, postpones
+        self.config = None
         self.weight = nn.Parameter(torch.ones(1))
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(1, 1)
@@ -54,7 +56,9 @@ class Part(nn.Module):
     def forward(self, x: Tensor, labels: Tensor, **_: Any) -> Any:
         if self.stage.is_first:
             x = torch.zeros(*x.shape, 4, requires_grad=True)
-        y = Sleep.apply(x, self.seconds, self.seconds) + Sleep.apply(self.weight, 0.0, self.seconds)
+        y = Sleep.apply(x, self.seconds, self.seconds)
+        if not self.postpones:
+            y = y + Sleep.apply(self.weight, 0.0, self.seconds)
         return (y.sum(), labels.sum()) if self.stage.is_last else y
 
 
@@ -64,12 +68,15 @@ def idle_share(world: World, schedule: PipelineSchedule) -> float:
     stages = [Stage(index, pp * each, range(index, index + 1)) for index in range(pp * each)]
     mine = [s for s in stages if rank_of_stage(s.index, pp=pp, schedule=schedule) == world.stage]
     model = PipelinedModel(
-        [(stage, Part(stage, SECONDS / each)) for stage in mine],
+        [(stage, Part(stage, SECONDS / each, postpones=schedule == "ZBVZeroBubble")) for stage in mine],
         world=world,
         schedule=schedule,
         activations=Activations(4, torch.float32, 1),
+        reduce_dtype=torch.float32,
         tied=False,
     )
+    for gradients in model.postponed or []:
+        gradients.take = lambda: partial(time.sleep, SECONDS / each)  # type: ignore[method-assign]
     seconds = []
     for _ in range(STEPS):
         dist.barrier()

@@ -43,7 +43,7 @@ def test_two_microbatches_give_the_gradients_of_one_pass(dtype: torch.dtype, rec
     expected, of_inputs = gradients(model), [x.grad for x in inputs]
 
     model.zero_grad()
-    postponed = WeightGradients(model)
+    postponed = WeightGradients(model, torch.float32)
     compute = []
     for x in inputs:
         x.grad = None
@@ -59,10 +59,19 @@ def test_two_microbatches_give_the_gradients_of_one_pass(dtype: torch.dtype, rec
     torch.testing.assert_close(gradients(model), expected)
 
 
+def test_what_is_gathered_in_bf16_has_its_gradients_added_up_in_fp32() -> None:
+    model = nn.Linear(4, 6, bias=False).bfloat16()
+    postponed = WeightGradients(model, torch.float32)
+    for scale in (256.0, 1.0):  # the sum of both is no number of bf16
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().mul(scale).backward()
+        postponed.take()()
+    assert torch.equal(model.weight.grad, torch.full((6, 4), 257.0))
+
+
 def test_frozen_weights_and_inputs_without_gradients_have_none_computed() -> None:
     model = Model(recomputed=False)
     model.last.weight.requires_grad_(False)
-    postponed = WeightGradients(model)
+    postponed = WeightGradients(model, torch.float32)
     model(torch.randn(2, 5, 4)).sum().backward()
     postponed.take()()
     assert model.last.weight.grad is None

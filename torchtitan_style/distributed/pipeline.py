@@ -64,7 +64,7 @@ class PipelinedModel(nn.Module):
     whole model, a tied head's copy left out. Methods are called by all ranks together.
 
     parts: each stage of this rank, laid out and with weights, by its description, in the order of the pipeline.
-    tied: whether the head uses the embedding's matrix.
+    reduce_dtype: what FSDP reduces gradients in. tied: whether the head uses the embedding's matrix.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class PipelinedModel(nn.Module):
         world: World,
         schedule: PipelineSchedule,
         activations: Activations,
+        reduce_dtype: torch.dtype,
         tied: bool,
     ) -> None:
         super().__init__()
@@ -92,7 +93,10 @@ class PipelinedModel(nn.Module):
             # torch has every stage send gradients back to the one before, and compute some itself.
             self.first.model.embed_tokens.register_forward_hook(with_gradient)
         self.tied = _TiedHead(self.first, self.last, self.rank_of(0), self.rank_of(-1), self.pp_group) if tied else None
-        self.postponed = [WeightGradients(part) for part in self.parts] if schedule == "ZBVZeroBubble" else None
+        self.postponed: list[WeightGradients] | None = None
+        """What the backward passes of each part leave for later."""
+        if schedule == "ZBVZeroBubble":
+            self.postponed = [WeightGradients(part, reduce_dtype) for part in self.parts]
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
         self._tokens = torch.ones(())
         self._sent: list[tuple[dist.Work, Tensor]] = []

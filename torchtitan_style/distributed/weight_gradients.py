@@ -21,9 +21,13 @@ Postponed = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class WeightGradients:
-    """Those of the linear layers of ``part``, which are changed in place: its backward pass leaves them out."""
+    """Those of the linear layers of ``part``, which are changed in place: its backward pass leaves them out.
 
-    def __init__(self, part: nn.Module) -> None:
+    dtype: what FSDP reduces gradients in; they are added up in it over the microbatches.
+    """
+
+    def __init__(self, part: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._postponed: Postponed = []
         for module in part.modules():
             if type(module) is nn.Linear:  # not one with an adapter, whose own weight is frozen
@@ -36,8 +40,10 @@ class WeightGradients:
 
     def _forward(self, module: nn.Linear, parameter: Tensor, x: Tensor) -> Tensor:
         weight = module.weight
-        # FSDP gathers a parameter into another, whose gradient it reduces; ``compute_in`` has copies without gradients.
-        trained = weight if weight.is_leaf else parameter
+        trained = parameter  # where ``compute_in`` has put a copy in its place
+        if weight.is_leaf:  # what FSDP has gathered, whose gradient it reduces
+            trained = weight
+            trained.grad_dtype = self.dtype
         y: Tensor = _Linear.apply(x, weight, module.bias, partial(self._postpone, trained))
         return y
 
@@ -71,6 +77,6 @@ def _compute(postponed: Postponed) -> None:
         parameter, x, grad = postponed.pop()
         gradient = grad.flatten(0, -2).T @ x.flatten(0, -2)
         if parameter.grad is None:
-            parameter.grad = gradient.to(parameter.dtype)
+            parameter.grad = gradient.to(parameter.grad_dtype)
         else:
             parameter.grad += gradient

@@ -142,6 +142,7 @@ def build_training_model(config: Config, world: World, *, warn: Callable[[str], 
         world=world,
         schedule=config.parallelism.pipeline_parallel_schedule,
         activations=Activations(shape.hidden_size, param_dtype, world.layout.tp),
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
         tied=shape.tie_word_embeddings,
     ).train()
 
