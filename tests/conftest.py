@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def python(forks: Forks) -> Python:
 def run_ranks(forks: Forks) -> Callable[..., None]:
     """Run a script as the ranks of one gloo group: run_ranks(script, world_size, *arguments)."""
 
-    def run(script: Path, world_size: int, *arguments: object, timeout: float = 500) -> None:
+    def run(script: Path, world_size: int, *arguments: object, timeout: float = 400) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -162,7 +163,13 @@ def run_ranks(forks: Forks) -> Callable[..., None]:
                 ranks.append((stack.enter_context(closing(forks.start(line, environment, None, fds))), output))
             failed = []
             for fork, output in ranks:
-                if fork.wait(timeout):
+                try:
+                    status = fork.wait(timeout)
+                except TimeoutError:  # have each rank that is left say where it hangs
+                    for each, _ in ranks:
+                        each.kill(signal.SIGABRT)
+                    status = fork.wait(60)
+                if status:
                     output.seek(0)
                     failed.append(output.read()[-4000:])
         assert not failed, "\n".join(failed)

@@ -77,6 +77,11 @@ class Fork:
         self._socket.settimeout(timeout)
         return int(self._socket.recv(99))
 
+    def kill(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._socket.send(str(number).encode())
+
     def close(self) -> None:
         self._socket.close()
 
@@ -141,8 +146,11 @@ def _fork_on_request(path: str) -> None:
 def _wait_and_tell(pid: int, connection: socket.socket) -> None:
     connection.send(str(pid).encode())
     process = os.pidfd_open(pid)
-    if process not in select.select([process, connection], [], [])[0]:  # the one who asked is gone
-        os.kill(pid, signal.SIGKILL)
+    while process not in select.select([process, connection], [], [])[0]:
+        number = connection.recv(99)  # nothing: the one who asked is gone
+        os.kill(pid, int(number or signal.SIGKILL))
+        if not number:
+            break
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with contextlib.suppress(OSError):
         connection.send(str(status).encode())

@@ -208,14 +208,18 @@ def test_a_suggested_file_is_one_that_can_be_opened(tmp_path: Path) -> None:
     assert Path(str(caught.value).partition("did you mean ")[2].removesuffix("?")).is_file()
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe[training]"], ids=["folder", "not UTF-8"])
-def test_what_cannot_be_read_is_a_user_error(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "it is a folder, not a regular file"), (b"\xff\xfe[training]", "it is not UTF-8 text")],
+    ids=["folder", "not UTF-8"],
+)
+def test_what_cannot_be_read_is_a_user_error(tmp_path: Path, content: bytes | None, why: str) -> None:
     path = tmp_path / "run.toml"
     if content is None:
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"run\.toml: cannot be read"):
+    with pytest.raises(UserError, match=rf"run\.toml: cannot be read: {why}$"):
         load_config(path)
 
 

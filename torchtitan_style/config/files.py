@@ -43,6 +43,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         text = read_toml_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file{_nearest_file(path)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot be read: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
