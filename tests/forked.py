@@ -90,6 +90,8 @@ def prepare_to_fork(*modules: str) -> None:
     """Do once what each fork would do, of what does not depend on what it is asked for; import ``modules``, too."""
     import importlib
 
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # Arrow's, which may hold a lock as it is forked
+
     import torch
 
     from torchtitan_style.common import device
@@ -106,6 +108,7 @@ def prepare_to_fork(*modules: str) -> None:
 
     for name in model_names():
         schema_of(spec_of(name))  # which is kept
+    assert os.listdir("/proc/self/task") == [str(os.getpid())]  # no other thread
     faulthandler.enable()  # a fork that crashes says where
     gc.collect()
     gc.freeze()  # a fork's collections leave alone what they would have to copy
