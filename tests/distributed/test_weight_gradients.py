@@ -62,7 +62,7 @@ def test_two_microbatches_give_the_gradients_of_one_pass(dtype: torch.dtype, rec
 def test_what_is_gathered_in_bf16_has_its_gradients_added_up_in_fp32() -> None:
     model = nn.Linear(4, 6, bias=False).bfloat16()
     postponed = WeightGradients(model, torch.float32)
-    for scale in (256.0, 1.0):  # the sum of both is no number of bf16
+    for scale in (256.0, 1.0):  # bf16 cannot represent 257
         model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().mul(scale).backward()
         postponed.take()()
     assert torch.equal(model.weight.grad, torch.full((6, 4), 257.0))

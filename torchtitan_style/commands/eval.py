@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import write_text
 from torchtitan_style.common.program import environment_number
 from torchtitan_style.common.reporting import reported_errors
 from torchtitan_style.config.layout import Layout
@@ -338,10 +339,8 @@ def _report(
     # Last: the figures above are not lost if this file cannot be written.
     if options.per_document:
         lines = (json.dumps(document_line(names[each.file], each), ensure_ascii=False) for each in documents)
-        try:
-            options.per_document.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"--per-document {options.per_document}: cannot be written: {error.strerror}") from None
+        text = "".join(line + "\n" for line in lines)
+        write_text(options.per_document, text, called=f"--per-document {options.per_document}")
 
 
 def _name(url: str) -> str:

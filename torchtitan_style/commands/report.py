@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torchtitan_style.common.errors import RunError, UserError
+from torchtitan_style.common.errors import UserError
+from torchtitan_style.common.files import write_text
 from torchtitan_style.common.hub import similar_folder
 from torchtitan_style.common.reporting import reported_errors
 
@@ -46,10 +47,7 @@ def main(arguments: list[str]) -> None:
         from torchtitan_style.report.run import Run
 
         text = page([Run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{output}: cannot be written: {error.strerror}") from None
+        write_text(output, text, called=str(output))
         print(f"the report is {output}")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import RunError, UserError
 from .reading import open_regular
 
 
@@ -69,6 +69,14 @@ def readable_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
+
+
+def write_text(path: Path, text: str, *, called: str) -> None:
+    """Write what the user asked for. Raises RunError, with the name ``called``, if the system does not let it."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{called}: cannot be written: {error.strerror}") from None
 
 
 def nearest_existing(path: Path) -> Path:
